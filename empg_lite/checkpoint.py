@@ -1,0 +1,223 @@
+"""What a checkpoint holds, which one is the newest whole one, and how it is put back.
+
+``step-NNNNNN/`` holds the adapter (plain PEFT), the optimiser's moments by parameter *name* (an index would
+shift when a parameter comes or goes), every random generator, and ``state.json``: step, data position,
+counters and the byte lengths of the logs. safetensors and JSON only; one rename publishes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from empg_lite import store
+from empg_lite.errors import CheckpointError, DataError
+from empg_lite.policy.adapter import WEIGHTS, adapter_files, load_adapter_bytes
+from empg_lite.policy.policy import Policy
+
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(slots=True)
+class TrainState:
+    """Where a run stands, between two steps. Everything here is restored by ``--resume``.
+
+    Attributes:
+        step: steps done (E-step + M-step, with or without an update).
+        policy_step: optimiser steps done.
+        position: problems drawn from the stream.
+        first_step: step this run began at: 0, or that of the checkpoint that ``fit --from`` went on from.
+        num_tokens: completion tokens sampled so far.
+        no_signal: steps in a row, up to now, in which every weight was 0; ``steps_without_update`` counts all.
+        skipped_nonfinite: passes thrown away for a non-finite gradient; ``nonfinite_in_a_row`` up to now.
+        micro_batch_tokens: the budget after any out-of-memory back-off.
+        seconds: training time without set-up and evaluation.
+        best_accuracy, best_step: best validation accuracy so far, and where.
+    """
+
+    step: int = 0
+    policy_step: int = 0
+    position: int = 0
+    first_step: int = 0
+    num_tokens: int = 0
+    no_signal: int = 0
+    steps_without_update: int = 0
+    skipped_nonfinite: int = 0
+    nonfinite_in_a_row: int = 0
+    micro_batch_tokens: int = 0
+    seconds: float = 0.0
+    best_accuracy: float | None = None
+    best_step: int | None = None
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """``RUN/checkpoints/step-NNNNNN``."""
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Published checkpoints, oldest first, valid or not."""
+    folder = run / "checkpoints"
+    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
+
+def newest_valid(run: Path, *, on_invalid: Any = None) -> Path | None:
+    """The newest whole checkpoint; None where there is none at all.
+
+    Args:
+        on_invalid: called with (path, reason) for each newer one passed over.
+
+    Raises:
+        CheckpointError: checkpoints exist and none is valid.
+    """
+    found = list_checkpoints(run)
+    reasons = []
+    for path in reversed(found):
+        reason = store.verify_dir(path)
+        if reason is None:
+            return path
+        reasons.append(f"{path.name}: {reason}")
+        if on_invalid is not None:
+            on_invalid(path, reason)
+    if found:
+        raise CheckpointError(
+            f"none of {len(found)} checkpoints is valid ({reasons[0]})", str(run / "checkpoints")
+        )
+    return None
+
+
+def require_valid(path: Path) -> Path:
+    """A checkpoint that was named: valid, or an error; never another one instead.
+
+    Raises:
+        CheckpointError: it is not whole.
+    """
+    reason = store.verify_dir(path)
+    if reason is not None:
+        raise CheckpointError(reason, str(path), "name another checkpoint")
+    return path
+
+
+def save_checkpoint(
+    run: Path,
+    policy: Policy,
+    optimizer: Any,
+    scaler: Any,
+    state: TrainState,
+    *,
+    logs: Mapping[str, int],
+    keep: int,
+) -> Path:
+    """Publish the checkpoint of ``state.step`` and prune older ones down to ``keep``.
+
+    Args:
+        logs: byte length of each log file at this moment; on resume they are cut back to it.
+
+    Raises:
+        StorageError: nothing was published.
+    """
+    path = checkpoint_path(run, state.step)
+    record = {
+        "format": 1,
+        "state": dataclasses.asdict(state),
+        "logs": dict(logs),
+        "scaler": _scaler_state(scaler),
+    }
+    files = adapter_files(policy) | {
+        "optimizer.safetensors": _optimizer_bytes(policy, optimizer),
+        "rng.safetensors": _rng_bytes(),
+        "state.json": json.dumps(record, indent=1).encode(),
+    }
+    store.write_dir(path, files)
+    for old in list_checkpoints(run)[:-keep]:
+        store.remove_dir(old)
+    return path
+
+
+def load_checkpoint(
+    path: Path, policy: Policy, optimizer: Any, scaler: Any
+) -> tuple[TrainState, dict[str, int]]:
+    """Put a checkpoint back into policy, optimiser and generators.
+
+    Returns:
+        The state, and the byte lengths of the logs.
+
+    Raises:
+        CheckpointError: it is not whole, or does not belong to this model and recipe.
+    """
+    from safetensors import SafetensorError
+
+    require_valid(path)
+    try:
+        record = json.loads((path / "state.json").read_bytes())
+        state = TrainState(**record["state"])
+        load_adapter_bytes(policy, (path / WEIGHTS).read_bytes(), str(path / WEIGHTS))
+        _load_optimizer(policy, optimizer, (path / "optimizer.safetensors").read_bytes())
+        _load_rng((path / "rng.safetensors").read_bytes())
+        if scaler is not None and record["scaler"] is not None:
+            scaler.load_state_dict(record["scaler"])
+    except (DataError, ValueError, KeyError, TypeError, RuntimeError, OSError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint cannot be restored ({error})", str(path)) from error
+    return state, {str(k): int(v) for k, v in record["logs"].items()}
+
+
+def _scaler_state(scaler: Any) -> dict[str, Any] | None:
+    return scaler.state_dict() if scaler is not None else None
+
+
+def _optimizer_bytes(policy: Policy, optimizer: Any) -> bytes:
+    """Adam's moments as ``<parameter>/<moment>``."""
+    from safetensors.torch import save
+
+    tensors = {
+        f"{name}/{key}": value.detach().cpu().contiguous()
+        for name, parameter in policy.trainable().items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    return save(tensors)
+
+
+def _load_optimizer(policy: Policy, optimizer: Any, data: bytes) -> None:
+    from safetensors.torch import load
+
+    tensors = load(data)
+    parameters = policy.trainable()
+    unknown = {key.rsplit("/", 1)[0] for key in tensors} - parameters.keys()
+    if unknown:
+        raise ValueError(f"optimizer state for {sorted(unknown)[0]}, which is not trained here")
+    for key, value in tensors.items():
+        name, moment = key.rsplit("/", 1)
+        parameter = parameters[name]
+        if moment != "step" and value.shape != parameter.shape:
+            raise ValueError(
+                f"{key} has shape {tuple(value.shape)}, the parameter's is {tuple(parameter.shape)}"
+            )
+        # Adam's step counters stay on the CPU.
+        optimizer.state[parameter][moment] = value if moment == "step" else value.to(parameter.device)
+
+
+def _rng_bytes() -> bytes:
+    import torch
+    from safetensors.torch import save
+
+    states = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda-{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return save(states)
+
+
+def _load_rng(data: bytes) -> None:
+    import torch
+    from safetensors.torch import load
+
+    for name, state in load(data).items():
+        if name == "torch":
+            torch.set_rng_state(state)
+        elif torch.cuda.is_available() and int(name[5:]) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, int(name[5:]))

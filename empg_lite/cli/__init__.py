@@ -1,0 +1,82 @@
+"""The command line: the only place that imports typer. Each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+
+from empg_lite.cli import look, work
+from empg_lite.errors import EmpgError, UsageError
+
+app = typer.Typer(
+    name="empg-lite",
+    help="Teach a small language model to reason with the EM Policy Gradient, on one GPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    epilog="First try: empg-lite train --recipe tiny   (any CPU, two minutes, no download)",
+)
+work.register(app)
+look.register(app)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command; every failure is one line on stderr and an exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except BaseException as error:  # the last line of defence: whatever it is, it gets a line and a code
+        if "--debug" in arguments and not isinstance(error, (SystemExit, typer.Exit)):
+            import traceback
+
+            traceback.print_exc()
+        code = _report(error)
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _report(error: BaseException) -> int:
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 0
+    if isinstance(error, typer.Exit):
+        return error.exit_code
+    if isinstance(error, BrokenPipeError):  # the reader of a pipe went away
+        sys.stdout = sys.stderr  # so that the interpreter does not flush into it again
+        return 0
+    known = error if isinstance(error, EmpgError) else _translate(error)
+    print(f"error: {_one_line(known)}", file=sys.stderr)
+    return known.exit_code
+
+
+def _one_line(error: EmpgError) -> str:
+    from empg_lite.safe_text import safe
+
+    return " ".join(safe(str(error)).split())
+
+
+def _translate(error: BaseException) -> EmpgError:
+    """Errors of others as ours."""
+    from empg_lite.errors import Interrupted, OutOfMemory, StorageError
+
+    if isinstance(error, typer.BadParameter | typer.Abort) or type(error).__module__.startswith("typer."):
+        message = getattr(error, "format_message", lambda: str(error) or type(error).__name__)()
+        return UsageError(message.rstrip("."), _usage_context(error), "see --help")
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted(2, "interrupted")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return OutOfMemory(
+            "out of memory",
+            "",
+            "lower sampler.batch_rows or optim.micro_batch_tokens, or use a smaller model",
+        )
+    if isinstance(error, OSError):
+        return StorageError(error.strerror or str(error), str(error.filename or ""))
+    return EmpgError(
+        f"internal error: {type(error).__name__}: {error}", "", "repeat with --debug and report the traceback"
+    )
+
+
+def _usage_context(error: Any) -> str:
+    context = getattr(error, "ctx", None)
+    return context.command_path if context is not None else ""

@@ -1,0 +1,103 @@
+"""Options that several commands share, and where their output goes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from empg_lite.metrics import View
+
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", "-r", help="Built-in recipe or a YAML file.", show_default=False)
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe key; repeatable.", show_default=False),
+]
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", help="Shorthand for --set run.seed=N.", show_default=False)
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="JSON only on stdout, the result on its last line; progress on stderr.")
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Go on despite refused sampling settings or a dead signal.")
+]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on where the run in --output-dir stopped.")]
+OutputDirOption = Annotated[
+    Path | None,
+    typer.Option("--output-dir", "-o", help="Run directory; default runs/<recipe>-NNN.", show_default=False),
+]
+AllowChangeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-change", metavar="FIELD", help="Accept a changed recipe key on --resume.", show_default=False
+    ),
+]
+MaxMinutesOption = Annotated[
+    float | None,
+    typer.Option(
+        "--max-minutes", min=0.0, help="Stop with a checkpoint after M minutes.", show_default=False
+    ),
+]
+TargetArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="[RUN|ADAPTER|MODEL]", help="Default: the newest run.", show_default=False),
+]
+
+
+class Output:
+    """Where a command writes. With ``--json`` stdout is kept for JSON and everything else goes to stderr."""
+
+    def __init__(self, as_json: bool) -> None:
+        from rich.console import Console
+
+        self.as_json = as_json
+        self._stdout = sys.stdout
+        self.console: Console = Console(stderr=as_json, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[Output]:
+        """Libraries print what they like; with ``--json`` none of it reaches stdout."""
+        if not self.as_json:
+            yield self
+            return
+        with contextlib.redirect_stdout(sys.stderr):
+            yield self
+
+    def line(self, record: dict[str, Any]) -> None:
+        """One JSON object on stdout (with ``--json``; nothing otherwise)."""
+        if self.as_json:
+            self.raw(record)
+
+    def raw(self, record: dict[str, Any]) -> None:
+        """One compact ASCII JSON object on stdout, whatever the mode."""
+        self._stdout.write(json.dumps(record, separators=(",", ":")) + "\n")
+        self._stdout.flush()
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """For people; model text must come as ``rich.text.Text`` of ``safe(...)``."""
+        self.console.print(*objects, **options)
+
+    def view(self) -> View:
+        """The live view of a run on this console."""
+        from empg_lite.metrics import ConsoleView
+
+        return ConsoleView(self.console)
+
+
+def command_line() -> str:
+    """What was typed, for the record."""
+    import shlex
+
+    return shlex.join(["empg-lite", *sys.argv[1:]])

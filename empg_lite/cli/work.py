@@ -1,0 +1,266 @@
+"""Commands that train: train, sample, score, fit, eval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from empg_lite.cli.options import (
+    AllowChangeOption,
+    DebugOption,
+    ForceOption,
+    JsonOption,
+    MaxMinutesOption,
+    Output,
+    OutputDirOption,
+    RecipeOption,
+    ResumeOption,
+    SeedOption,
+    SetOption,
+    TargetArgument,
+    command_line,
+)
+
+if TYPE_CHECKING:
+    from empg_lite.recipe import Recipe
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    for command in (train, sample, score, fit):
+        app.command()(command)
+    app.command("eval")(evaluate)
+
+
+def train(
+    recipe: RecipeOption = None,
+    output_dir: OutputDirOption = None,
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, help="Shorthand for run.steps.", show_default=False)
+    ] = None,
+    max_minutes: MaxMinutesOption = None,
+    resume: ResumeOption = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
+    force: ForceOption = False,
+    overrides: SetOption = None,
+    seed: SeedOption = None,
+    allow_change: AllowChangeOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Train by a recipe: sample, score, fit; evaluate before and after."""
+    from empg_lite.recipe_file import dump_recipe, load_recipe
+    from empg_lite.runs import RECIPE, is_run, next_run_dir
+
+    out = Output(as_json)
+    changes = [*(overrides or []), *([f"run.steps={max_steps}"] if max_steps else [])]
+    name = recipe
+    if recipe is None and resume and output_dir is not None and is_run(output_dir):
+        name = str(output_dir / RECIPE)  # the run knows its own recipe
+    plan = load_recipe(name or "tiny", changes, seed)
+    if dry_run:
+        resolved = plan.resolved()
+        if as_json:
+            out.raw(resolved.model_dump(mode="json"))
+        else:
+            typer.echo(dump_recipe(resolved), nl=False)
+        return
+    run = output_dir or next_run_dir(Path(name or "tiny").stem)
+    from empg_lite.train import TrainOptions
+    from empg_lite.train import train as run_training
+
+    options = TrainOptions(resume, force, max_minutes, tuple(allow_change or ()), command_line())
+    with out.guarded():
+        out.print(f"run: {run}", markup=False, highlight=False)
+        result = run_training(plan, run, options, out.view())
+        out.line(result)
+        _say_result(out, result, run)
+
+
+def _say_result(out: Output, result: dict[str, Any], run: Path) -> None:
+    if out.as_json:
+        return
+    before, after = result["accuracy_before"], result["accuracy_after"]
+    if isinstance(before, float) and isinstance(after, float):
+        out.print(
+            f"greedy accuracy {before:.1%} -> {after:.1%} · T=1 accuracy {result['t1_accuracy_before']:.1%} -> "
+            f"{result['t1_accuracy_after']:.1%} · {result['steps']} steps, {result['seconds']:.0f} s of training",
+            style="bold",
+            highlight=False,
+        )
+    out.print(f"talk to it: empg-lite chat {run}", markup=False, highlight=False)
+
+
+def sample(
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RUN|ADAPTER]", help="Policy to sample from; default: untrained.", show_default=False
+        ),
+    ] = None,
+    recipe: RecipeOption = None,
+    out_file: Annotated[Path, typer.Option("--out", help="Rollout file to write or complete.")] = Path(
+        "rollouts.jsonl"
+    ),
+    problems: Annotated[
+        int | None, typer.Option(min=1, help="Problems to draw for.", show_default=False)
+    ] = None,
+    append: Annotated[
+        bool, typer.Option("--append", help="Add to a file sampled with other arguments.")
+    ] = False,
+    force: ForceOption = False,
+    overrides: SetOption = None,
+    seed: SeedOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """E-step only: draw rationales into a file, without rewards. Repeating it completes the file."""
+    from empg_lite.offline import SampleOptions
+    from empg_lite.offline import sample as draw
+
+    out = Output(as_json)
+    plan, run = _policy_of(source, recipe, overrides, seed)
+    with out.guarded():
+        result = draw(plan, run, out_file, SampleOptions(problems, append, force), out.view())
+        out.line(result)
+        out.print(f"{result['rationales']} rationales in {out_file} ({result['new']} new)", markup=False)
+
+
+def _policy_of(
+    source: str | None, recipe: str | None, overrides: list[str] | None, seed: int | None
+) -> tuple[Recipe, Path | None]:
+    """Recipe and run (None for a bare adapter or an untrained policy) that RUN|ADAPTER and the options mean."""
+    from empg_lite.recipe_file import load_recipe
+    from empg_lite.runs import RECIPE, is_run, run_of
+    from empg_lite.target import resolve_target
+
+    path = Path(source) if source is not None else None
+    if path is None:
+        return load_recipe(recipe or "tiny", overrides or [], seed), None
+    run = path if is_run(path) else run_of(path)
+    if run is None:
+        return resolve_target(source, recipe, overrides or [], seed).recipe, None
+    return load_recipe(recipe or str(run / RECIPE), overrides or [], seed), path
+
+
+def score(
+    file: Annotated[Path, typer.Argument(help="Rollout file; graded in place.", show_default=False)],
+    reward: Annotated[
+        str | None,
+        typer.Option(help="gsm8k, math, exact, regex:PATTERN; default: the file's own.", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Grade, or grade again, the rationales of a file. No model is loaded."""
+    from empg_lite.offline import score_file
+
+    out = Output(as_json)
+    check_reward_option(reward)
+    with out.guarded():
+        result = score_file(file, reward, out.view())
+        out.line(result)
+        mean = "none could be graded" if result["reward"] is None else f"mean reward {result['reward']:.1%}"
+        reasons = ", ".join(f"{n} {reason}" for reason, n in result["reasons"].items())
+        out.print(f"{result['rationales']} rationales: {mean} ({reasons})", markup=False, highlight=False)
+
+
+def fit(
+    files: Annotated[list[Path], typer.Argument(help="Scored rollout files.", show_default=False)],
+    recipe: RecipeOption = None,
+    output_dir: OutputDirOption = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="RUN", help="Go on from a run's checkpoint.", show_default=False),
+    ] = None,
+    max_minutes: MaxMinutesOption = None,
+    resume: ResumeOption = False,
+    force: ForceOption = False,
+    overrides: SetOption = None,
+    seed: SeedOption = None,
+    allow_change: AllowChangeOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """M-step only: fit stored rationales. Nothing is sampled or graded."""
+    from empg_lite.offline import fit as run_fit
+    from empg_lite.runs import next_run_dir
+    from empg_lite.train import TrainOptions
+
+    out = Output(as_json)
+    plan, _ = _policy_of(str(source) if source else None, recipe, overrides, seed)
+    run = output_dir or next_run_dir(f"{Path(recipe or 'tiny').stem}-fit")
+    options = TrainOptions(resume, force, max_minutes, tuple(allow_change or ()), command_line())
+    with out.guarded():
+        result = run_fit(plan, files, run, source, options, out.view())
+        out.line(result)
+        out.print(f"{run}: {result['steps']} steps, {result['seconds']:.1f} s", markup=False, highlight=False)
+
+
+def evaluate(
+    target: TargetArgument = None,
+    recipe: RecipeOption = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split to answer; default data.eval_split.", show_default=False)
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most so many problems.", show_default=False)
+    ] = None,
+    k: Annotated[int, typer.Option("--k", min=0, help="Also draw k samples at T=1: pass@k, maj@k.")] = 0,
+    base: Annotated[bool, typer.Option("--base", help="Also evaluate with the adapter off.")] = False,
+    overrides: SetOption = None,
+    seed: SeedOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Greedy accuracy with a 95% interval, on held-out problems."""
+    from empg_lite.evaluate import evaluate_target
+    from empg_lite.target import resolve_target
+
+    out = Output(as_json)
+    chosen = resolve_target(target, recipe, overrides or [], seed)
+    with out.guarded():
+        result = evaluate_target(chosen, split=split, limit=limit, k=k, base=base, view=out.view())
+        out.line(result)
+        if not out.as_json:
+            out.print(_table(chosen.label, result))
+
+
+def _table(label: str, result: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    base = result.get("base")
+    table = Table(title=f"{label} on {result['split']} ({result['n']} problems)")
+    table.add_column("")
+    table.add_column("tuned", justify="right")
+    if isinstance(base, dict):
+        table.add_column("base", justify="right")
+    for name, value in result.items():
+        if name in ("base", "split", "n"):
+            continue
+        cells = [_cell(name, value)] + ([_cell(name, base.get(name))] if isinstance(base, dict) else [])
+        table.add_row(name, *cells)
+    return table
+
+
+def _cell(name: str, value: object) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(f"{v:.1%}" for v in value) + "]"
+    if name in ("mean_length",):
+        return f"{value:.1f}"
+    return f"{value:.1%}" if isinstance(value, float) else str(value)
+
+
+def check_reward_option(reward: str | None) -> None:
+    """Refuse an unknown reward before any work."""
+    from empg_lite.errors import UsageError
+    from empg_lite.rewards import check_reward
+
+    if reward is None:
+        return
+    try:
+        check_reward(reward)
+    except ValueError as error:
+        raise UsageError(str(error), "--reward") from error

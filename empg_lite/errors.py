@@ -1,0 +1,98 @@
+"""Every way empg-lite stops on purpose: one line for a person, one exit code for a script.
+
+An error says *what* is wrong, *where*, and *what to do*. The command line prints
+``error: what · where · what to do`` as its last line on stderr and exits with ``exit_code``
+(sysexits numbers where one fits).
+"""
+
+from __future__ import annotations
+
+
+class EmpgError(Exception):
+    """Base of all expected failures.
+
+    Args:
+        what: the fault, in words a user knows.
+        where: file:line, field, folder or command it was found in; may be empty.
+        todo: the next thing to type or change; may be empty.
+    """
+
+    exit_code = 70
+
+    def __init__(self, what: str, where: str = "", todo: str = "") -> None:
+        self.what, self.where, self.todo = what, where, todo
+        super().__init__(" · ".join(part for part in (what, where, todo) if part))
+
+
+class UsageError(EmpgError):
+    """The command line itself is wrong."""
+
+    exit_code = 2
+
+
+class RecipeError(EmpgError):
+    """A recipe cannot be read, or says something that cannot be."""
+
+    exit_code = 65
+
+
+class DataError(EmpgError):
+    """A row of a data or rollout file is unusable."""
+
+    exit_code = 65
+
+
+class MissingInput(EmpgError):
+    """A file, model or dataset is not there (offline included)."""
+
+    exit_code = 66
+
+
+class GraderUnusable(EmpgError):
+    """The grader cannot start, or fails so often that its rewards are noise."""
+
+    exit_code = 69
+
+
+class OutOfMemory(EmpgError):
+    """Nothing smaller is left to try."""
+
+    exit_code = 71
+
+
+class RunInUse(EmpgError):
+    """Another process holds the run directory."""
+
+    exit_code = 73
+
+
+class StorageError(EmpgError):
+    """Writing failed: disk full, read-only, I/O error."""
+
+    exit_code = 74
+
+
+class NumericalStop(EmpgError):
+    """Too many steps in a row were not finite."""
+
+    exit_code = 75
+
+
+class CheckpointError(EmpgError):
+    """Checkpoints exist and none is valid, or the one named is not."""
+
+    exit_code = 76
+
+
+class NoSignal(EmpgError):
+    """Training cannot learn anything with these settings."""
+
+    exit_code = 77
+
+
+class Interrupted(EmpgError):
+    """A signal arrived; what was reached is saved. ``exit_code`` is 128 + the signal's number."""
+
+    def __init__(self, signum: int, what: str, where: str = "", todo: str = "") -> None:
+        super().__init__(what, where, todo)
+        self.exit_code = 128 + signum

@@ -1,0 +1,154 @@
+"""The thing that learns: policy, optimiser, loss scaler, and where the run stands.
+
+Built the same way by ``train``, ``fit`` and ``sample``, so that a loop of the three is ``train`` to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from empg_lite import plan
+from empg_lite.checkpoint import TrainState
+from empg_lite.mstep import FitSettings, FitStats, m_step
+from empg_lite.policy import load_policy
+from empg_lite.policy.policy import Policy
+from empg_lite.rationale import Rationale, RolloutHeader
+from empg_lite.recipe import Recipe
+from empg_lite.sampler import Decoding, Sampler, choose_engine, make_sampler
+
+#: The best learning rate falls by about this factor for each doubling of passes (measured on a toy task).
+RATE_PER_DOUBLING = 0.6
+
+
+@dataclass(slots=True)
+class Learner:
+    """A recipe come to life. ``recipe`` has no ``auto`` left in it."""
+
+    recipe: Recipe
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None
+    state: TrainState
+
+    @property
+    def decoding(self) -> Decoding:
+        """How training samples."""
+        s = self.recipe.sampler
+        return Decoding(s.max_new_tokens, s.temperature, s.top_p, s.top_k)
+
+    def sampler(self) -> Sampler:
+        """The recipe's engine over the policy."""
+        rows = self.recipe.sampler.batch_rows
+        return make_sampler(self.policy, self.recipe.sampler.engine, int(rows))
+
+    def learning_rate(self) -> float:
+        """Rate of the step about to be taken: linear warm-up, then constant, lower for more passes."""
+        o, passes = self.recipe.optim, self.recipe.em.passes
+        warm = min(1.0, (self.state.step + 1) / o.warmup_steps) if o.warmup_steps else 1.0
+        return o.learning_rate * warm * RATE_PER_DOUBLING ** math.log2(passes)
+
+    def fit(
+        self,
+        rationales: Sequence[Rationale],
+        *,
+        measure_kl: bool = False,
+        on_done: Callable[[int], None] | None = None,
+    ) -> FitStats:
+        """One M-step on weighted rationales; advances ``state.policy_step`` and the counters."""
+        recipe, state = self.recipe, self.state
+        settings = FitSettings(
+            learning_rate=self.learning_rate(),
+            max_grad_norm=recipe.optim.max_grad_norm,
+            passes=recipe.em.passes,
+            kl_stop=recipe.em.kl_stop,
+            normalization=recipe.em.normalization,
+            max_new_tokens=recipe.sampler.max_new_tokens,
+            micro_batch_tokens=state.micro_batch_tokens or int(recipe.optim.micro_batch_tokens),
+        )
+        stats = m_step(
+            self.policy,
+            self.optimizer,
+            rationales,
+            settings,
+            scaler=self.scaler,
+            measure_kl=measure_kl,
+            on_done=on_done,
+        )
+        state.policy_step += stats.updates
+        state.micro_batch_tokens = stats.micro_batch_tokens
+        state.steps_without_update += stats.updates == 0
+        state.no_signal = 0 if stats.rows_fitted else state.no_signal + 1
+        state.skipped_nonfinite += stats.skipped_nonfinite
+        state.nonfinite_in_a_row = 0 if stats.updates else state.nonfinite_in_a_row + stats.skipped_nonfinite
+        return stats
+
+    def header(self, reward: str | None) -> RolloutHeader:
+        """Who samples now, for a rollout file."""
+        s = self.recipe.sampler
+        return RolloutHeader(
+            model=self.recipe.model.name,
+            revision=self.policy.revision,
+            adapter=self.policy.adapter_sha256(),
+            tokenizer=self.policy.tokenizer_sha256,
+            template=self.policy.template.sha256,
+            sampler={
+                "temperature": s.temperature,
+                "top_p": s.top_p,
+                "top_k": s.top_k,
+                "max_new_tokens": s.max_new_tokens,
+                "samples_per_problem": s.samples_per_problem,
+            },
+            seed=self.recipe.run.seed,
+            reward_name=reward,
+        )
+
+
+def build_learner(recipe: Recipe) -> Learner:
+    """Load the policy and settle everything that the recipe leaves to ``auto``.
+
+    Raises:
+        what ``load_policy`` raises.
+    """
+    policy = load_policy(
+        recipe.model,
+        str(recipe.data.prompt),
+        seed=recipe.run.seed,
+        gradient_checkpointing=recipe.optim.gradient_checkpointing,
+    )
+    recipe = settle_auto(recipe, policy)
+    optimizer = torch.optim.AdamW(
+        list(policy.trainable().values()), lr=recipe.optim.learning_rate, betas=(0.9, 0.999), weight_decay=0.0
+    )
+    scaler = torch.amp.GradScaler(policy.device.type) if policy.dtype == torch.float16 else None
+    return Learner(recipe, policy, optimizer, scaler, TrainState())
+
+
+def settle_auto(recipe: Recipe, policy: Policy) -> Recipe:
+    """The recipe with every ``auto`` replaced by what this machine and its free memory allow."""
+    config, itemsize = policy.causal.config, policy.dtype.itemsize
+    model, sampler, optim = recipe.model, recipe.sampler, recipe.optim
+    checkpointing = optim.gradient_checkpointing
+    if checkpointing == "auto":
+        checkpointing = policy.device.type == "cuda"
+    free = plan.free_memory(policy.device)
+    rows, tokens = sampler.batch_rows, optim.micro_batch_tokens
+    if rows == "auto":
+        per_row = sampler.max_new_tokens + int(recipe.data.max_prompt_tokens or 0)
+        rows = plan.auto_batch_rows(config, itemsize, per_row, free)
+    if tokens == "auto":
+        tokens = plan.auto_micro_batch_tokens(config, itemsize, checkpointing, free)
+    engine = choose_engine(sampler.engine, policy)
+    dtype = str(policy.dtype).removeprefix("torch.")
+    settled: dict[str, Any] = {
+        "model": model.model_copy(update={"backend": policy.backend, "dtype": dtype}),
+        "sampler": sampler.model_copy(update={"engine": engine, "batch_rows": rows}),
+        "optim": optim.model_copy(
+            update={"micro_batch_tokens": tokens, "gradient_checkpointing": checkpointing}
+        ),
+    }
+    return recipe.model_copy(update=settled)

@@ -1,0 +1,216 @@
+"""M-step: weighted maximum likelihood on the LoRA weights, one optimiser step a pass.
+
+The denominator is counted over all rows before the first micro-batch, rows of weight 0 included, so the
+micro-batch size is a matter of memory alone: it never changes the maths.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from empg_lite.em import denominator, k3_sum, m_step_loss
+from empg_lite.errors import OutOfMemory
+from empg_lite.policy.policy import Policy, collate
+from empg_lite.rationale import Rationale
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class FitSettings:
+    """What of a recipe the M-step needs. ``learning_rate`` is the rate of this very step."""
+
+    learning_rate: float
+    max_grad_norm: float
+    passes: int
+    kl_stop: float
+    normalization: str
+    max_new_tokens: int
+    micro_batch_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class FitStats:
+    """What one M-step did.
+
+    Attributes:
+        updates: optimiser steps taken (0 where every weight is 0).
+        skipped_nonfinite: passes whose gradient was not finite and was thrown away.
+        loss, grad_norm: of the first pass; None where there was none.
+        kl_old: k3 estimate of KL(policy at the start || now) in nats a token; None where not measured.
+        rows_fitted: rows of non-zero weight in the first pass.
+        micro_batch_tokens: the budget in force at the end (smaller after an out-of-memory back-off).
+    """
+
+    updates: int
+    skipped_nonfinite: int
+    loss: float | None
+    grad_norm: float | None
+    kl_old: float | None
+    rows_fitted: int
+    micro_batch_tokens: int
+
+
+def m_step(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    rationales: Sequence[Rationale],
+    settings: FitSettings,
+    *,
+    scaler: torch.amp.GradScaler | None = None,
+    measure_kl: bool = False,
+    on_done: Callable[[int], None] | None = None,
+) -> FitStats:
+    """Fit the policy to weighted rationales, all rows of the step together.
+
+    Args:
+        rationales: every row of the step, those of weight 0 too: they count in the denominator.
+        scaler: loss scaling for float16.
+        measure_kl: measure ``kl_old`` at the end even where nothing else asks for it.
+
+    Raises:
+        OutOfMemory: a single row does not fit.
+    """
+    weights = [_weight(r) for r in rationales]
+    lengths = [len(r.completion_ids) for r in rationales]
+    z = denominator(lengths, normalization=settings.normalization, max_new_tokens=settings.max_new_tokens)
+    fitter = _Fitter(policy, optimizer, rationales, z, settings, scaler, on_done)
+    if not any(weights):
+        # Not even an empty optimiser step: Adam's momentum would move the weights.
+        return fitter.stats(kl_old=0.0 if measure_kl else None)
+
+    reuse = settings.passes > 1
+    with policy.training():
+        old = fitter.logprobs() if reuse or measure_kl else None
+        for n_pass in range(settings.passes):
+            if n_pass == 1:
+                weights = [max(w, 0.0) for w in weights]  # from here on the samples are reused
+            if n_pass and old is not None and fitter.kl(old) > settings.kl_stop:
+                break
+            if any(weights):
+                fitter.fit(weights)
+        return fitter.stats(kl_old=fitter.kl(old) if old is not None else None)
+
+
+def _weight(rationale: Rationale) -> float:
+    assert rationale.weight is not None, "weigh before fitting"
+    return rationale.weight
+
+
+class _Fitter:
+    """The rows of one M-step, cut into micro-batches of a token budget that shrinks when memory runs out."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        optimizer: torch.optim.Optimizer,
+        rows: Sequence[Rationale],
+        z: float,
+        settings: FitSettings,
+        scaler: torch.amp.GradScaler | None,
+        on_done: Callable[[int], None] | None,
+    ) -> None:
+        self.policy, self.optimizer, self.rows, self.z = policy, optimizer, rows, z
+        self.settings, self.scaler, self.on_done = settings, scaler, on_done
+        self.budget = settings.micro_batch_tokens
+        self.updates = self.nonfinite = self.fitted = 0
+        self.first: tuple[float, float] | None = None  # loss, grad_norm
+
+    def fit(self, weights: Sequence[float]) -> None:
+        """One pass: the gradient of the whole step, clipped, one optimiser step."""
+        loss = self._with_backoff(lambda: self._backward(weights))
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm))
+        self.first = self.first or (loss, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        if self.scaler is not None:
+            self.scaler.step(self.optimizer)  # leaves the weights alone where it saw an infinity
+            self.scaler.update()
+        elif finite:
+            self.optimizer.step()
+        self.updates += finite
+        self.nonfinite += not finite
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _backward(self, weights: Sequence[float]) -> float:
+        self.optimizer.zero_grad(set_to_none=True)
+        kept = [i for i, w in enumerate(weights) if w != 0]
+        self.fitted = self.fitted or len(kept)
+        total = 0.0
+        for batch in self._micro_batches(kept):
+            logprobs, mask = self._score(batch)
+            w = torch.tensor([weights[i] for i in batch], dtype=torch.float32, device=logprobs.device)
+            loss = m_step_loss(logprobs, mask, w, self.z)
+            (self.scaler.scale(loss) if self.scaler is not None else loss).backward()
+            total += float(loss.detach())
+            if self.on_done:
+                self.on_done(len(batch))
+        return total
+
+    def logprobs(self) -> dict[int, Tensor]:
+        """Trainer log-probs of every row's completion, right and wrong: {row: (T,)} on the CPU."""
+
+        def measure() -> dict[int, Tensor]:
+            found: dict[int, Tensor] = {}
+            with torch.no_grad():
+                for batch in self._micro_batches(range(len(self.rows))):
+                    logprobs, mask = self._score(batch)
+                    found |= {i: logprobs[b][mask[b]].cpu() for b, i in enumerate(batch)}
+            return found
+
+        return self._with_backoff(measure)
+
+    def kl(self, old: dict[int, Tensor]) -> float:
+        """k3 over all rows against the log-probs at the start, nats a token."""
+        now = self.logprobs()
+        flat_old = torch.cat([old[i] for i in sorted(old)])[None]
+        flat_now = torch.cat([now[i] for i in sorted(now)])[None]
+        total = k3_sum(flat_now, flat_old, torch.ones_like(flat_now, dtype=torch.bool))
+        return total / max(flat_now.numel(), 1)
+
+    def stats(self, kl_old: float | None) -> FitStats:
+        loss, norm = self.first or (None, None)
+        return FitStats(self.updates, self.nonfinite, loss, norm, kl_old, self.fitted, self.budget)
+
+    def _score(self, batch: Sequence[int]) -> tuple[Tensor, Tensor]:
+        pairs = [(self.rows[i].prompt_ids, self.rows[i].completion_ids) for i in batch]
+        return self.policy.token_logprobs(collate(pairs, self.policy.pad_id, self.policy.device))
+
+    def _micro_batches(self, rows: Sequence[int]) -> list[list[int]]:
+        """Rows of like length together, each batch at most ``budget`` padded tokens (or a single row)."""
+        length = {i: len(self.rows[i].prompt_ids) + len(self.rows[i].completion_ids) for i in rows}
+        batches: list[list[int]] = []
+        width = 0
+        for i in sorted(rows, key=lambda i: (-length[i], i)):
+            if not batches or (len(batches[-1]) + 1) * width > self.budget:
+                batches.append([])
+                width = length[i]  # the longest of its batch comes first
+            batches[-1].append(i)
+        return batches
+
+    def _with_backoff(self, work: Callable[[], T]) -> T:
+        """Do ``work``; where memory runs out, do it again in half the micro-batch. The result is the same."""
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError as error:
+                widest = max(len(r.prompt_ids) + len(r.completion_ids) for r in self.rows)
+                if self.budget <= widest:
+                    raise OutOfMemory(
+                        f"one rationale of {widest} tokens does not fit in memory",
+                        "M-step",
+                        "lower sampler.max_new_tokens, or set optim.gradient_checkpointing: true",
+                    ) from error
+            self.optimizer.zero_grad(set_to_none=True)
+            self.budget = max(self.budget // 2, 1)
+            torch.cuda.empty_cache()

@@ -1,0 +1,293 @@
+"""The two halves of the loop as commands of their own: sample now, grade again later, fit many times, anywhere.
+
+A rationale is text and a reward; no ratio, no stored log-probability ties it to the machine that drew it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from empg_lite import store
+from empg_lite.checkpoint import load_checkpoint, newest_valid, require_valid
+from empg_lite.data import ProblemStream, drop_long, load_splits
+from empg_lite.errors import Interrupted, MissingInput, RecipeError, UsageError
+from empg_lite.estep import sample_rationales, score, weigh
+from empg_lite.learner import Learner, build_learner
+from empg_lite.metrics import Journal, View
+from empg_lite.rationale import (
+    Group,
+    Rationale,
+    RolloutHeader,
+    Segment,
+    check_scored,
+    encode_rollouts,
+    flatten,
+    group_rationales,
+    header_line,
+    rationale_line,
+    read_rollouts,
+)
+from empg_lite.recipe import Recipe, refused_sampling
+from empg_lite.rewards import Grader
+from empg_lite.runs import is_run, open_run
+from empg_lite.session import Session, finished
+from empg_lite.train import RESUME, Clock, TrainOptions, stop_request, summarise
+
+
+@dataclass(frozen=True, slots=True)
+class SampleOptions:
+    """``problems``: how many to draw rationales for; None is ``run.steps`` x P, or one step of a RUN."""
+
+    problems: int | None = None
+    append: bool = False
+    force: bool = False
+
+
+def checkpoint_of(source: Path) -> Path:
+    """The checkpoint that RUN or RUN/checkpoints/step-N means.
+
+    Raises:
+        MissingInput, CheckpointError: there is none, or it is not valid.
+    """
+    if (source / "state.json").is_file():
+        return require_valid(source)
+    if source.parent.name == "checkpoints" and source.is_dir():
+        return require_valid(source)
+    if not is_run(source):
+        raise MissingInput("not a run, and not a checkpoint of one", str(source))
+    found = newest_valid(source)
+    if found is None:
+        raise MissingInput("the run has no checkpoint yet", str(source))
+    return found
+
+
+def sample(
+    recipe: Recipe,
+    source: Path | None,
+    out: Path,
+    options: SampleOptions = SampleOptions(),
+    view: View | None = None,
+) -> dict[str, Any]:
+    """E-step only: draw rationales into a rollout file, without rewards. Repeating it completes the file.
+
+    Args:
+        source: a run or checkpoint, which gives policy, step and data position; None starts at step 0.
+
+    Raises:
+        UsageError: the file holds samples that were asked for otherwise, and ``append`` was not said.
+    """
+    started = time.monotonic()
+    view = view or View()
+    recipe = recipe.resolved()
+    refusal = refused_sampling(recipe)
+    if refusal and not options.force:
+        raise RecipeError(refusal, "sampler", "set it back, or say --force")
+    splits = load_splits(recipe)
+    learner = build_learner(recipe)
+    if source is not None:
+        learner.state, _ = load_checkpoint(
+            checkpoint_of(source), learner.policy, learner.optimizer, learner.scaler
+        )
+    recipe = learner.recipe
+    lengths = [len(learner.policy.encode_prompt(p.question)[1]) for p in splits.train]
+    problems, _ = drop_long(list(splits.train), lengths, int(recipe.data.max_prompt_tokens or 0))
+    stream = ProblemStream(problems, recipe.run.seed)
+
+    p, k = recipe.sampler.problems_per_step, recipe.sampler.samples_per_problem
+    wanted = options.problems or (p if source is not None else p * recipe.run.steps)
+    first, done = _open_segment(out, learner, wanted, options.append)
+    sampler = learner.sampler()
+    with view.phase("sampling", (wanted - done) * k) as on_done:
+        for offset in range(done, wanted, p):
+            draw = sample_rationales(
+                learner.policy,
+                sampler,
+                stream.take(learner.state.position + first + offset, min(p, wanted - offset)),
+                learner.decoding,
+                samples=k,
+                seed=recipe.run.seed,
+                step=learner.state.step + 1 + -(-first // p) + offset // p,
+                policy_step=learner.state.policy_step,
+                on_done=on_done,
+            )
+            rows = flatten(draw.groups)
+            store.append_text(out, "".join(rationale_line(r) + "\n" for r in rows))
+    total = sum(len(s.rationales) for s in read_rollouts(out))
+    seconds = round(time.monotonic() - started, 3)
+    return {"out": str(out), "rationales": total, "new": (wanted - done) * k, "seconds": seconds}
+
+
+def _open_segment(out: Path, learner: Learner, wanted: int, append: bool) -> tuple[int, int]:
+    """Make ``out`` end in a segment for this request: (first problem of it, problems it holds already).
+
+    What a kill left of an E-step is cut off, so that the segment holds whole E-steps only.
+    """
+    base = learner.header(None)
+
+    def header(first: int) -> RolloutHeader:
+        asked = {"problems": wanted, "first": first, "from_step": learner.state.step}
+        return replace(base, sampler={**base.sampler, **asked})
+
+    segments = read_rollouts(out, torn_tail=True) if out.exists() else []
+    if segments:
+        last = segments[-1]
+        first = int(last.header.sampler.get("first", 0))
+        same = replace(last.header, reward_name=None) == header(first)
+        done = _whole_problems(last, learner, wanted) if same else 0
+        if same and done < wanted:
+            rows = last.rationales[: done * learner.recipe.sampler.samples_per_problem]
+            kept = [*segments[:-1], Segment(last.header, rows)]
+            store.write_file(out, "".join(encode_rollouts(s.header, s.rationales) for s in kept))
+            return first, done
+        if not append:
+            if same:
+                return first, wanted
+            raise UsageError(
+                "the file was sampled with other arguments", str(out), "add --append, or name another --out"
+            )
+        first = first + wanted if same else 0
+    else:
+        first = 0
+    store.append_text(out, header_line(header(first)) + "\n")
+    return first, 0
+
+
+def _whole_problems(segment: Segment, learner: Learner, wanted: int) -> int:
+    """Problems of the whole E-steps that a segment holds."""
+    s = learner.recipe.sampler
+    problems = len(segment.rationales) // s.samples_per_problem
+    return problems if problems >= wanted else problems // s.problems_per_step * s.problems_per_step
+
+
+def score_file(path: Path, reward: str | None, view: View | None = None) -> dict[str, Any]:
+    """Grade, or grade again under another reward, what a rollout file holds; in place, in one step.
+
+    Args:
+        reward: a reward's name; None: the one in the file's header.
+
+    Raises:
+        UsageError: no reward is named anywhere.
+    """
+    view = view or View()
+    segments = read_rollouts(path)
+    graded, reasons = [], Counter[str]()
+    with Grader() as grader, view.phase("grading", sum(len(s.rationales) for s in segments)) as on_done:
+        for segment in segments:
+            name = reward or segment.header.reward_name
+            if name is None:
+                raise UsageError("no reward is named", str(path), "add --reward NAME")
+            rows = score(segment.rationales, grader, name)
+            on_done(len(rows))
+            reasons.update(str(r.reason) for r in rows)
+            header = replace(segment.header, reward_name=name)
+            graded.append(Segment(header, tuple(replace(r, weight=None) for r in rows)))
+    store.write_file(path, "".join(encode_rollouts(s.header, s.rationales) for s in graded))
+    rewards = [r.reward or 0.0 for s in graded for r in s.rationales if not r.failed]
+    mean = sum(rewards) / len(rewards) if rewards else None
+    return {
+        "file": str(path),
+        "rationales": sum(reasons.values()),
+        "reward": mean,
+        "reasons": dict(sorted(reasons.items())),
+    }
+
+
+def fit(
+    recipe: Recipe,
+    files: Sequence[Path],
+    run: Path,
+    source: Path | None = None,
+    options: TrainOptions = TrainOptions(),
+    view: View | None = None,
+) -> dict[str, Any]:
+    """M-step only: fit stored rationales, P problems to an optimiser step. No sampler, no reward code runs.
+
+    Args:
+        files: scored rollout files; ages and sources may be mixed, statistics never cross them.
+        source: a run or checkpoint to go on from: adapter, moments, step and schedule.
+
+    Raises:
+        DataError: a row is unusable or was never scored.
+    """
+    clock = Clock(options.max_minutes)
+    view = view or View()
+    segments = [segment for path in files for segment in _scored_segments(path)]
+    groups = [group for segment in segments for group in group_rationales(segment.rationales)]
+    source = source and checkpoint_of(source)
+    p = recipe.sampler.problems_per_step
+    # The files say how many steps there are; and nothing is sampled here, so nothing is evaluated.
+    steps = (_step_of(source) if source else 0) + -(-len(groups) // p)
+    recipe = recipe.model_copy(
+        update={"run": recipe.run.model_copy(update={"eval_every": 0, "steps": steps})}
+    )
+    with store.run_lock(run), stop_request() as stop:
+        journal = Journal(run)
+        opened = open_run(
+            run, recipe, resume=options.resume, journal=journal, allow_change=options.allow_change
+        )
+        if opened.checkpoint is not None and finished(run, opened.recipe):
+            view.note(f"{run} is finished: nothing to do")
+            return summarise(run, opened.recipe, int(opened.checkpoint.name[5:]), 0.0, clock)
+        session = Session(run, opened, journal, view, options.command, source)
+        learner, state, recipe = session.learner, session.learner.state, session.recipe
+        groups = [_with_ids(group, learner) for group in groups]
+        while state.step < recipe.run.steps:
+            at = (state.step - state.first_step) * p
+            batch = weigh(
+                groups[at : at + p],
+                weighting=recipe.em.weighting,
+                baseline=recipe.em.baseline,
+                current_step=state.policy_step,
+            )
+            ages = [
+                state.policy_step - r.policy_step for g in batch for r in g.rationales if r.policy_step >= 0
+            ]
+            extra = {"em/staleness": sum(ages) / len(ages)} if ages else {}
+            session.record(
+                session.fit_groups(batch, reward=None, times={}, measure_kl=recipe.em.passes > 1, extra=extra)
+            )
+            out_of_time = clock.out_of_time()
+            if session.checkpoint_due() or stop or out_of_time:
+                saved = session.checkpoint()
+            if state.step < recipe.run.steps and stop:
+                raise Interrupted(
+                    stop[0], f"stopped after step {state.step}, {saved.name} is saved", str(run), RESUME
+                )
+            if state.step < recipe.run.steps and out_of_time:
+                break
+            session.stop_if_hopeless(force=options.force)
+        else:
+            session.publish_adapter("adapter", {})
+        return summarise(run, recipe, state.step, state.seconds, clock)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(json.loads((checkpoint / "state.json").read_bytes())["state"]["step"])
+
+
+def _scored_segments(path: Path) -> list[Segment]:
+    segments = read_rollouts(path)
+    check_scored([r for s in segments for r in s.rationales], str(path))
+    return [s for s in segments if s.rationales]
+
+
+def _with_ids(group: Group, learner: Learner) -> Group:
+    """Tokenise what came as text only; its stop is the template's end token."""
+    policy = learner.policy
+
+    def ids(r: Rationale) -> Rationale:
+        if r.prompt_ids and r.completion_ids:
+            return r
+        prompt = r.prompt or policy.template.render(r.question)
+        prompt_ids = tuple(policy.tokenizer.encode(prompt, add_special_tokens=False))
+        return replace(
+            r, prompt=prompt, prompt_ids=prompt_ids, completion_ids=policy.encode_completion(r.completion)
+        )
+
+    return replace(group, rationales=tuple(map(ids, group.rationales)))

@@ -1,0 +1,145 @@
+"""Two ways to get the same policy: Unsloth's kernels, or plain transformers + peft + bitsandbytes.
+
+Both take the same local folder, quantise the same weights with bitsandbytes NF4 and put the same LoRA on
+all linear layers, so they differ by kernel rounding only. Unsloth patches transformers when it is
+imported, and must be imported first: a process uses one backend.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from empg_lite.errors import UsageError
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+SetMode = Callable[[Any, bool], None]
+
+
+def choose_backend(asked: str) -> str:
+    """``auto`` takes Unsloth where it is installed and a GPU is there; on CPU it is stock transformers underneath.
+
+    Raises:
+        UsageError: ``unsloth`` was asked for by name and is not installed, or came too late.
+    """
+    installed = importlib.util.find_spec("unsloth") is not None
+    if asked == "auto":
+        return "unsloth" if installed and torch.cuda.is_available() else "transformers"
+    if asked == "unsloth" and not installed:
+        raise UsageError("Unsloth is not installed", "model.backend: unsloth", "pip install 'empg-lite[gpu]'")
+    return asked
+
+
+def import_unsloth() -> Any:
+    """Import Unsloth before anything it patches, with its statistics off and its cache out of the working folder."""
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(tempfile.gettempdir()) / "empg-lite-unsloth"))
+    if "unsloth" not in sys.modules and "peft" in sys.modules:
+        raise UsageError(
+            "Unsloth must be imported before peft", "model.backend: unsloth", "use a fresh process"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import unsloth
+    return unsloth
+
+
+def load_transformers(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    load_in_4bit: bool,
+    r: int,
+    alpha: int,
+    checkpointing: bool,
+    seed: int,
+) -> tuple[Any, SetMode]:
+    """Base by transformers, NF4 by bitsandbytes, LoRA by peft."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    quantization = None
+    if load_in_4bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    base = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        quantization_config=quantization,
+        device_map={"": device},
+        attn_implementation="sdpa",
+    )
+    keep_nf4_unpacked(base)
+    base.requires_grad_(False)
+    torch.manual_seed(seed)
+    model = get_peft_model(
+        base,
+        LoraConfig(
+            r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(LINEARS), task_type="CAUSAL_LM"
+        ),
+    )
+    if checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model, lambda m, training: m.train(training)
+
+
+def load_unsloth(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    load_in_4bit: bool,
+    r: int,
+    alpha: int,
+    checkpointing: bool,
+    seed: int,
+) -> tuple[Any, SetMode]:
+    """Base, NF4 and LoRA by Unsloth, with its mode switches and its gradient checkpointing."""
+    FastLanguageModel = import_unsloth().FastLanguageModel
+    base, _ = FastLanguageModel.from_pretrained(
+        str(folder), dtype=dtype, load_in_4bit=load_in_4bit, max_seq_length=None, use_exact_model_name=True
+    )
+    keep_nf4_unpacked(base)
+    kind = "unsloth" if checkpointing else False
+    torch.manual_seed(seed)
+    model = FastLanguageModel.get_peft_model(
+        base,
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=0,
+        target_modules=list(LINEARS),
+        bias="none",
+        use_gradient_checkpointing=kind,
+        random_state=seed,
+    )
+
+    def set_mode(m: Any, training: bool) -> None:
+        if training:
+            FastLanguageModel.for_training(m, use_gradient_checkpointing=kind)
+        else:
+            FastLanguageModel.for_inference(m)
+
+    return model, set_mode
+
+
+def keep_nf4_unpacked(model: Any) -> None:
+    """Stop bitsandbytes from repacking NF4 weights in place at the first no-grad forward.
+
+    On CPUs with avx512_bf16 it does so for good, and the next training step fails or is wrong.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

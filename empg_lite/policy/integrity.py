@@ -1,0 +1,160 @@
+"""Is this really the model it says it is? Asked before anything is trained on it.
+
+The libraries below are forgiving: a checkpoint that lacks a tensor is filled with random numbers and a
+printed note, a folder without tokenizer files gives a tokenizer that encodes any text to nothing, and a
+custom vocabulary is split by the wrong pre-tokenizer. Each of those trains happily, on noise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+from empg_lite.errors import DataError, MissingInput
+
+SUPPORTED = ("qwen2",)
+_PROBES = (
+    "What is 17 + 25?\nStep 1: 17 + 25 = 42. #### 42",
+    "Zoë paid €3.50 — half of 7½ · \\boxed{\\frac{1}{2}}",
+)
+_MAX_HEADER = 100 << 20
+
+
+def resolve_model(name: str, revision: str | None, *, weights: bool = True) -> tuple[Path, str | None]:
+    """The folder a model lies in, fetched from the hub once where it is not local.
+
+    Args:
+        weights: False fetches configuration and tokenizer only.
+
+    Returns:
+        The folder, and the commit it is at (None for a local folder).
+
+    Raises:
+        MissingInput: not a folder, and not to be had from the hub (or only in part, offline).
+    """
+    if name == "tiny":
+        from empg_lite.tiny import model_path
+
+        return model_path(), None
+    if Path(name).is_dir():
+        return Path(name), None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    patterns = ["*.json", "merges.txt", "*.jinja"] + (["*.safetensors"] if weights else [])
+    todo = "check the name and the network, or give a local folder as model.name"
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise MissingInput(f"no model folder or hub name {name!r}", "model.name", todo) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise MissingInput(f"model {name!r} cannot be fetched", "model.name", todo) from error
+    return folder, folder.name
+
+
+def check_config(folder: Path) -> dict[str, Any]:
+    """Read ``config.json`` and refuse architectures this package has no tests for.
+
+    Raises:
+        MissingInput: there is none.
+        DataError: unreadable, or another architecture.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise MissingInput(
+            "no config.json: not a model folder", str(folder), "give a folder with model files"
+        )
+    try:
+        config = json.loads(path.read_text("utf-8"))
+        model_type = config.get("model_type")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise DataError(f"config.json is not JSON ({error})", str(path)) from error
+    if model_type not in SUPPORTED:
+        raise DataError(
+            f"model type {model_type!r} is not supported",
+            str(path),
+            "tested: Qwen2.5 base and Instruct (qwen2)",
+        )
+    if config.get("auto_map"):
+        raise DataError("the model wants to run code of its own (auto_map)", str(path), "use one without")
+    return config
+
+
+def _header(path: Path) -> dict[str, tuple[int, ...]]:
+    """Tensor names and shapes of a safetensors file, from its first bytes."""
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(_MAX_HEADER, os.path.getsize(path)):
+                raise ValueError(f"header of {length} bytes")
+            header = json.loads(file.read(length))
+        end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+        if 8 + length + end != os.path.getsize(path):
+            raise ValueError(f"{os.path.getsize(path)} bytes, header says {8 + length + end}")
+        return {k: tuple(v["shape"]) for k, v in header.items() if k != "__metadata__"}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
+        raise DataError(f"damaged safetensors file ({error})", str(path), "fetch the model again") from error
+
+
+def check_weights(folder: Path) -> None:
+    """Every tensor of the architecture is in the files with its shape.
+
+    Raises:
+        MissingInput: no safetensors files.
+        DataError: naming a tensor that is missing or has another shape.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise MissingInput("no *.safetensors weights (pickle files are not read)", str(folder))
+    found: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        found |= _header(file)
+    quantised = any(name.endswith(".weight.absmax") for name in found)
+    for name, shape in _expected_shapes(folder).items():
+        if name not in found:
+            raise DataError(f"weights lack the tensor {name}", str(folder), "fetch the model again")
+        if not quantised and found[name] != shape:
+            raise DataError(f"tensor {name} has shape {found[name]}, config.json says {shape}", str(folder))
+
+
+def _expected_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        shapes.pop("lm_head.weight", None)
+    return shapes
+
+
+def check_tokenizer(tokenizer: Any, folder: Path, vocab_size: int) -> None:
+    """The tokenizer splits as its file says, gives the text back, and fits the model's vocabulary.
+
+    Raises:
+        DataError: naming what differs.
+    """
+    where = str(folder)
+    if len(tokenizer) > vocab_size:
+        raise DataError(f"tokenizer has {len(tokenizer)} tokens, the model only {vocab_size}", where)
+    file = folder / "tokenizer.json"
+    reference = None
+    if file.is_file():
+        from tokenizers import Tokenizer
+
+        reference = Tokenizer.from_file(str(file))
+    for text in _PROBES:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if tokenizer.decode(ids) != text:
+            raise DataError(
+                f"tokenizer does not give {text[:16]!r} back",
+                where,
+                "its files are missing or do not belong together",
+            )
+        if reference is not None and reference.encode(text, add_special_tokens=False).ids != ids:
+            raise DataError("tokenizer splits differently from its tokenizer.json", where)

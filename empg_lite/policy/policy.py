@@ -1,0 +1,190 @@
+"""The policy: one base, one adapter, one tokenizer, one template.
+
+Sampling and scoring must agree on prompt, padding and adapter state; that agreement is the commonest
+silent bug in this field, so both live behind this one object. Adapter on is the policy, adapter off is
+the reference: there is never a second copy of the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from empg_lite.policy.logprobs import chosen_logprobs
+from empg_lite.policy.templates import Template
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Right-padded rows, prompt then completion.
+
+    Attributes:
+        input_ids: ``(B, T)``.
+        completion_mask: ``(B, T)`` bool, True on completion tokens (the stop included), made from lengths.
+    """
+
+    input_ids: Tensor
+    completion_mask: Tensor
+
+    def __post_init__(self) -> None:
+        assert self.input_ids.ndim == 2 and self.completion_mask.shape == self.input_ids.shape
+        assert self.completion_mask.dtype == torch.bool
+        assert not self.completion_mask[:, 0].any(), "a completion token is predicted from what precedes it"
+
+
+def collate(
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, device: torch.device | str = "cpu"
+) -> Batch:
+    """Pad (prompt_ids, completion_ids) pairs on the right into a ``Batch`` of B = len(rows)."""
+    assert all(len(prompt) for prompt, _ in rows), "a prompt has at least one token"
+    width = max(len(prompt) + len(completion) for prompt, completion in rows)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    for i, (prompt, completion) in enumerate(rows):
+        end = len(prompt) + len(completion)
+        ids[i, :end] = torch.tensor([*prompt, *completion], dtype=torch.long)
+        mask[i, len(prompt) : end] = True
+    return Batch(ids.to(device), mask.to(device))
+
+
+class Policy:
+    """A LoRA-adapted causal LM with its tokenizer and prompt template.
+
+    Attributes:
+        model: the ``PeftModel``.
+        stop_ids: every end token that the model, the tokenizer and the template know.
+        backend: ``unsloth`` or ``transformers``.
+        revision: commit of the base model on the hub, or None.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        template: Template,
+        *,
+        dtype: torch.dtype,
+        backend: str,
+        name: str,
+        revision: str | None = None,
+        set_mode: Callable[[Any, bool], None] | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.dtype, self.backend, self.name, self.revision = dtype, backend, name, revision
+        self.device = next(model.parameters()).device
+        self.stop_ids = _stop_ids(model, tokenizer, template)
+        self.pad_id = int(
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self.stop_ids)
+        )
+        self._set_mode = set_mode or (lambda model, training: model.train(training))
+
+    # --- text <-> ids -----------------------------------------------------------------------------
+
+    def encode_prompt(self, question: str) -> tuple[str, tuple[int, ...]]:
+        """The prompt as text and as ids."""
+        prompt = self.template.render(question)
+        return prompt, tuple(self.tokenizer.encode(prompt, add_special_tokens=False))
+
+    def encode_completion(self, text: str) -> tuple[int, ...]:
+        """Ids of a completion that came as text, with the template's end token appended."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return (*ids, self.tokenizer.convert_tokens_to_ids(self.template.end))
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Identity of the vocabulary and the stop ids."""
+        vocab = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        return hashlib.sha256(
+            repr((vocab, sorted(self.stop_ids))).encode("utf-8", "surrogatepass")
+        ).hexdigest()
+
+    # --- the network ------------------------------------------------------------------------------
+
+    @property
+    def causal(self) -> Any:
+        """The causal LM inside the PEFT wrapper (LoRA layers injected)."""
+        return self.model.base_model.model
+
+    def backbone(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        """Everything below the head; ``last_hidden_state`` is (B, T, D)."""
+        return self.causal.model(input_ids=input_ids, **kwargs)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """``(V, D)`` output embedding, frozen."""
+        return self.causal.lm_head.weight
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """16-bit compute over fp32 adapter masters: PEFT keeps adapters in fp32 and would upcast every product."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def token_logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the completion tokens, computed at those places only.
+
+        Returns:
+            ``(B, T-1)`` float32 log-probs, 0 where the mask is False, and that mask ``(B, T-1)``: place t
+            scores token t + 1.
+        """
+        targets, mask = batch.input_ids[:, 1:], batch.completion_mask[:, 1:]
+        with self.autocast():
+            # Right padding under a causal mask: no real token can see a pad, so no attention mask is needed.
+            hidden = self.backbone(batch.input_ids, use_cache=False).last_hidden_state[:, :-1]
+            assert hidden.shape[:2] == mask.shape, f"backbone returned {tuple(hidden.shape)}"
+            chosen = chosen_logprobs(hidden[mask], self.head_weight, targets[mask])
+        logprobs = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+        return logprobs.masked_scatter(mask, chosen), mask
+
+    # --- modes ------------------------------------------------------------------------------------
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Inference mode of the backend, no gradients."""
+        self._set_mode(self.model, False)
+        with torch.no_grad(), self.autocast():
+            yield
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Training mode of the backend (gradient checkpointing on where it was asked for)."""
+        self._set_mode(self.model, True)
+        yield
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Adapter off: the base model, same weights in memory."""
+        with self.model.disable_adapter():
+            yield
+
+    # --- the adapter ------------------------------------------------------------------------------
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The LoRA parameters by name, in a fixed order."""
+        return {name: p for name, p in sorted(self.model.named_parameters()) if p.requires_grad}
+
+    def adapter_sha256(self) -> str:
+        """Identity of the adapter's values: names, shapes and bytes."""
+        digest = hashlib.sha256()
+        for name, parameter in self.trainable().items():
+            digest.update(f"{name}{tuple(parameter.shape)}".encode())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _stop_ids(model: Any, tokenizer: Any, template: Template) -> frozenset[int]:
+    """Qwen2.5 base ends with <|endoftext|>, Instruct with <|im_end|>, and each emits the other: stop on all."""
+    ids: set[int] = set()
+    for source in (model.config, getattr(model, "generation_config", None), tokenizer):
+        value = getattr(source, "eos_token_id", None)
+        if value is not None:
+            ids.update(value if isinstance(value, (list, tuple)) else [value])
+    vocab = tokenizer.get_vocab()
+    ids.update(vocab[t] for t in (template.end, "<|im_end|>", "<|endoftext|>") if t in vocab)
+    return frozenset(ids)

@@ -1,0 +1,124 @@
+"""How a question becomes a prompt, and what ends an answer to it.
+
+The stop strings belong to the template: a base model goes on to invent the next question, and only the
+prompt's author knows what that looks like. A template of one's own is a file, YAML::
+
+    text: |-
+      Problem: {question}
+      Solution:
+    stop: ["\\nProblem:"]
+    end: "<|endoftext|>"
+
+or a plain ``.txt`` whose content is ``text``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from empg_lite.errors import MissingInput, RecipeError
+
+_BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A prompt with a hole for the question.
+
+    Attributes:
+        text: contains ``{question}`` once.
+        stop: strings that end a completion; the completion ends before them.
+        end: token appended to a completion that came as text only (``fit`` on written solutions).
+    """
+
+    name: str
+    text: str
+    stop: tuple[str, ...] = ()
+    end: str = "<|endoftext|>"
+
+    def render(self, question: str) -> str:
+        """The prompt as the model sees it."""
+        return self.text.replace("{question}", question)
+
+    @property
+    def sha256(self) -> str:
+        """Identity of everything that shapes a prompt or its end."""
+        return hashlib.sha256("\0".join((self.text, *self.stop, self.end)).encode()).hexdigest()
+
+
+def _chatml(system: str) -> str:
+    return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{{question}}<|im_end|>\n<|im_start|>assistant\n"
+
+
+TEMPLATES = {
+    t.name: t
+    for t in (
+        Template("qwen-boxed", _chatml(_BOXED), stop=("<|im_start|>",), end="<|im_end|>"),
+        Template(
+            "gsm8k",
+            "Solve the problem step by step. On the last line write #### and then the final number.\n\n"
+            "Question: {question}\nAnswer:",
+            stop=("\nQuestion:", "\n\nSolve the problem"),
+        ),
+        Template("plain", "Question: {question}\nAnswer:", stop=("\nQuestion:",)),
+    )
+}
+
+
+def load_template(name_or_file: str) -> Template:
+    """A built-in template by name, or the user's own from a file.
+
+    Raises:
+        MissingInput: neither a built-in name nor a file.
+        RecipeError: the file does not say what a template must.
+    """
+    if name_or_file in TEMPLATES:
+        return TEMPLATES[name_or_file]
+    path = Path(name_or_file)
+    if not path.is_file():
+        close = get_close_matches(name_or_file, TEMPLATES, 1)
+        hint = f"did you mean {close[0]}?" if close else f"built-in: {', '.join(TEMPLATES)}"
+        raise MissingInput(f"no prompt template {name_or_file!r}", "data.prompt", hint)
+    return (
+        _from_yaml(path)
+        if path.suffix in (".yaml", ".yml")
+        else _checked(Template(path.stem, _text(path)), path)
+    )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"template cannot be read ({error})", str(path)) from error
+
+
+def _from_yaml(path: Path) -> Template:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        fields = YAML(typ="safe", pure=True).load(_text(path))
+    except YAMLError as error:
+        raise RecipeError("template is not YAML", f"{path}: {' '.join(str(error).split())}") from error
+    if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
+        raise RecipeError("a template needs a `text` with {question} in it", str(path))
+    unknown = fields.keys() - {"text", "stop", "end"}
+    if unknown:
+        raise RecipeError("unknown key", f"{path}: {sorted(map(str, unknown))[0]}", "known: text, stop, end")
+    stop = fields.get("stop", [])
+    if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
+        raise RecipeError("`stop` is a list of non-empty strings", f"{path}: stop")
+    end = fields.get("end", "<|endoftext|>")
+    if not isinstance(end, str):
+        raise RecipeError("`end` is the text of one token", f"{path}: end")
+    return _checked(Template(path.stem, fields["text"], tuple(stop), end), path)
+
+
+def _checked(template: Template, path: Path) -> Template:
+    if template.text.count("{question}") != 1:
+        raise RecipeError("the template must contain {question} exactly once", str(path))
+    return template

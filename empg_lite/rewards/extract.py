@@ -1,0 +1,303 @@
+r"""Finding the final answer in free text; each answer says which rule found it.
+
+The rules, in order of authority:
+
+* Everything before a closing thinking tag is ignored.
+* ``hash``: the last ``####`` line, when it holds a number (GSM8K's form).
+* ``final_answer_is``: an explicit "final answer is ..." after the last box.
+* ``boxed``: the boxes of the last sentence that has one, read together. Joined by commas or "and" they
+  are a list; joined by "or", or under a hedge, they are no answer. ``boxed_unclosed``: a box that is
+  never closed is read to the end of its line.
+* ``answer_is``: "the answer is ...", ``Answer: ...``, ``A: ...``.
+* ``whole``: the text is nothing but an answer.
+* ``last_math`` and ``last_number``: fallbacks, and marked as such.
+
+Every expression is linear in the length of the text.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from empg_lite.rewards.exact import read_exact
+from empg_lite.rewards.normalize import normalize
+
+RULES = (
+    "hash",
+    "final_answer_is",
+    "boxed",
+    "boxed_unclosed",
+    "answer_is",
+    "whole",
+    "last_math",
+    "last_number",
+    "pattern",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The text of an answer and the rule that found it."""
+
+    text: str
+    rule: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Box:
+    start: int
+    end: int
+    content: str
+    closed: bool
+
+
+_THINKING_ENDS = re.compile(
+    r"</\s*(?:think|thinking|thought|thoughts|reason|reasoning|reasoning_end|scratchpad)\s*>|\[/THINK\]|◁/think▷"
+    r"|<\|end_of_thought\|>",
+    re.IGNORECASE,
+)
+_BRACES = re.compile(r"\\+(?:boxed|fbox)(?![a-zA-Z])|\\[{}]|[{}]")
+_OPENED = re.compile(r"\s*\{")
+_UNBRACED = re.compile(r"[ \t]*([^\s$,;]*)")
+_SENTENCE_END = re.compile(r"[.?](?=[\s$\\)\]*\"'”]|$)|(?<=[A-Za-z])!(?=\s|$)|\n\s*\n")
+_OR = re.compile(r"(?<![A-Za-z])or(?![A-Za-z])|\\lor(?![A-Za-z])", re.IGNORECASE)
+_JOINED = re.compile(r"[,;]|(?<![A-Za-z])and(?![A-Za-z])", re.IGNORECASE)
+_THUS = re.compile(r"\b(?:so|thus|hence|therefore)\b", re.IGNORECASE)
+_PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+_MAYBE = re.compile(r"\b(?:maybe|perhaps|possibly)\b", re.IGNORECASE)
+_COULD_BE = re.compile(r"\b(?:could|may|might) be\W*(?:either|equal to)?\W*$", re.IGNORECASE)
+_PERCENT_AFTER = re.compile(r"[\s$]*(?:\\?%|(?:percent|pct)\b)", re.IGNORECASE)
+_PHRASE = re.compile(
+    r"(?:\b(?P<final>final\s+)?answer\b|^[ \t]*A(?=\s*:))[^\n.:=$\\]{0,80}?"
+    r"(?::|=|\bis\b|\bwould be\b|(?=\s*(?:\$|\\\(|\\\[)))",
+    re.IGNORECASE | re.MULTILINE,
+)
+_PHRASE_START = re.compile(r"[\s*:_]*(?:\$\$?|\\[(\[])?\s*")
+_PHRASE_END = re.compile(r"[.?](?=[\s*\"'”<]|$)|\n")
+_MATH = re.compile(
+    r"\$\$(?P<a>[^$]+)\$\$|(?<!\\)\$(?P<b>(?:\\\$|[^$])+?)(?<!\\)\$|\\\((?P<c>.+?)\\\)|(?<!\\)\\\[(?P<d>.+?)\\\]",
+    re.DOTALL,
+)
+_NUMBER = re.compile(
+    r"(?<![\w.\\^])(?P<sign>(?<![\w)\]}$] )(?<![)\]}$])[-+−–]\s?)?(?:\\?[$€£¥₹]\s?)?(?P<sign2>[-−–])?"
+    r"(?:\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\}"
+    r"|(?:\d{1,3}(?:(?:,|\{,\}|,\\!)\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:\s?/\s?\d+(?!\.?\d))?|\.\d+)"
+    r"(?:\s?\\?%)?|[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]"
+)
+
+
+def _visible(text: str) -> str:
+    """What follows the last closing thinking tag."""
+    ends = [match.end() for match in _THINKING_ENDS.finditer(text)]
+    return text[ends[-1] :] if ends else text
+
+
+def _boxes(text: str) -> list[_Box]:
+    """The outermost boxes in order; a last one that is never closed reaches to the end of its line."""
+    found: list[_Box] = []
+    stack: list[int] = []  # positions of open boxes; -1 for other braces
+    skip_to = 0
+    for match in _BRACES.finditer(text):
+        token = match.group()
+        if match.start() < skip_to or token in (r"\{", r"\}"):
+            continue
+        if token == "{":
+            stack.append(-1)
+        elif token == "}":
+            start = stack.pop() if stack else -1
+            if start >= 0:
+                while found and found[-1].start > start:
+                    found.pop()  # nested in this one
+                content = text[text.index("{", start) + 1 : match.start()]
+                found.append(_Box(start, match.end(), content, closed=True))
+        else:
+            opened = _OPENED.match(text, match.end())
+            if opened:
+                stack.append(match.start())
+                skip_to = opened.end()
+            else:
+                bare = _UNBRACED.match(text, match.end())
+                assert bare is not None
+                found.append(_Box(match.start(), bare.end(), bare.group(1), closed=True))
+    last_open = max(stack, default=-1)
+    if last_open >= 0 and (not found or found[-1].start < last_open):
+        start = text.index("{", last_open) + 1
+        end = text.find("\n", start)
+        end = len(text) if end < 0 else end
+        found.append(_Box(last_open, end, text[start:end], closed=False))
+    return found
+
+
+def _last_sentence(text: str, boxes: list[_Box]) -> list[_Box]:
+    """The boxes of the last sentence that has one."""
+    kept = boxes[-1:]
+    for box in reversed(boxes[:-1]):
+        if _SENTENCE_END.search(text, box.end, kept[0].start):
+            break
+        kept.insert(0, box)
+    return kept
+
+
+def _hedged(text: str, boxes: list[_Box]) -> bool:
+    """True where the sentence around the boxes does not commit itself."""
+    start = max(0, boxes[0].start - 400)
+    for match in _SENTENCE_END.finditer(text, start, boxes[0].start):
+        start = match.end()
+    before = text[start : boxes[0].start]
+    stop = _SENTENCE_END.search(text, boxes[-1].end, boxes[-1].end + 400)
+    after = text[boxes[-1].end : stop.end()] if stop else ""
+    between = [text[one.end : two.start] for one, two in itertools.pairwise(boxes)]
+    if any(_MAYBE.search(part) for part in (before, *between, after)):
+        return True
+    return any(_COULD_BE.search(part) for part in (before, *between)) or after.endswith("?")
+
+
+def _read_boxes(text: str, boxes: list[_Box]) -> Answer | None:
+    boxes = _last_sentence(text, boxes)
+    if _hedged(text, boxes):
+        return None
+    contents: list[str] = []
+    for box, following in zip(boxes, [*boxes[1:], None], strict=True):
+        percent = _PERCENT_AFTER.match(text, box.end)
+        contents.append(box.content.strip() + (r"\%" if percent else ""))
+        if following is None:
+            break
+        between = text[box.end : following.start]
+        if _OR.search(between):
+            return None
+        if _PROSE.search(between) and (_THUS.search(between) or not _JOINED.search(between)):
+            contents.clear()  # not a list: the sentence went on to another value
+    distinct = list(dict.fromkeys(contents))
+    return Answer(", ".join(distinct), "boxed" if boxes[-1].closed else "boxed_unclosed")
+
+
+def _tidy(content: str) -> str:
+    return content.replace('\\"', '"').strip().strip('*_`"“”').strip()
+
+
+def _last_phrase(text: str, *, start: int = 0, final_only: bool = False) -> tuple[str, str] | None:
+    """What the last "answer is" announces, to the end of its sentence, and the rule's name."""
+    found = None
+    for match in _PHRASE.finditer(text, start):
+        if final_only and not match.group("final"):
+            continue
+        begin = _PHRASE_START.match(text, match.end())
+        assert begin is not None
+        stop = _PHRASE_END.search(text, begin.end())
+        content = _tidy(text[begin.end() : stop.start() if stop else len(text)])
+        if content:
+            found = (content, "final_answer_is" if match.group("final") else "answer_is")
+    return found
+
+
+_WORD = re.compile(r"(?<![\\A-Za-z{_^])[A-Za-z]{2,}")
+_TEXT_COMMAND = re.compile(
+    r"\\(?:text[a-z]*|mbox|mathrm|operatorname)\s*\{[^{}]*\}|\\(?:begin|end)\s*\{[^{}]*\}"
+)
+_CONNECTIVES = {
+    "and",
+    "or",
+    "sin",
+    "cos",
+    "tan",
+    "log",
+    "ln",
+    "sqrt",
+    "pi",
+    "infinity",
+    "inf",
+    "percent",
+    "pct",
+}
+_MAX_WORDS = 4
+
+
+def _bare(text: str) -> bool:
+    """True where a text is nothing but an answer: mathematics, a quantity with its unit, or a few words."""
+    unset = _TEXT_COMMAND.sub(" ", text)
+    words = [word for word in _WORD.findall(unset) if not word.isupper() and word not in _CONNECTIVES]
+    if not words:
+        return bool(re.search(r"[^\s!-/:-@\[\]^-`{-~]", text))
+    if len(words) > _MAX_WORDS or "\n" in text:
+        return False
+    quantity = _NUMBER.match(text.lstrip("*($\\"))
+    if quantity is not None:
+        return True
+    return "=" in text[: len(words[0]) + 8] or not re.search(r"[\d$\\]", text)
+
+
+def _last_value(text: str) -> Answer | None:
+    """The last mathematics between fences or the last number outside them, whichever comes later."""
+    math, end = None, -1
+    for match in _MATH.finditer(text):
+        content = next(group for group in match.groups() if group is not None)
+        if re.search(r"\w", content):
+            math, end = content.strip(), match.end()
+    number, number_end = None, -1
+    for match in _numbers(text):
+        number, number_end = match.group().strip(), match.end()
+    if math is not None and number_end <= end:
+        return Answer(math, "last_math")
+    return Answer(number, "last_number") if number is not None else None
+
+
+def _numbers(text: str) -> Iterator[re.Match[str]]:
+    return _NUMBER.finditer(text)
+
+
+def _fragment(content: str, rule: str, numeric: bool) -> Answer | None:
+    """The answer inside what a phrase announced: all of it, or the last value in it."""
+    if numeric:
+        if read_exact(normalize(content)) is not None:
+            return Answer(content, rule)
+        numbers = [match.group().strip() for match in _numbers(content)]
+        if numbers:
+            return Answer(numbers[-1], rule)
+    if _bare(content):
+        return Answer(content, rule)
+    value = _last_value(content)
+    return Answer(value.text if value else content, rule)
+
+
+def _hash(text: str) -> Answer | None:
+    """The number on the line of the last ``####``; headings of the same form hold none."""
+    start = text.rfind("####")
+    if start < 0:
+        return None
+    line = _tidy(text[start:].lstrip("#").strip().partition("\n")[0])
+    if read_exact(normalize(line)) is not None:
+        return Answer(line, "hash")
+    numbers = [match.group().strip() for match in _numbers(line)]
+    starts_with_number = _NUMBER.match(line) is not None
+    return Answer(numbers[0], "hash") if numbers and starts_with_number else None
+
+
+def extract(text: str, *, numeric: bool = False) -> Answer | None:
+    """The final answer of a free text, or None where it gives none.
+
+    Args:
+        text: a prediction, or a worked solution.
+        numeric: the answer is known to be a number (GSM8K): announced sentences are read for their number.
+    """
+    text = _visible(text)
+    hashed = _hash(text)
+    if hashed is not None:
+        return hashed
+    boxes = _boxes(text) if "boxed" in text or "fbox" in text else []
+    if boxes:
+        phrase = _last_phrase(text, start=boxes[-1].end, final_only=True)
+        if phrase and re.search(r"[\d$\\]", phrase[0]):
+            return _fragment(*phrase, numeric)
+        return _read_boxes(text, boxes)
+    phrase = _last_phrase(text)
+    if phrase:
+        return _fragment(*phrase, numeric)
+    stripped = _tidy(text)
+    if not stripped:
+        return None
+    if _bare(stripped):
+        return Answer(stripped, "whole")
+    return _last_value(stripped)

@@ -1,0 +1,190 @@
+"""The worker's leaf comparison: expressions parsed by math-verify's LaTeX grammar, compared as functions.
+
+Only the worker imports this (sympy takes half a second). A text reaches sympy through the ANTLR grammar
+alone: nothing is evaluated as Python. Two expressions are equal when they agree to 30 digits at several
+points: a wrong factor or sign cannot agree, and no simplification has to be found. What is not a number
+at any point (sets, matrices, unevaluated functions) goes to math-verify's own comparison.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+
+import sympy
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy
+from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
+from math_verify import verify
+from sympy.core.function import AppliedUndef
+
+from empg_lite.rewards.compare import Leaf, cheap_leaf
+from empg_lite.rewards.shapes import Shape
+from empg_lite.rewards.units import strip_units
+
+logging.disable(logging.CRITICAL)
+
+_DIGITS = 40
+_TOLERANCE = sympy.Float(10) ** -30
+_NOTHING = sympy.Float(10) ** -80  # what is left of an exact zero
+_SPELLING = NormalizationConfig(
+    basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none"
+)
+_CONVERSION = ConversionConfig(lowercase_symbols=False)
+_UNEVALUATED = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit, sympy.Derivative)
+#: Where functions are compared. No point is a zero, pole or period of anything one writes in an answer.
+_POSITIVE = ((23, 17), (41, 29), (67, 31), (97, 59), (131, 73), (163, 101))
+_NEGATIVE = ((-37, 53), (-71, 43), (-109, 61), (-149, 83), (-173, 107), (-211, 127))
+
+
+class Unparsable(ValueError):
+    """Not mathematics that the grammar knows."""
+
+
+class _Grammar(_Latex2Sympy):
+    """math-verify's grammar with exact numbers: 0.5 is 1/2, and no literal passes through ``eval``."""
+
+    def parse_number(self, text: str) -> sympy.Rational:
+        value = Fraction(text.replace(",", "").replace(" ", ""))
+        return sympy.Rational(value.numerator, value.denominator)
+
+
+def parse(text: str) -> sympy.Basic:
+    """A normalised answer as a sympy object, ``i`` as the imaginary unit, ``f(x)`` as a symbol of its own.
+
+    Raises:
+        Unparsable: the grammar does not know it.
+    """
+    text = re.sub(r"_\s*(\w)", r"_{\1}", strip_units(text))
+    if re.search(r"\d\s+\d", text):
+        raise Unparsable("two numbers side by side")
+    try:
+        parsed = _Grammar(is_real=None, config=_CONVERSION).parse(normalize_latex(text, _SPELLING))
+    except (RecursionError, MemoryError):
+        raise
+    except Exception as error:  # the grammar raises plain Exception for every syntax error
+        raise Unparsable(str(error)[:200]) from error
+    if not isinstance(parsed, sympy.Basic | sympy.MatrixBase):
+        raise Unparsable("no expression")
+    if not isinstance(parsed, sympy.Expr):
+        return parsed
+    bound = {symbol for node in parsed.atoms(*_UNEVALUATED) for symbol in node.variables}
+    names: dict[sympy.Basic, sympy.Basic] = {
+        call: sympy.Symbol(str(call.doit())) for call in parsed.atoms(AppliedUndef)
+    }
+    names.update({s: sympy.I for s in parsed.free_symbols if s.name == "i" and s not in bound})
+    return parsed.xreplace(names)
+
+
+def _points(names: Iterable[str]) -> Iterator[dict[str, sympy.Rational]]:
+    """Assignments of the variables: all positive, all negative, and a few with mixed signs."""
+    ordered = sorted(names)
+    for row in range(4 if ordered else 1):
+        point = {}
+        for column, name in enumerate(ordered):
+            table = _POSITIVE if row < 2 or (row == 3 and column % 2) else _NEGATIVE
+            top, bottom = table[(row + column) % len(table)]
+            point[name] = sympy.Rational(top, bottom + 2 * (column // len(table)))
+        yield point
+
+
+def _value(expression: sympy.Basic, point: dict[str, sympy.Rational]) -> sympy.Expr | None:
+    """A finite complex number to 40 digits, or None where there is none."""
+    values = {symbol: point[symbol.name] for symbol in expression.free_symbols}
+    if expression.has(*_UNEVALUATED):
+        number = expression.subs(values).doit().evalf(_DIGITS)
+    else:
+        number = expression.evalf(_DIGITS, subs=values)
+    if not number.is_number or not number.is_finite:
+        return None
+    return number
+
+
+def _close(a: sympy.Expr, b: sympy.Expr) -> bool:
+    difference, size = abs(a - b), max(abs(a), abs(b))
+    return bool(difference <= _TOLERANCE * size) or bool(size <= _NOTHING)
+
+
+def _names(*expressions: sympy.Basic) -> set[str]:
+    return {symbol.name for expression in expressions for symbol in expression.free_symbols}
+
+
+def _identical(a: sympy.Expr, b: sympy.Expr) -> bool | None:
+    """Equal as functions; None where no point gave a value to both.
+
+    A point where only one side is real (``\\sqrt{x}^2`` against ``x``) says nothing.
+    """
+    compared = 0
+    for point in _points(_names(a, b)):
+        one, other = _value(a, point), _value(b, point)
+        if one is None or other is None:
+            continue
+        if not _close(one, other):
+            if bool(one.is_real) != bool(other.is_real) and point:
+                continue
+            return False
+        compared += 1
+    return True if compared else None
+
+
+def expressions_equal(gold: str, prediction: str) -> bool:
+    """Raises Unparsable where either side is not mathematics."""
+    a, b = parse(gold), parse(prediction)
+    if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr):
+        if a == b:
+            return True
+        verdict = _identical(a, b)
+        if verdict is not None:
+            return verdict
+    return bool(verify(a, b, timeout_seconds=None))
+
+
+def _ratio(gold: Shape, prediction: Shape) -> sympy.Expr | None:
+    """The constant f/g where gold is f = 0 and prediction g = 0 (or f < 0, g < 0); None where not constant."""
+    f = parse(gold.items[0].text) - parse(gold.items[1].text)
+    g = parse(prediction.items[0].text) - parse(prediction.items[1].text)
+    if not (isinstance(f, sympy.Expr) and isinstance(g, sympy.Expr)) or _names(f) != _names(g) or not _names(f):
+        return None
+    ratio = None
+    for point in _points(_names(f)):
+        one, other = _value(f, point), _value(g, point)
+        if one is None or other is None or not one or not other:
+            continue
+        if ratio is not None and not _close(one / other, ratio):
+            return None
+        ratio = one / other
+    return ratio
+
+
+def _relations_equal(gold: Shape, prediction: Shape) -> bool | None:
+    """Inequalities with proportional sides; None where as_intervals may still decide."""
+    signs, others = gold.text.split(), prediction.text.split()
+    if len(signs) == len(others) == 1:
+        ratio = _ratio(gold, prediction)
+        if ratio is None or not ratio.is_real:
+            return None
+        if signs == others == [r"\ne"]:
+            return True
+        flipped = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
+        return (signs[0] if ratio > 0 else flipped.get(signs[0])) == others[0]
+    return None
+
+
+def symbolic_leaf(percent_asked: bool) -> Leaf:
+    """The leaf comparison of the worker: never undecided but for inequalities."""
+    cheap = cheap_leaf(percent_asked)
+
+    def leaf(what: str, gold: Shape, prediction: Shape) -> bool | None:
+        decided = cheap(what, gold, prediction)
+        if decided is not None:
+            return decided
+        if what == "expression":
+            return expressions_equal(gold.text, prediction.text)
+        if what == "equation":
+            return _ratio(gold, prediction) is not None
+        if what == "relation":
+            return _relations_equal(gold, prediction)
+        return bool(verify(parse(gold.source), parse(prediction.source), timeout_seconds=None))
+
+    return leaf

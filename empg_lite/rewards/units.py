@@ -1,0 +1,56 @@
+"""What may follow a number without changing it: units, currency names, counted things."""
+
+from __future__ import annotations
+
+import re
+
+_SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_ATTACHED = "cm|mm|km|kg|mg|ml|kl|ft|in|lbs?|oz|yd|mi|mph|kph|hrs?|mins?|secs?|sq|usd|eur|gb|mb|kb|hz|khz"
+_LETTERS = "m|g|s|h|l|L"
+_NOT_UNITS = re.compile(
+    r"(?:and|or|mod|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|max|min|if|when|for|not|to|base|am|pm|noon|midnight"
+    r"|percent|pct|percentage)",
+    re.IGNORECASE,
+)
+_CLOCK = re.compile(r"[ap]\.?\s?m\.?", re.IGNORECASE)
+_TEXT_TAIL = re.compile(
+    r"(?<=[\d})a-zA-Z%!])\s*\\text\{([^{}]*)\}\s*(?:\^\s*(?:\{\s*[23]\s*\}|[23]))?(?:/\\text\{[^{}]*\})?$"
+)
+_WORDS_TAIL = re.compile(r"(?<=[\d})%])(\s*)([A-Za-z][A-Za-z./\s-]*)(?:\^\s*(?:\{\s*[23]\s*\}|[23])|[23])?$")
+_LEADING = re.compile(r"^\\text\{[^{}]*\}\s*(?=[-+\d.\\(])")
+
+
+def _is_unit(words: str, spaced: bool) -> bool:
+    words = words.strip(" .")
+    if not words or _CLOCK.fullmatch(words):
+        return False
+    first = re.split(r"[\s./-]+", words)[0]
+    if _NOT_UNITS.fullmatch(first):
+        return False
+    if re.fullmatch(_ATTACHED, first, re.IGNORECASE):
+        return True
+    if spaced and re.fullmatch(_LETTERS, first):
+        return True
+    return spaced and (len(first) >= 3 or first == "of")
+
+
+def _scaled(value: str, words: str) -> str:
+    """``3 million`` is a value, not a unit."""
+    first, _, rest = words.strip().partition(" ")
+    power = _SCALES.get(first.lower())
+    return value if power is None else rf"({value})\cdot 10^{{{power}}}"
+
+
+def strip_units(text: str) -> str:
+    """A normalised answer without its trailing unit (``15 cm^2``) or leading remark (``\\text{about } 5``)."""
+    text = _LEADING.sub("", text)
+    tail = _TEXT_TAIL.search(text)
+    if tail is not None:
+        words = tail.group(1).strip()
+        head = text[: tail.start()].strip()
+        if not words or (not _CLOCK.fullmatch(words) and not re.fullmatch(_NOT_UNITS, words)):
+            return _scaled(head, words)
+    tail = _WORDS_TAIL.search(text)
+    if tail is not None and _is_unit(tail.group(2), bool(tail.group(1))):
+        return _scaled(text[: tail.start()].strip(), tail.group(2))
+    return text

@@ -1,0 +1,209 @@
+"""Where things lie in a run directory, and how one is opened."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from empg_lite import store
+from empg_lite.checkpoint import list_checkpoints, newest_valid
+from empg_lite.errors import MissingInput, RecipeError, UsageError
+from empg_lite.metrics import Journal
+from empg_lite.rationale import Rationale, read_rollouts
+from empg_lite.recipe import Recipe, changed_fields
+from empg_lite.recipe_file import dump_recipe, load_recipe
+
+RUNS = Path("runs")
+RECIPE, METRICS, EVENTS, ENVIRONMENT = "recipe.yaml", "metrics.jsonl", "events.jsonl", "environment.json"
+
+
+def is_run(path: Path) -> bool:
+    """A directory that a ``train`` or ``fit`` wrote."""
+    return (path / RECIPE).is_file()
+
+
+def next_run_dir(name: str) -> Path:
+    """``runs/<name>-NNN``, the first number that is free."""
+    n = 1
+    while (RUNS / f"{name}-{n:03d}").exists():
+        n += 1
+    return RUNS / f"{name}-{n:03d}"
+
+
+def newest_run() -> Path:
+    """The run written to last under ``runs/``.
+
+    Raises:
+        MissingInput: there is none.
+    """
+    found = [p for p in RUNS.glob("*") if is_run(p)] if RUNS.is_dir() else []
+    if not found:
+        raise MissingInput("no run found", f"{RUNS}/", "train one: empg-lite train --recipe tiny")
+    return max(found, key=lambda p: ((p / RECIPE).stat().st_mtime, p.name))
+
+
+def rollout_path(run: Path, step: int) -> Path:
+    """``RUN/rollouts/step-NNNNNN.jsonl``."""
+    return run / "rollouts" / f"step-{step:06d}.jsonl"
+
+
+def find_rollouts(source: Path | None, step: int | None) -> tuple[Path, list[Rationale]]:
+    """The rollout file that RUN|FILE and a step mean, and its rationales; default: the last step of the newest run.
+
+    Raises:
+        MissingInput: there is none.
+        DataError: it cannot be read.
+    """
+    source = source or newest_run()
+    if source.is_dir():
+        found = sorted((source / "rollouts").glob("step-*.jsonl"))
+        wanted = rollout_path(source, step) if step is not None else found[-1] if found else None
+        if wanted is None or not wanted.is_file():
+            known = (
+                f"steps {found[0].stem[5:]} to {found[-1].stem[5:]}" if found else "the run stored none yet"
+            )
+            raise MissingInput("no rationales of that step" if step else "no rationales", str(source), known)
+        source = wanted
+    return source, [r for segment in read_rollouts(source) for r in segment.rationales]
+
+
+def run_of(path: Path) -> Path | None:
+    """The run that an adapter or checkpoint folder belongs to: RUN/adapter, RUN/best, RUN/checkpoints/step-N."""
+    return next((p for p in list(path.resolve().parents)[:2] if is_run(p)), None)
+
+
+def trained_adapter(run: Path) -> Path:
+    """The run's adapter: the final one, else the newest valid checkpoint.
+
+    Raises:
+        MissingInput: nothing was saved yet.
+        CheckpointError: checkpoints exist and none is valid.
+    """
+    if (run / "adapter").is_dir():
+        return run / "adapter"
+    if not list_checkpoints(run):
+        raise MissingInput(
+            "the run has no adapter yet", str(run), "wait for its first checkpoint, or resume it"
+        )
+    found = newest_valid(run)
+    assert found is not None  # newest_valid raises where checkpoints exist and none is valid
+    return found
+
+
+#: What may differ between a run and its resumption.
+FREE_ON_RESUME = frozenset({"run.steps", "run.eval_every", "run.eval_limit", "run.save_every", "run.keep"})
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A run directory, ready to be started or gone on with.
+
+    Attributes:
+        recipe: resolved; on resume with what ``auto`` had become.
+        checkpoint: where to go on from; None starts from the beginning.
+    """
+
+    recipe: Recipe
+    checkpoint: Path | None
+
+
+def open_run(
+    run: Path, recipe: Recipe, *, resume: bool, journal: Journal, allow_change: Sequence[str] = ()
+) -> Opened:
+    """Decide whether this is a start or a resumption, and with which settings.
+
+    Raises:
+        UsageError: a run lies there and ``resume`` was not said.
+        RecipeError: the recipe differs from the run's in a field that matters.
+        CheckpointError: checkpoints exist and none is valid.
+    """
+    recipe = recipe.resolved()
+    store.sweep(run)
+    store.sweep(run / "checkpoints")
+    if not is_run(run):
+        return Opened(recipe, None)
+    if not resume:
+        raise UsageError(
+            "the folder holds a run", str(run), "add --resume to go on with it, or name another folder"
+        )
+    recipe = _agree(load_recipe(str(run / RECIPE)), recipe, run, allow_change, journal)
+    invalid: list[tuple[Path, str]] = []
+    checkpoint = newest_valid(run, on_invalid=lambda path, reason: invalid.append((path, reason)))
+    for path, reason in invalid:  # out of the way, or the next save under its name would collide with it
+        journal.event(
+            "invalid_checkpoint", path=path.name, reason=reason, moved_to=store.set_aside(path).name
+        )
+    return Opened(recipe, checkpoint)
+
+
+def _agree(old: Recipe, new: Recipe, run: Path, allow_change: Sequence[str], journal: Journal) -> Recipe:
+    """The new recipe with the old one's settled ``auto`` values, if nothing that matters has changed."""
+    for field, (before, after) in changed_fields(old, new).items():
+        section, name = field.split(".")
+        if after == "auto":  # decided once, at the start of the run
+            part = getattr(new, section).model_copy(update={name: before})
+            new = new.model_copy(update={section: part})
+        elif field in allow_change:
+            journal.event("changed", field=field, old=before, new=after)
+        elif field not in FREE_ON_RESUME:
+            raise RecipeError(
+                f"{field} is {after!r}, the run was started with {before!r}",
+                str(run / RECIPE),
+                f"set it back, or say --allow-change {field}",
+            )
+    return new
+
+
+def write_run_files(run: Path, recipe: Recipe, command: str) -> None:
+    """``recipe.yaml`` (every value, and the command that made it) and ``environment.json``."""
+    store.write_file(run / ENVIRONMENT, json.dumps(environment(), indent=1))
+    store.write_file(run / RECIPE, dump_recipe(recipe, header=f"made by: {command}" if command else ""))
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device and commit: what a number depends on beyond the recipe."""
+    import torch
+
+    versions = {}
+    for name in (
+        "empg-lite",
+        "torch",
+        "transformers",
+        "peft",
+        "bitsandbytes",
+        "unsloth",
+        "datasets",
+        "math-verify",
+    ):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """Commit of this package's own checkout, where it runs from one."""
+    source = Path(__file__).resolve().parent.parent
+    if not (source / ".git").exists():
+        return None
+    found = subprocess.run(
+        ["git", "-C", str(source), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=False,
+    )
+    return found.stdout.strip() or None

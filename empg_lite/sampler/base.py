@@ -1,0 +1,73 @@
+"""What every sampling engine takes and gives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from empg_lite.errors import NumericalStop
+from empg_lite.rationale import FinishReason
+from empg_lite.sampler.draw import Decoding
+
+#: Called with the number of completions that have just ended (progress).
+StepDone = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt and one random key for each of its K samples."""
+
+    ids: tuple[int, ...]
+    keys: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        assert self.ids and self.keys
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sample as it was drawn.
+
+    Attributes:
+        ids: ``(T,)`` the tokens that completed the stop included: all of them are trained.
+        text: ends before the stop.
+        logprobs: ``(T,)`` nats under the policy at temperature 1. A diagnostic: no loss uses them.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    logprobs: tuple[float, ...]
+
+
+class Sampler(Protocol):
+    """An engine that draws completions."""
+
+    def sample(
+        self, prompts: Sequence[Prompt], decoding: Decoding, on_done: StepDone | None = None
+    ) -> list[list[Completion]]:
+        """Draw ``len(prompt.keys)`` completions for each prompt.
+
+        Returns:
+            One list for each prompt, in order, with a completion for each of its keys.
+
+        Raises:
+            NumericalStop: the policy's logits are not finite.
+        """
+        ...
+
+
+def check_finite(logprobs: Sequence[Sequence[float]]) -> None:
+    """Refuse samples of a policy that has gone NaN.
+
+    Raises:
+        NumericalStop: some log-probability is not finite.
+    """
+    if any(not math.isfinite(x) for row in logprobs for x in row):
+        raise NumericalStop(
+            "the policy's logits are not finite",
+            "sampling",
+            "lower optim.learning_rate and resume from a checkpoint",
+        )

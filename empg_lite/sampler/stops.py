@@ -1,0 +1,51 @@
+"""When a completion is over, and what of it is text."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+
+class StopRule:
+    """Stop tokens by id, stop strings by text.
+
+    A stop string may straddle tokens, so after each token the tail of the completion is read as text; at
+    most one token a byte can spell it. Tokens whose own text lacks a string's last character cannot
+    complete it, which spares almost all of the decoding.
+    """
+
+    def __init__(self, tokenizer: Any, stop_ids: Collection[int], stop_strings: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._stop_ids = frozenset(stop_ids)
+        self._strings = tuple(stop_strings)
+        self._window = max((len(s.encode()) for s in self._strings), default=0) + 1
+        self._last_chars = frozenset(s[-1] for s in self._strings)
+        self._can_complete: dict[int, bool] = {}
+
+    def stopped(self, ids: Sequence[int]) -> bool:
+        """Did the last token of ``ids`` end the completion? Asked once after each token."""
+        last = ids[-1]
+        if last in self._stop_ids:
+            return True
+        if not self._strings or not self._completes(last):
+            return False
+        tail = self._decode(ids[-self._window :])
+        return any(s in tail for s in self._strings)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The completion as text, ending before its stop token or string."""
+        if ids and ids[-1] in self._stop_ids:
+            ids = ids[:-1]
+        text = self._decode(ids)
+        cut = min((at for at in (text.find(s) for s in self._strings) if at >= 0), default=len(text))
+        return text[:cut]
+
+    def _completes(self, token: int) -> bool:
+        if token not in self._can_complete:
+            piece = self._decode([token])
+            # A token that is part of a multi-byte character decodes to U+FFFD on its own: look closer.
+            self._can_complete[token] = "\ufffd" in piece or not self._last_chars.isdisjoint(piece)
+        return self._can_complete[token]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)

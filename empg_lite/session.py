@@ -1,0 +1,207 @@
+"""What ``train`` and ``fit`` share: a run directory being written while a learner learns.
+
+The order within a step is what makes a resumption exact: rollouts, then the fit, then the metrics line, then
+evaluation, then the checkpoint. Whatever happened after the newest checkpoint happens again, the same.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from empg_lite import store
+from empg_lite.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from empg_lite.errors import NoSignal, NumericalStop
+from empg_lite.estep import estep_metrics
+from empg_lite.evaluate import Evaluation
+from empg_lite.learner import Learner, build_learner
+from empg_lite.metrics import Journal, View
+from empg_lite.policy.adapter import adapter_files
+from empg_lite.policy.card import tokenizer_files
+from empg_lite.rationale import Group, encode_rollouts, flatten
+from empg_lite.recipe import Recipe
+from empg_lite.runs import Opened, rollout_path, write_run_files
+
+#: Steps in a row without any signal, or with a non-finite gradient, after which going on is pointless.
+DEAD_STEPS = 10
+NONFINITE_STEPS = 5
+
+
+class Session:
+    """A learner and the run directory it is recorded in."""
+
+    def __init__(
+        self,
+        run: Path,
+        opened: Opened,
+        journal: Journal,
+        view: View,
+        command: str,
+        source: Path | None = None,
+    ) -> None:
+        self.run, self.journal, self.view = run, journal, view
+        self.learner: Learner = build_learner(opened.recipe)
+        self.recipe: Recipe = self.learner.recipe
+        if opened.checkpoint is None:
+            journal.cut_back({})
+            if source is not None:
+                self._restore(source)
+                self.learner.state.first_step = self.learner.state.step
+                journal.event("started_from", step=self.learner.state.step, checkpoint=str(source))
+        else:
+            journal.cut_back(self._restore(opened.checkpoint))
+            journal.event("resumed", step=self.learner.state.step, checkpoint=opened.checkpoint.name)
+            view.note(f"resumed from {opened.checkpoint.name}")
+        write_run_files(run, self.recipe, command)
+
+    def _restore(self, checkpoint: Path) -> dict[str, int]:
+        learner = self.learner
+        learner.state, logs = load_checkpoint(checkpoint, learner.policy, learner.optimizer, learner.scaler)
+        return logs
+
+    # --- one step ---------------------------------------------------------------------------------
+
+    def fit_groups(
+        self,
+        groups: Sequence[Group],
+        *,
+        reward: str | None,
+        times: dict[str, float],
+        measure_kl: bool,
+        extra: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """Write the rollouts of the step at hand, fit them, advance the state; returns the metrics record."""
+        learner, state = self.learner, self.learner.state
+        rows = flatten(groups)
+        rate, step = learner.learning_rate(), state.step + 1
+        store.write_file(rollout_path(self.run, step), encode_rollouts(learner.header(reward), rows))
+        started = time.perf_counter()
+        budget = state.micro_batch_tokens or self.recipe.optim.micro_batch_tokens
+        with self.view.phase("fitting", sum(r.weight != 0 for r in rows) * self.recipe.em.passes) as on_done:
+            stats = learner.fit(rows, measure_kl=measure_kl, on_done=on_done)
+        times["fit"] = time.perf_counter() - started
+        if stats.micro_batch_tokens != budget:
+            self.journal.event("micro_batch_shrunk", step=step, old=budget, new=stats.micro_batch_tokens)
+        if stats.skipped_nonfinite:
+            self.journal.event("nonfinite_gradient", step=step, skipped=stats.skipped_nonfinite)
+        state.step = step
+        state.position += len(groups)
+        state.num_tokens += sum(len(r.completion_ids) for r in rows)
+        state.seconds += sum(times.values())
+        return {
+            "step": step,
+            **estep_metrics(groups),
+            **extra,
+            "loss": stats.loss,
+            "grad_norm": stats.grad_norm,
+            "learning_rate": rate,
+            "num_tokens": state.num_tokens,
+            "em/rows_fitted": stats.rows_fitted,
+            "em/rows_skipped": len(rows) - stats.rows_fitted,
+            "em/updates": stats.updates,
+            "em/policy_step": state.policy_step,
+            "em/skipped_nonfinite": stats.skipped_nonfinite,
+            **({"em/kl_old": stats.kl_old} if stats.kl_old is not None else {}),
+            "step_time": sum(times.values()),
+            **{f"time/{name}": seconds for name, seconds in times.items()},
+            **_memory(),
+        }
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Log a step's metrics and show them."""
+        self.journal.metrics(record)
+        self.view.step(record, self.recipe.run.steps)
+
+    def stop_if_hopeless(self, *, force: bool) -> None:
+        """End a run that cannot learn.
+
+        Raises:
+            NoSignal: no rationale has earned anything for ``DEAD_STEPS`` steps (passed over by ``force``).
+            NumericalStop: ``NONFINITE_STEPS`` gradients in a row were not finite.
+        """
+        state = self.learner.state
+        if state.nonfinite_in_a_row >= NONFINITE_STEPS:
+            self.checkpoint()
+            raise NumericalStop(
+                f"{state.nonfinite_in_a_row} gradients in a row were not finite",
+                f"{self.run}, step {state.step}",
+                "lower optim.learning_rate",
+            )
+        if state.no_signal >= DEAD_STEPS and not force:
+            self.checkpoint()
+            raise NoSignal(
+                f"no signal in {state.no_signal} steps in a row: every weight was 0",
+                f"{self.run}, step {state.step}",
+                "look at `empg-lite inspect`: easier problems, a longer sampler.max_new_tokens, a larger "
+                "sampler.samples_per_problem; --force goes on regardless",
+            )
+
+    # --- what stays on disk -----------------------------------------------------------------------
+
+    def checkpoint(self) -> Path:
+        """Publish a checkpoint of the state as it is."""
+        learner = self.learner
+        return save_checkpoint(
+            self.run,
+            learner.policy,
+            learner.optimizer,
+            learner.scaler,
+            learner.state,
+            logs=self.journal.lengths(),
+            keep=self.recipe.run.keep,
+        )
+
+    def checkpoint_due(self) -> bool:
+        """After every ``save_every`` steps and after the last."""
+        step, r = self.learner.state.step, self.recipe.run
+        return step % r.save_every == 0 or step >= r.steps
+
+    def publish_adapter(self, folder: str, figures: Mapping[str, Any]) -> None:
+        """``adapter/`` or ``best/``: plain PEFT files, tokenizer, template, stop tokens and a card."""
+        from empg_lite.policy.card import model_card
+
+        policy = self.learner.policy
+        card = model_card(self.recipe, policy, {"step": self.learner.state.step, **figures})
+        store.write_dir(
+            self.run / folder,
+            adapter_files(policy) | tokenizer_files(policy) | {"README.md": card.encode()},
+        )
+
+    def save_evaluation(self, name: str, evaluation: Evaluation, split: str) -> dict[str, Any]:
+        """``eval/NAME.json`` (figures) and ``eval/NAME.jsonl`` (every answer)."""
+        figures = {"step": self.learner.state.step, "split": split, **evaluation.summary()}
+        rows = [*evaluation.greedy, *(r for group in evaluation.sampled for r in group)]
+        header = self.learner.header(self.recipe.data.reward)
+        store.write_file(self.run / "eval" / f"{name}.jsonl", encode_rollouts(header, rows))
+        store.write_file(self.run / "eval" / f"{name}.json", json.dumps(figures, indent=1))
+        return figures
+
+
+def read_figures(run: Path, name: str) -> dict[str, Any] | None:
+    """What ``eval/NAME.json`` says, or None."""
+    path = run / "eval" / f"{name}.json"
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+
+def finished(run: Path, recipe: Recipe) -> bool:
+    """The run has reached ``recipe.run.steps`` and written everything that follows the last step."""
+    found = list_checkpoints(run)
+    if not found or int(found[-1].name[5:]) < recipe.run.steps or not (run / "adapter").is_dir():
+        return False
+    after = read_figures(run, "after")
+    return recipe.run.eval_every == 0 or (after is not None and after["step"] >= recipe.run.steps)
+
+
+def _memory() -> dict[str, float]:
+    """Peak memory so far in MB: of the process, and of the card where there is one."""
+    import resource
+
+    peak = {"memory/peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    if torch.cuda.is_available():
+        peak["memory/peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    return peak

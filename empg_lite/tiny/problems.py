@@ -1,0 +1,237 @@
+"""Word problems of the bundled demo: short stories about a count that changes, one arithmetic step a sentence.
+
+A *story* is a question with the chain of steps that answers it. The same chain writes the solutions the
+bundled model was pre-trained on, in three manners: ``careful`` (every step right), ``careless`` (results slip
+now and then, and the slip is carried on) and ``blurted`` (no steps at all, and mostly a wrong guess).
+
+Everything is drawn with ``random.Random`` from integer seeds and generated on the fly: nothing is stored, and
+the same problems come on every machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from random import Random
+
+from empg_lite.errors import DataError
+from empg_lite.rationale import Problem, problem_id
+
+
+@dataclass(frozen=True, slots=True)
+class Difficulty:
+    """How long the chains and how large the numbers are.
+
+    Attributes:
+        steps: fewest and most arithmetic steps of a story, both included.
+        max_value: no number of a story or of its careful solution is larger.
+        max_operand: largest number that is added or taken away at once.
+        max_factor: largest number that multiplies or divides, at most 6.
+    """
+
+    steps: tuple[int, int]
+    max_value: int
+    max_operand: int
+    max_factor: int
+
+
+#: What the bundled model was pre-trained on.
+TINY = Difficulty(steps=(2, 3), max_value=50, max_operand=12, max_factor=4)
+#: Longer chains and larger numbers: headroom for comparing methods.
+HARD = Difficulty(steps=(4, 6), max_value=200, max_operand=50, max_factor=6)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One line of arithmetic, printed as ``left operator right = result.``"""
+
+    left: int
+    operator: str
+    right: int
+    result: int
+
+    def __str__(self) -> str:
+        return f"{self.left} {self.operator} {self.right} = {self.result}."
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """A question and the chain of steps that answers it; each step starts from the result before."""
+
+    question: str
+    steps: tuple[Step, ...]
+
+    @property
+    def answer(self) -> int:
+        return self.steps[-1].result
+
+    def problem(self) -> Problem:
+        """The story without its solution: what training sees."""
+        meta = {"steps": str(len(self.steps))}
+        return Problem(problem_id(self.question), self.question, str(self.answer), meta)
+
+
+# ---- words -----------------------------------------------------------------------------------------------
+
+_SHE, _HE = ("she", "her"), ("he", "him")
+_PEOPLE = {
+    **dict.fromkeys(("Mia", "Ana", "Eva", "Ivy", "Zoe", "Nora"), _SHE),
+    **dict.fromkeys(("Tom", "Ben", "Leo", "Max", "Sam", "Finn"), _HE),
+}
+_THINGS = ("shells", "beads", "coins", "stamps", "cards", "marbles", "stickers", "pencils", "apples", "buttons")
+_BOXES = ("boxes", "bags", "jars", "trays")
+_PARTS = ("half", "a third", "a quarter", "a fifth", "a sixth")
+
+# An opening gives the count itself (no step), or two numbers that make it (one step).
+_OPENINGS = {
+    "": ("{name} has {n} {things}.", "{name} starts with {n} {things}.", "There are {n} {things} on {name}'s desk."),
+    "+": ("{name} has {n} red {things} and {k} blue {things}.", "{name} finds {n} {things} at home and {k} at school."),
+    "*": ("{name} has {n} {boxes} with {k} {things} in each.", "{name} fills {n} {boxes} with {k} {things} each."),
+}
+# What happens to the count, by the operator it stands for.
+_EVENTS = {
+    "+": (
+        "{He} buys {k} more.",
+        "{friend} gives {him} {k} {things}.",
+        "Then {he} finds {k} more {things}.",
+        "{He} wins {k} in a game.",
+    ),
+    "-": (
+        "{He} loses {k} of them.",
+        "{He} gives {k} {things} to {friend}.",
+        "Then {he} sells {k} of them.",
+        "{k} of the {things} break.",
+    ),
+    "*": ("Soon {he} has {times} as many.", "After the fair {he} has {times} as many {things}."),
+    "/": ("{He} splits them into {k} equal piles and keeps one pile.", "{He} keeps only {part} of the {things}."),
+}
+# The last step may end the story in its own way, with its own question.
+_ENDINGS = {
+    "+": "{friend} has {k} more {things} than {name}. How many {things} does {friend} have?",
+    "-": "{friend} has {k} fewer {things} than {name}. How many {things} does {friend} have?",
+    "*": "{friend} has {times} as many {things} as {name}. How many {things} does {friend} have?",
+    "/": "{He} shares them equally among {k} friends. How many {things} does each friend get?",
+}
+_QUESTION = "How many {things} does {name} have now?"
+
+
+def _draw_words(rng: Random) -> dict[str, str]:
+    name, friend = rng.sample(tuple(_PEOPLE), 2)
+    he, him = _PEOPLE[name]
+    things, boxes = rng.choice(_THINGS), rng.choice(_BOXES)
+    return {"name": name, "friend": friend, "he": he, "He": he.capitalize(), "him": him, "things": things, "boxes": boxes}
+
+
+def _operand_words(operator: str, k: int) -> dict[str, str]:
+    """The operand as the sentences say it: ``7``, ``twice`` or ``3 times``, ``half`` or ``a third``."""
+    words = {"k": str(k)}
+    if operator in "*/":
+        words |= {"times": "twice" if k == 2 else f"{k} times", "part": _PARTS[k - 2]}
+    return words
+
+
+# ---- stories ---------------------------------------------------------------------------------------------
+
+
+def _operands(value: int, difficulty: Difficulty) -> dict[str, list[int]]:
+    """Operands each operator may take at ``value``: every number stays in 2..max_value, so plurals agree."""
+    added = range(2, min(difficulty.max_operand, difficulty.max_value - value) + 1)
+    taken = range(2, min(difficulty.max_operand, value - 2) + 1)
+    factors = range(2, difficulty.max_factor + 1)
+    return {
+        "+": list(added),
+        "-": list(taken),
+        "*": [k for k in factors if value * k <= difficulty.max_value],
+        "/": [k for k in factors if value % k == 0 and value // k >= 2],
+    }
+
+
+def _draw_step(rng: Random, difficulty: Difficulty, value: int, operator: str = "") -> Step:
+    """A step from ``value`` with the given operator, or with any that is possible there."""
+    operands = _operands(value, difficulty)
+    operator = operator or rng.choice([op for op, ks in operands.items() if ks])
+    k = rng.choice(operands[operator])
+    results = {"+": value + k, "-": value - k, "*": value * k, "/": value // k}
+    return Step(value, operator, k, results[operator])
+
+
+def make_story(rng: Random, difficulty: Difficulty = TINY) -> Story:
+    """Draw one story."""
+    words = _draw_words(rng)
+    length = rng.randint(*difficulty.steps)
+    opening = rng.choice(tuple(_OPENINGS))
+    value = rng.randint(2, 10) if opening == "*" else rng.randint(3, difficulty.max_value // 2)
+    steps = [_draw_step(rng, difficulty, value, opening)] if opening else []
+    sentence = rng.choice(_OPENINGS[opening])
+    sentences = [sentence.format(**words, n=value, k=steps[0].right if steps else "")]
+
+    own_ending = rng.random() < 0.4
+    while len(steps) < length:
+        step = _draw_step(rng, difficulty, steps[-1].result if steps else value)
+        steps.append(step)
+        ends = own_ending and len(steps) == length
+        sentence = _ENDINGS[step.operator] if ends else rng.choice(_EVENTS[step.operator])
+        sentences.append(sentence.format(**words, **_operand_words(step.operator, step.right)))
+    if not own_ending:
+        sentences.append(_QUESTION.format(**words))
+    return Story(" ".join(sentences), tuple(steps))
+
+
+def stories(seed: int, difficulty: Difficulty = TINY) -> Iterator[Story]:
+    """An endless stream of stories, no text twice."""
+    rng = Random(seed)
+    seen: set[str] = set()
+    while True:
+        story = make_story(rng, difficulty)
+        if story.question not in seen:
+            seen.add(story.question)
+            yield story
+
+
+# ---- written solutions -----------------------------------------------------------------------------------
+
+
+def careful(story: Story) -> str:
+    """Every step written out and right: `` 3 + 4 = 7. 7 * 2 = 14. #### 14``."""
+    return "".join(f" {step}" for step in story.steps) + f" #### {story.answer}"
+
+
+def careless(story: Story, rng: Random, slip: float = 0.4) -> str:
+    """Steps written out; each result is off by a little with probability ``slip``, and the slip is carried on."""
+    text, value = "", story.steps[0].left
+    for step in story.steps:
+        results = {"+": value + step.right, "-": value - step.right, "*": value * step.right, "/": value // step.right}
+        result = results[step.operator]
+        if rng.random() < slip:
+            result = max(result + rng.choice((-3, -2, -1, 1, 2, 3)), 1)
+        text += f" {Step(value, step.operator, step.right, result)}"
+        value = result
+    return f"{text} #### {value}"
+
+
+def blurted(story: Story, rng: Random, right: float = 0.15) -> str:
+    """An answer without steps: right with probability ``right``, else the last step is forgotten or guessed at."""
+    if rng.random() < right:
+        return f" #### {story.answer}"
+    last = story.steps[-1]
+    near = sorted({last.right, *(last.left + d for d in (-2, -1, 1, 2))} - {story.answer})
+    return f" #### {last.left if rng.random() < 0.4 else rng.choice(near)}"
+
+
+# ---- splits ----------------------------------------------------------------------------------------------
+
+_SEED = 20_250_418
+_ROWS = {"test": 500, "train": 4000}
+
+
+def tiny_problems(split: str, difficulty: Difficulty = TINY) -> list[Problem]:
+    """The problems of a split, always the same: ``train`` (4000) and ``test`` (500), disjoint by text.
+
+    Both are cut from one stream without repeats, ``test`` first. An unknown split is a ``ValueError``.
+    """
+    if split not in _ROWS:
+        raise ValueError(f"unknown split {split!r} of the tiny problems; known: {', '.join(sorted(_ROWS))}")
+    start = 0 if split == "test" else _ROWS["test"]
+    cut = islice(stories(_SEED, difficulty), start, start + _ROWS[split])
+    return [story.problem() for story in cut]

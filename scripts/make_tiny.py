@@ -1,0 +1,255 @@
+"""Make the bundled ``tiny`` model: tokenizer, corpus and pre-training, from one seed.
+
+    python scripts/make_tiny.py                     # writes empg_lite/tiny/model/
+
+TIME_COMMENT
+
+The corpus is an endless stream of the project's own word problems with written solutions in three manners:
+most blurt out an answer, some work step by step carelessly, a minority work step by step and get it right. What
+comes out is a base model that can reason and usually does not. Two phases: first careful solutions only, which
+is where the arithmetic is learned, then the mix, with the learning rate falling to zero.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+from empg_lite.tiny import HARD, TINY, Difficulty, model_path, tiny_problems
+from empg_lite.tiny.problems import Story, blurted, careful, careless, stories
+
+#: Must equal the package's ``plain`` template.
+PROMPT = "Question: {question}\nAnswer:"
+END, SPECIALS = "<|endoftext|>", ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+DIFFICULTIES = {"tiny": TINY, "hard": HARD}
+MANNERS = ("blurted", "careless", "careful")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of pre-training: optimiser steps, and the share of each manner of ``MANNERS``."""
+
+    steps: int
+    shares: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """Everything that decides the weights besides the seed."""
+
+    phases: tuple[Phase, ...] = (Phase(3000, (0.0, 0.0, 1.0)), Phase(1500, (0.55, 0.15, 0.30)))
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    tokens_per_row: int = 30
+    vocab_size: int = 600
+
+    @property
+    def steps(self) -> int:
+        return sum(phase.steps for phase in self.phases)
+
+
+# ---- tokenizer -------------------------------------------------------------------------------------------
+
+
+def tokenizer_texts(seed: int) -> list[str]:
+    """Stories of both difficulties, so that one vocabulary serves both."""
+    every_manner = (Phase(2000, (1.0, 1.0, 1.0)),)
+    return [
+        prompt + answer
+        for difficulty in DIFFICULTIES.values()
+        for prompt, answer in corpus(seed, difficulty, every_manner, 1)
+    ]
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE that splits as ``Qwen2Tokenizer`` will, whichever class loads it.
+
+    ``AutoTokenizer`` builds a ``Qwen2Tokenizer`` for a ``qwen2`` config and imposes its own normaliser and
+    pre-tokenizer; merges learned under another one would split wrongly and silently. The end token comes last
+    but two, after the vocabulary, as in Qwen2.5.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIALS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens(list(SPECIALS))
+    return tokenizer
+
+
+def wrap_tokenizer(tokenizer: Tokenizer) -> Qwen2Tokenizer:
+    """The same tokenizer as the class that ``AutoTokenizer`` will load it into."""
+    state = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(merge) for merge in state["merges"]]
+    return Qwen2Tokenizer(
+        vocab=state["vocab"],
+        merges=merges,
+        extra_special_tokens=list(SPECIALS[1:]),
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+# ---- corpus ----------------------------------------------------------------------------------------------
+
+
+def write_solution(story: Story, manner: str, rng: random.Random) -> str:
+    if manner == "careful":
+        return careful(story)
+    return careless(story, rng) if manner == "careless" else blurted(story, rng)
+
+
+def corpus(seed: int, difficulty: Difficulty, phases: tuple[Phase, ...], rows: int) -> Iterator[tuple[str, str]]:
+    """(prompt, completion) pairs, ``rows`` for each step of the phases; no question of either split among them."""
+    kept_out = {p.question for split in ("train", "test") for p in tiny_problems(split, difficulty)}
+    fresh = (story for story in stories(seed, difficulty) if story.question not in kept_out)
+    rng = random.Random(seed + 1)
+    for phase in phases:
+        for _ in range(phase.steps * rows):
+            story = next(fresh)
+            (manner,) = rng.choices(MANNERS, phase.shares)
+            yield PROMPT.format(question=story.question), write_solution(story, manner, rng)
+
+
+def batches(
+    pairs: Iterator[tuple[str, str]], tokenizer: Tokenizer, batch_size: int, seed: int, pool: int = 16
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(ids, labels), each (B, T), right-padded; labels are -100 outside the completion and its end token.
+
+    ``pool`` batches at a time are sorted by length and dealt out in random order, so that little is padding.
+    """
+    end, rng = tokenizer.token_to_id(END), random.Random(seed)
+    while chunk := [pair for _, pair in zip(range(pool * batch_size), pairs, strict=False)]:
+        prompts = [e.ids for e in tokenizer.encode_batch([prompt for prompt, _ in chunk])]
+        answers = [[*e.ids, end] for e in tokenizer.encode_batch([answer for _, answer in chunk])]
+        rows = sorted(zip(prompts, answers, strict=True), key=lambda row: len(row[0]) + len(row[1]))
+        starts = list(range(0, len(rows), batch_size))
+        rng.shuffle(starts)
+        for start in starts:
+            yield pad(rows[start : start + batch_size], end)
+
+
+def pad(rows: list[tuple[list[int], list[int]]], end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, labels) of prompt and answer ids, each (B, T)."""
+    shape = len(rows), max(len(prompt) + len(answer) for prompt, answer in rows)
+    ids, labels = torch.full(shape, end), torch.full(shape, -100)
+    for i, (prompt, answer) in enumerate(rows):
+        stop = len(prompt) + len(answer)
+        ids[i, :stop] = torch.tensor(prompt + answer)
+        labels[i, len(prompt) : stop] = torch.tensor(answer)
+    return ids, labels
+
+
+# ---- model -----------------------------------------------------------------------------------------------
+
+
+def make_model(tokenizer: Tokenizer) -> Qwen2ForCausalLM:
+    """A freshly initialised 0.9M-parameter Qwen2 of four layers."""
+    end = tokenizer.token_to_id(END)
+    config = Qwen2Config(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=end,
+        pad_token_id=end,
+        dtype="float32",
+    )
+    model = Qwen2ForCausalLM(config)
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)
+    return model
+
+
+def pretrain(model: Qwen2ForCausalLM, stream: Iterator[Any], how: Pretraining) -> None:
+    """AdamW on the completions; the rate warms up, holds through the first phases and falls to 0 in the last."""
+    optimizer = torch.optim.AdamW(model.parameters(), how.learning_rate, (0.9, 0.98), weight_decay=how.weight_decay)
+    started, falling = time.perf_counter(), how.phases[-1].steps
+    for step, (ids, labels) in enumerate(stream, start=1):
+        rate = min(1.0, step / how.warmup_steps, (how.steps - step + 1) / falling)
+        for group in optimizer.param_groups:
+            group["lr"] = how.learning_rate * rate
+        hidden = model.model(ids[:, :-1], use_cache=False).last_hidden_state
+        wanted = labels[:, 1:] != -100
+        logits = model.lm_head(hidden[wanted])
+        loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:][wanted], reduction="sum")
+        # A batch holds rows of one length: its own mean would give the tokens of short answers more weight.
+        loss = loss / (how.batch_size * how.tokens_per_row)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 0 or step == how.steps:
+            print(f"step {step}/{how.steps}  loss {loss.item():.4f}  {time.perf_counter() - started:.0f} s", flush=True)
+
+
+@torch.no_grad()
+def accuracy(model: Any, tokenizer: Any, difficulty: Difficulty, sample: bool, limit: int = 500) -> tuple[float, float]:
+    """(fraction right, mean completion length in tokens with the end token) on the test problems."""
+    problems, end, right, tokens = tiny_problems("test", difficulty)[:limit], model.config.eos_token_id, 0, 0
+    for start in range(0, len(problems), 125):
+        part = problems[start : start + 125]
+        prompts = [PROMPT.format(question=p.question) for p in part]
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+        flags = {"do_sample": True, "top_k": 0} if sample else {"do_sample": False}
+        new = model.generate(**inputs, max_new_tokens=120, **flags)[:, inputs["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        right += sum(text.rpartition("####")[2].strip() == p.gold for text, p in zip(texts, part, strict=True))
+        tokens += int((((new == end).cumsum(1) - (new == end).int()) == 0).sum())
+    return right / len(problems), tokens / len(problems)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=model_path(), help="folder to write (default: the bundled one)")
+    parser.add_argument("--difficulty", choices=DIFFICULTIES, default="tiny")
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    difficulty, how = DIFFICULTIES[args.difficulty], Pretraining()
+    trained = train_tokenizer(tokenizer_texts(args.seed), how.vocab_size)
+    model = make_model(trained)
+    print(f"{sum(p.numel() for p in model.parameters())} parameters, {trained.get_vocab_size()} tokens")
+    pairs = corpus(args.seed, difficulty, how.phases, how.batch_size)
+    pretrain(model, batches(pairs, trained, how.batch_size, args.seed), how)
+
+    model.eval().save_pretrained(args.out)
+    tokenizer = wrap_tokenizer(trained)
+    tokenizer.save_pretrained(args.out)
+    for name, sampled in (("greedy", False), ("T=1", True)):
+        right, length = accuracy(model, tokenizer, difficulty, sampled)
+        print(f"{name}: accuracy {right:.3f}, mean length {length:.1f} tokens, 500 test problems")
+
+
+if __name__ == "__main__":
+    main()
