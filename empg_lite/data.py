@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -54,7 +55,7 @@ def load_splits(recipe: Recipe) -> Splits:
         DataError: naming ``file:line: field``, or that no training row is left.
     """
     data = recipe.data
-    if data.path and not data.eval_path and not Path(data.path).is_dir():
+    if data.path and not data.eval_path and not os.path.isdir(data.path):
         rows, dropped = _read(data, data.split, data.path)
         train, evaluation = _cut(rows, _evaluation_size(len(rows)), "evaluation")
     else:
@@ -86,7 +87,7 @@ def load_problems(data: DataSection, split: str) -> list[Problem]:
         MissingInput: there is no such split.
         DataError: naming ``file:line: field``.
     """
-    single = data.path is not None and not Path(data.path).is_dir()
+    single = data.path is not None and not os.path.isdir(data.path)
     if single and split not in (data.split, data.eval_split):
         known = f"{data.split} and {data.eval_split}"
         raise MissingInput(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from empg_lite.errors import DataError, MissingInput
+from empg_lite.safe_text import safe
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -35,7 +37,7 @@ def find_file(path: Path, split: str, source: str) -> Path:
         MissingInput: there is none.
         DataError: there are two.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return path
     for stem in (split, f"{source}_{split}"):
         found = [file for suffix in SUFFIXES if (file := path / f"{stem}{suffix}").is_file()]
@@ -119,7 +121,11 @@ def _checked_header(record: list[str], where: str) -> list[str]:
     header = [name.strip() for name in record]
     for name in header:
         if header.count(name) > 1:
-            raise DataError("two columns of one name", f"{where}: {name or 'header'}", "rename one")
+            raise DataError(
+                "two columns of one name",
+                f"{where}: {safe(' '.join(name.split())) or 'header'}",
+                "rename one",
+            )
     return header
 
 
@@ -135,7 +141,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                     number += 1
                     yield Row(fields, f"{path}:{number}")
         except (pyarrow.ArrowException, OSError) as error:  # a damaged footer is an OSError
-            reason = " ".join(str(error).split())[:100]
+            reason = safe(" ".join(str(error).split()))[:100]
             raise DataError(f"not Parquet ({reason})", f"{path}:{number + 1}", "write it again") from None
 
 

@@ -27,6 +27,8 @@ from ruamel.yaml.events import (
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.reader import ReaderError
 
+from empg_lite.safe_text import safe
+
 MAX_BYTES = 1_000_000
 MAX_VALUES = 1_000
 MAX_DEPTH = 8
@@ -73,7 +75,7 @@ def parse_yaml(text: str) -> tuple[Any, dict[str, int]]:
         return _Builder(yaml, yaml.parse(text)).build()
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        what = f"not YAML ({' '.join(str(error.problem or error.context).split())})"
+        what = f"not YAML ({safe(' '.join(str(error.problem or error.context).split()))})"
         raise YamlFault(
             what, mark.line + 1 if mark else 1, "", "check quotes, colons and indentation"
         ) from None

@@ -60,8 +60,8 @@ def find_recipe(name_or_file: str) -> Path:
     known = builtin_recipes()
     if name_or_file in known:
         return known[name_or_file]
-    path = Path(name_or_file).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(name_or_file))
+    if os.path.isfile(path):
         return path
     if path.suffix in (".yaml", ".yml") or os.sep in name_or_file:
         raise MissingInput("no such recipe file", name_or_file, "check the path, or see `empg-lite recipes`")
@@ -88,10 +88,7 @@ def load_recipe(name_or_file: str, overrides: Sequence[str] = (), seed: int | No
         MissingInput: no such recipe.
         RecipeError: naming ``file:line: field`` or the override.
     """
-    path = find_recipe(name_or_file)
-    draft = _read_draft(path)
-    for section in draft.values.keys() & sections().keys():
-        _make_absolute(section, draft.values[section], path.resolve().parent)
+    draft = _read_draft(find_recipe(name_or_file))
     for text in overrides:
         _override(draft, text)
     if seed is not None:
@@ -135,12 +132,14 @@ def _read_draft(path: Path) -> _Draft:
         what = "the recipe is empty" if values is None else "a recipe is sections of keys"
         raise RecipeError(what, f"{path}:1", "start from `empg-lite recipes show custom-jsonl`")
     draft = _Draft(str(path), values, lines)
-    for name in values.keys() & sections().keys():
-        if values[name] is None:  # every key of it commented out
-            values[name] = {}
-        if not isinstance(values[name], dict):
-            what = f"{name} is a section, got {_shown(values[name])}"
-            raise RecipeError(what, draft.where(name), f"write {name}: and its keys below, indented")
+    for section in sections():
+        given = values.get(section, {})
+        if given is not None and not isinstance(given, dict):
+            what = f"{section} is a section, got {_shown(given)}"
+            raise RecipeError(what, draft.where(section), f"write {section}: and its keys below, indented")
+        if section in values:  # None: every key of it is commented out
+            folder = path.resolve().parent
+            values[section] = {k: _absolute(f"{section}.{k}", v, folder) for k, v in (given or {}).items()}
     return draft
 
 
@@ -152,25 +151,25 @@ def _override(draft: _Draft, text: str) -> None:
         raise RecipeError("no = in the override", origin, "write --set SECTION.KEY=VALUE")
     if not dot or not name or "." in name or section not in sections():
         raise RecipeError(f"no key named {_printable(key)}", origin, _suggest(key.rpartition(".")[2]))
+    # Text as typed: in YAML `regex:answer: (\d+)` is a mapping, and a commit of digits a number.
+    parsed: Any = value
     if not _takes_text(section, name) or value.strip() in ("", "~", "null") or value[:1] in ("'", '"'):
         try:
-            draft.set(key, parse_yaml(value)[0], origin)
+            parsed, _ = parse_yaml(value)
         except YamlFault as fault:
             raise RecipeError(fault.what, origin, fault.todo or "write a number or a word") from None
-    else:  # as typed: `regex:answer: (\d+)` would be a mapping in YAML, and a commit of digits a number
-        draft.set(key, value, origin)
-    _make_absolute(section, draft.values[section], Path.cwd(), only=name)
+    draft.set(key, _absolute(key, parsed, Path.cwd()), origin)
 
 
 def _takes_text(section: str, name: str) -> bool:
     return name in sections()[section].model_fields and type_text(section, name).startswith("text")
 
 
-def _make_absolute(section: str, values: dict[str, Any], base: Path, only: str | None = None) -> None:
-    """Make the paths among a section's values absolute, in place (``only``: this key alone)."""
-    for name, value in values.items():
-        if isinstance(value, str) and only in (None, name) and _is_path(f"{section}.{name}", value, base):
-            values[name] = os.path.abspath(base / Path(value).expanduser())
+def _absolute(key: str, value: Any, base: Path) -> Any:
+    """The value, or its absolute path where the key holds one."""
+    if isinstance(value, str) and _is_path(key, value, base):
+        return os.path.abspath(base / os.path.expanduser(value))
+    return value
 
 
 def _is_path(key: str, value: str, base: Path) -> bool:
@@ -178,7 +177,7 @@ def _is_path(key: str, value: str, base: Path) -> bool:
         return False
     if key == "model.name":
         explicit = value.startswith((".", "/", "~"))
-        return value != "tiny" and (explicit or (base / value).is_dir())
+        return value != "tiny" and (explicit or os.path.isdir(base / value))
     if key == "data.prompt":
         return is_template_file(value)
     return key in ("data.path", "data.eval_path", "model.adapter")
@@ -206,23 +205,21 @@ def _describe(key: str, detail: Mapping[str, Any], draft: _Draft) -> RecipeError
     if detail["type"] == "refused":
         return RecipeError(_printable(ctx["what"]), where, ctx["todo"])
     if detail["type"] == "extra_forbidden":
-        if name and len(detail["loc"]) == 1:
-            return RecipeError(
-                f"no section named {_printable(key)}", where, f"nest it: {section}: {{{name}: ...}}"
-            )
-        return RecipeError(
-            f"no {'key' if name else 'section'} named {_printable(key)}", where, _suggest(name or key)
-        )
+        flat = name and len(detail["loc"]) == 1
+        what = f"no {'key' if name and not flat else 'section'} named {_printable(key)}"
+        todo = _printable(f"nest it: {section}: {{{name}: ...}}") if flat else _suggest(name or key)
+        return RecipeError(what, where, todo)
     docs = next((doc for doc in field_docs() if doc.key == key), None)
     if detail["type"] == "missing" or docs is None:
         return RecipeError(f"{key} is missing", where, f"add it: {docs.description if docs else 'a section'}")
     value = detail["input"]
     todo = docs.description if docs.default == "required" else f"the default is {docs.default}"
+    expected = type_text(section, name)
     if isinstance(value, str):
-        words = get_close_matches(value, re.findall(r"\w+", type_text(section, name)), 1)
+        words = get_close_matches(value, re.findall(r"\w+", expected), 1)
         todo = f"did you mean {words[0]}?" if words else todo
-        todo = "write the number without quotes" if _is_number(value) else todo
-    return RecipeError(f"expected {type_text(section, name)}, got {_shown(value)}", where, todo)
+        todo = "write the number without quotes" if "number" in expected and _is_number(value) else todo
+    return RecipeError(f"expected {expected}, got {_shown(value)}", where, todo)
 
 
 def _is_number(text: str) -> bool:

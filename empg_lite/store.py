@@ -235,5 +235,6 @@ def run_lock(run: Path) -> Iterator[None]:
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         yield
+        os.ftruncate(fd, 0)
     finally:
         os.close(fd)

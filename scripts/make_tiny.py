@@ -5,9 +5,9 @@
 TIME_COMMENT
 
 The corpus is an endless stream of the project's own word problems with written solutions in three manners:
-most blurt out an answer, some work step by step carelessly, a minority work step by step and get it right. What
-comes out is a base model that can reason and usually does not. Two phases: first careful solutions only, which
-is where the arithmetic is learned, then the mix, with the learning rate falling to zero.
+most blurt out an answer, some work step by step carelessly, a minority work step by step and get it right.
+What comes out is a base model that can reason and usually does not. Two phases: careful solutions only, where
+the arithmetic is learned, then the mix, with the learning rate falling to zero.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from empg_lite.policy.templates import TEMPLATES
 from empg_lite.tiny import HARD, TINY, Difficulty, model_path, tiny_problems
 from empg_lite.tiny.problems import Story, blurted, careful, careless, stories
 
-#: Must equal the package's ``plain`` template.
-PROMPT = "Question: {question}\nAnswer:"
-END, SPECIALS = "<|endoftext|>", ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+TEMPLATE = TEMPLATES["plain"]
+END, SPECIALS = TEMPLATE.end, ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 DIFFICULTIES = {"tiny": TINY, "hard": HARD}
+SEED = 7
 MANNERS = ("blurted", "careless", "careful")
+Pair = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Phase:
 class Pretraining:
     """Everything that decides the weights besides the seed."""
 
-    phases: tuple[Phase, ...] = (Phase(3000, (0.0, 0.0, 1.0)), Phase(1500, (0.55, 0.15, 0.30)))
+    phases: tuple[Phase, ...] = (Phase(1800, (0.0, 0.0, 1.0)), Phase(1000, (0.55, 0.15, 0.30)))
     batch_size: int = 64
     learning_rate: float = 2e-3
     warmup_steps: int = 100
@@ -100,6 +102,12 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def end_id(tokenizer: Tokenizer) -> int:
+    end = tokenizer.token_to_id(END)
+    assert end is not None
+    return end
+
+
 def wrap_tokenizer(tokenizer: Tokenizer) -> Qwen2Tokenizer:
     """The same tokenizer as the class that ``AutoTokenizer`` will load it into."""
     state = json.loads(tokenizer.to_str())["model"]
@@ -122,8 +130,8 @@ def write_solution(story: Story, manner: str, rng: random.Random) -> str:
     return careless(story, rng) if manner == "careless" else blurted(story, rng)
 
 
-def corpus(seed: int, difficulty: Difficulty, phases: tuple[Phase, ...], rows: int) -> Iterator[tuple[str, str]]:
-    """(prompt, completion) pairs, ``rows`` for each step of the phases; no question of either split among them."""
+def corpus(seed: int, difficulty: Difficulty, phases: tuple[Phase, ...], rows: int) -> Iterator[Pair]:
+    """(prompt, completion) pairs, ``rows`` for each step of the phases; no question of a split is used."""
     kept_out = {p.question for split in ("train", "test") for p in tiny_problems(split, difficulty)}
     fresh = (story for story in stories(seed, difficulty) if story.question not in kept_out)
     rng = random.Random(seed + 1)
@@ -131,17 +139,17 @@ def corpus(seed: int, difficulty: Difficulty, phases: tuple[Phase, ...], rows: i
         for _ in range(phase.steps * rows):
             story = next(fresh)
             (manner,) = rng.choices(MANNERS, phase.shares)
-            yield PROMPT.format(question=story.question), write_solution(story, manner, rng)
+            yield TEMPLATE.render(story.question), write_solution(story, manner, rng)
 
 
 def batches(
-    pairs: Iterator[tuple[str, str]], tokenizer: Tokenizer, batch_size: int, seed: int, pool: int = 16
+    pairs: Iterator[Pair], tokenizer: Tokenizer, batch_size: int, seed: int, pool: int = 16
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(ids, labels), each (B, T), right-padded; labels are -100 outside the completion and its end token.
 
     ``pool`` batches at a time are sorted by length and dealt out in random order, so that little is padding.
     """
-    end, rng = tokenizer.token_to_id(END), random.Random(seed)
+    end, rng = end_id(tokenizer), random.Random(seed)
     while chunk := [pair for _, pair in zip(range(pool * batch_size), pairs, strict=False)]:
         prompts = [e.ids for e in tokenizer.encode_batch([prompt for prompt, _ in chunk])]
         answers = [[*e.ids, end] for e in tokenizer.encode_batch([answer for _, answer in chunk])]
@@ -168,7 +176,7 @@ def pad(rows: list[tuple[list[int], list[int]]], end: int) -> tuple[torch.Tensor
 
 def make_model(tokenizer: Tokenizer) -> Qwen2ForCausalLM:
     """A freshly initialised 0.9M-parameter Qwen2 of four layers."""
-    end = tokenizer.token_to_id(END)
+    end = end_id(tokenizer)
     config = Qwen2Config(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=128,
@@ -189,8 +197,8 @@ def make_model(tokenizer: Tokenizer) -> Qwen2ForCausalLM:
 
 
 def pretrain(model: Qwen2ForCausalLM, stream: Iterator[Any], how: Pretraining) -> None:
-    """AdamW on the completions; the rate warms up, holds through the first phases and falls to 0 in the last."""
-    optimizer = torch.optim.AdamW(model.parameters(), how.learning_rate, (0.9, 0.98), weight_decay=how.weight_decay)
+    """AdamW on the completions; the rate warms up, holds, and falls to 0 in the last phase."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=how.weight_decay)
     started, falling = time.perf_counter(), how.phases[-1].steps
     for step, (ids, labels) in enumerate(stream, start=1):
         rate = min(1.0, step / how.warmup_steps, (how.steps - step + 1) / falling)
@@ -207,30 +215,33 @@ def pretrain(model: Qwen2ForCausalLM, stream: Iterator[Any], how: Pretraining) -
         optimizer.step()
         optimizer.zero_grad()
         if step % 100 == 0 or step == how.steps:
-            print(f"step {step}/{how.steps}  loss {loss.item():.4f}  {time.perf_counter() - started:.0f} s", flush=True)
+            seconds = time.perf_counter() - started
+            print(f"step {step}/{how.steps}  loss {loss.item():.4f}  {seconds:.0f} s", flush=True)
 
 
 @torch.no_grad()
-def accuracy(model: Any, tokenizer: Any, difficulty: Difficulty, sample: bool, limit: int = 500) -> tuple[float, float]:
+def accuracy(model: Any, tokenizer: Any, difficulty: Difficulty, sample: bool) -> tuple[float, float]:
     """(fraction right, mean completion length in tokens with the end token) on the test problems."""
-    problems, end, right, tokens = tiny_problems("test", difficulty)[:limit], model.config.eos_token_id, 0, 0
+    problems, end, right, tokens = tiny_problems("test", difficulty), model.config.eos_token_id, 0, 0
     for start in range(0, len(problems), 125):
         part = problems[start : start + 125]
-        prompts = [PROMPT.format(question=p.question) for p in part]
+        prompts = [TEMPLATE.render(p.question) for p in part]
         inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
         flags = {"do_sample": True, "top_k": 0} if sample else {"do_sample": False}
         new = model.generate(**inputs, max_new_tokens=120, **flags)[:, inputs["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-        right += sum(text.rpartition("####")[2].strip() == p.gold for text, p in zip(texts, part, strict=True))
-        tokens += int((((new == end).cumsum(1) - (new == end).int()) == 0).sum())
+        answers = [text.rpartition("####")[2].strip() for text in texts]
+        right += sum(answer == p.gold for answer, p in zip(answers, part, strict=True))
+        ended_before = (new == end).cumsum(1) - (new == end).int()
+        tokens += int((ended_before == 0).sum())
     return right / len(problems), tokens / len(problems)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=model_path(), help="folder to write (default: the bundled one)")
+    parser.add_argument("--out", type=Path, default=model_path(), help="folder to write")
     parser.add_argument("--difficulty", choices=DIFFICULTIES, default="tiny")
-    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
 
@@ -244,6 +255,7 @@ def main() -> None:
     pretrain(model, batches(pairs, trained, how.batch_size, args.seed), how)
 
     model.eval().save_pretrained(args.out)
+    (args.out / "model.safetensors").chmod(0o644)  # written private; the wheel's other files are not
     tokenizer = wrap_tokenizer(trained)
     tokenizer.save_pretrained(args.out)
     for name, sampled in (("greedy", False), ("T=1", True)):

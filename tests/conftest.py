@@ -27,3 +27,70 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fixture_model import build_model
 
     return build_model(tmp_path_factory.mktemp("model"))
+
+
+RECIPE = """\
+model: {{name: {model}, backend: transformers, dtype: float32, load_in_4bit: false, lora_r: 4, lora_alpha: 8}}
+data: {{source: local, path: {data}, prompt: plain, reward: "regex:[a-m]", validation: 2}}
+sampler: {{problems_per_step: 3, samples_per_problem: 4, max_new_tokens: 6}}
+optim: {{learning_rate: 1e-2, warmup_steps: 2}}
+run: {{steps: 3, eval_every: 2, save_every: 1}}
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, model_dir: Path) -> Path:
+    """A recipe over the fixture model and twenty additions: three steps of a second each."""
+    import json
+
+    rows = [{"question": f"{a} + {b} = ?", "answer": str(a + b)} for a in range(5) for b in range(4)]
+    data = tmp_path / "problems.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    path = tmp_path / "fixture.yaml"
+    path.write_text(RECIPE.format(model=model_dir, data=data), "utf-8")
+    return path
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]):
+    """Run a command in this process: ``cli("train", ...) -> (exit code, stdout, stderr)``."""
+    from empg_lite.cli import main
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main([str(a) for a in arguments])
+        out, err = capfd.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def policy(model_dir: Path):
+    """The fixture model with a LoRA that is not zero, plain prompt."""
+    return load_fixture_policy(model_dir)
+
+
+def load_fixture_policy(model_dir: Path, *, perturb: bool = True, load_in_4bit: bool = False, prompt: str = "plain"):
+    """A fresh policy over the fixture model; ``perturb`` moves LoRA B off zero so that the adapter matters."""
+    import torch
+
+    from empg_lite.policy import load_policy
+    from empg_lite.recipe import ModelSection
+
+    section = ModelSection(
+        name=str(model_dir),
+        backend="transformers",
+        dtype="float32",
+        load_in_4bit=load_in_4bit,
+        lora_r=4,
+        lora_alpha=8,
+    )
+    loaded = load_policy(section, prompt, seed=0)
+    if perturb:
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in loaded.trainable().values():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return loaded

@@ -1,4 +1,4 @@
-"""Recipes: defaults, shipped files, YAML in and out, overrides, look-up. Refusals: ``test_broken_inputs.py``."""
+"""Recipes: defaults, shipped files, YAML in and out, overrides. Refusals are in ``test_broken_inputs.py``."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from empg_lite.recipe import (
 from empg_lite.recipe_file import builtin_recipes, dump_recipe, find_recipe, load_recipe, recipe_summary
 
 SHIPPED = {
-    "tiny": "tiny",
-    "gsm8k-0.5b": "Qwen/Qwen2.5-0.5B",
-    "gsm8k-1.5b": "Qwen/Qwen2.5-1.5B",
-    "gsm8k-3b": "Qwen/Qwen2.5-3B",
-    "gsm8k-7b": "Qwen/Qwen2.5-7B",
-    "gsm8k-0.5b-t4": "Qwen/Qwen2.5-0.5B",
-    "math-hard-1.5b": "Qwen/Qwen2.5-1.5B",
-    "math-hard-3b": "Qwen/Qwen2.5-3B",
-    "custom-jsonl": "Qwen/Qwen2.5-0.5B",
+    "tiny": ("tiny", "tiny"),
+    "gsm8k-0.5b": ("Qwen/Qwen2.5-0.5B", "gsm8k"),
+    "gsm8k-1.5b": ("Qwen/Qwen2.5-1.5B", "gsm8k"),
+    "gsm8k-3b": ("Qwen/Qwen2.5-3B", "gsm8k"),
+    "gsm8k-7b": ("Qwen/Qwen2.5-7B", "gsm8k"),
+    "gsm8k-0.5b-t4": ("Qwen/Qwen2.5-0.5B", "gsm8k"),
+    "math-hard-1.5b": ("Qwen/Qwen2.5-1.5B", "math-hard"),
+    "math-hard-3b": ("Qwen/Qwen2.5-3B", "math-hard"),
+    "custom-jsonl": ("Qwen/Qwen2.5-0.5B", "local"),
 }
 #: The table of DESIGN section 6, and the keys its text adds.
 DEFAULTS = {
@@ -146,7 +146,8 @@ def test_names_agree_with_the_modules_that_own_them() -> None:
 
 def test_recipes_need_no_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; from empg_lite.recipe_file import *; load_recipe('gsm8k-0.5b', ['data.reward=math']).resolved();"
+        "import sys; from empg_lite.recipe_file import load_recipe\n"
+        "load_recipe('tiny', ['data.reward=math'])\n"
         "print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow', 'sympy') if m in sys.modules])"
     )
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
@@ -163,7 +164,7 @@ def test_recipes_need_no_torch(tmp_path: Path) -> None:
 def test_shipped_recipe(name: str) -> None:
     path = builtin_recipes()[name]
     recipe = load_recipe(name)
-    assert recipe.model.name == SHIPPED[name]
+    assert (recipe.model.name, recipe.data.source) == SHIPPED[name]
     assert refused_sampling(recipe) is None
     if name != "tiny":
         floor = 1024 if "math" in name else 512
@@ -177,12 +178,6 @@ def test_shipped_recipe(name: str) -> None:
         assert sum(word in line for line in comments) == 1, word
     assert any("stimated" in line or "measured" in line.lower() for line in comments)
     assert max(map(len, text.splitlines())) <= 110
-    source = recipe.data.source
-    assert source == (
-        "local"
-        if name == "custom-jsonl"
-        else name.split("-0")[0].split("-1")[0].split("-3")[0].split("-7")[0]
-    )
 
 
 def test_nothing_else_is_shipped() -> None:
@@ -216,6 +211,8 @@ def test_found_from_any_folder_and_from_a_wheel(tmp_path: Path, monkeypatch: pyt
         ("no/such.yaml", "no such recipe file"),
         ("such.yml", "no such recipe file"),
         (".", "no recipe named '.'"),
+        ("~nobody/x.yaml", "no such recipe file"),
+        ("x" * 5000, "no recipe named"),
     ],
 )
 def test_unknown_recipe(name: str, fragment: str) -> None:
@@ -297,12 +294,9 @@ def test_dump_and_load_of_anything(
 
 
 def test_overrides_go_through_the_same_types() -> None:
-    recipe = load_recipe(
-        "gsm8k-0.5b",
-        ["run.steps=3", "run.steps=4", "optim.learning_rate=1e-4", "optim.micro_batch_tokens=4096", "em.baseline=1",
-         "model.load_in_4bit=false", "run.eval_limit=null"],
-        seed=7,
-    )  # fmt: skip
+    overrides = ["run.steps=3", "run.steps=4", "run.eval_limit=null", "model.load_in_4bit=false"]
+    overrides += ["optim.learning_rate=1e-4", "optim.micro_batch_tokens=4096", "em.baseline=1"]
+    recipe = load_recipe("gsm8k-0.5b", overrides, seed=7)
     assert (recipe.run.steps, recipe.run.seed, recipe.run.eval_limit) == (4, 7, None)
     assert (recipe.optim.learning_rate, recipe.optim.micro_batch_tokens) == (1e-4, 4096)
     assert recipe.em.baseline == 1.0 and recipe.model.load_in_4bit is False
@@ -358,6 +352,15 @@ def test_paths_are_relative_to_the_file_or_to_the_cwd(
     assert recipe.model.name == "weights", "no such folder here: a hub id"
     assert recipe.model.adapter == str(Path("~/a").expanduser())
     assert load_recipe(path, ["model.name=./weights"]).model.name == str(here / "weights")
+
+
+def test_an_override_leaves_the_file_s_other_values_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, MINIMAL)
+    (tmp_path / "elsewhere" / "m").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")  # where a folder happens to be called as the hub id
+    assert load_recipe(path, ["model.lora_r=4"]).model.name == "m"
 
 
 def test_tiny_stays_a_word_and_hub_ids_stay_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

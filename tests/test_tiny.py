@@ -19,12 +19,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from empg_lite.policy.templates import TEMPLATES
 from empg_lite.rationale import Problem, problem_id
 from empg_lite.tiny import HARD, TINY, Difficulty, model_path, tiny_problems
 from empg_lite.tiny.problems import Story, blurted, careful, careless, stories
 
-PROMPT = "Question: {question}\nAnswer:"
-STEP = re.compile(r" (\d+) ([-+*/]) (\d+) = (\d+)\.")
+STEP = re.compile(r" (-?\d+) ([-+*/]) (\d+) = (-?\d+)\.")
 
 
 # ---- problems --------------------------------------------------------------------------------------------
@@ -34,12 +34,13 @@ def test_problems_are_the_same_everywhere() -> None:
     rows = [f"{p.id}\t{p.question}\t{p.gold}\n" for split in ("train", "test") for p in tiny_problems(split)]
     assert len(rows) == 4500
     # Golden: whoever changes it must make the bundled model again.
-    assert hashlib.sha256("".join(rows).encode()).hexdigest()[:16] == "GOLDEN"
+    assert hashlib.sha256("".join(rows).encode()).hexdigest()[:16] == "f6de9a5b55eed267"
     assert tiny_problems("test")[0] == Problem(
-        id="FIRST_ID",
-        question="FIRST_Q",
-        gold="FIRST_G",
-        meta={"steps": "FIRST_S"},
+        id="60a266f9224b13f4",
+        question="There are 3 beads on Eva's desk. Soon she has 4 times as many. She gives 5 beads to Mia. "
+        "How many beads does Eva have now?",
+        gold="7",
+        meta={"steps": "2"},
     )
 
 
@@ -111,7 +112,7 @@ def test_the_careful_solution_recomputes_to_the_gold() -> None:
         assert answer == steps[-1][3] == str(story.answer)
 
 
-def test_careless_and_blurted_solutions_are_usually_wrong_and_look_the_part() -> None:
+def test_careless_and_blurted_solutions_are_mostly_wrong_and_look_the_part() -> None:
     drawn: list[Story] = list(islice(stories(5), 2000))
     rng = Random(0)
     slipped = [careless(story, rng) for story in drawn]
@@ -121,10 +122,10 @@ def test_careless_and_blurted_solutions_are_usually_wrong_and_look_the_part() ->
         right = [t.rpartition("#### ")[2] == str(s.answer) for t, s in zip(texts, drawn, strict=True)]
         return sum(right) / len(right)
 
-    # Careless: 0.6 per step over 2 or 3 steps gives (0.36 + 0.216) / 2 = 0.29, and a slip may be undone by / or by
-    # another slip. Blurted: 0.15 by construction, the guesses exclude the answer. Three standard errors of 2000.
+    # Careless: 0.6 a step over 2 or 3 steps gives (0.36 + 0.216) / 2 = 0.29, more where a division or another
+    # slip undoes one. Blurted: 0.4, the guesses exclude the answer. Three standard errors are 0.033.
     assert 0.26 < share_right(slipped) < 0.37
-    assert 0.126 < share_right(guessed) < 0.174
+    assert 0.367 < share_right(guessed) < 0.433
     assert all(len(STEP.findall(t)) == len(s.steps) for t, s in zip(slipped, drawn, strict=True))
     assert not any(STEP.search(t) for t in guessed)
     assert [careless(s, rng, slip=0.0) for s in drawn] == [careful(s) for s in drawn]
@@ -159,3 +160,159 @@ def test_the_model_folder_is_complete_and_small() -> None:
         "tokenizer_config.json",
     }
     assert sum(sizes.values()) < 4_000_000
+
+
+# ---- tokenizer -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    """``scripts/make_tiny.py`` as a module."""
+    path = Path(__file__).parents[1] / "scripts" / "make_tiny.py"
+    spec = importlib.util.spec_from_file_location("make_tiny", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["make_tiny"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def trained(script: ModuleType) -> Any:
+    """The tokenizers-library object, trained again as the script does by default."""
+    return script.train_tokenizer(script.tokenizer_texts(script.SEED), script.Pretraining().vocab_size)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_path(), local_files_only=True)
+
+
+def test_the_loaded_tokenizer_splits_as_the_one_that_was_trained(
+    script: ModuleType, trained: Any, tokenizer: Any
+) -> None:
+    from tokenizers import Tokenizer
+
+    shipped = Tokenizer.from_file(str(model_path() / "tokenizer.json"))
+    texts = [
+        TEMPLATES["plain"].render(s.question) + write(s)
+        for s in islice(stories(6, HARD), 300)
+        for write in (careful, lambda s: blurted(s, Random(0)))
+    ]
+    texts += [
+        "",
+        " ",
+        "it's 1234.50\n\n  x",
+        "<|im_start|>user\nHi<|im_end|>",
+        "na\u00efve \u4f60\u597d \U0001f600",
+    ]
+    for text in texts:
+        assert tokenizer(text).input_ids == trained.encode(text).ids == shipped.encode(text).ids
+    assert tokenizer.get_vocab() == trained.get_vocab() == shipped.get_vocab()
+
+
+def test_another_pre_tokenizer_would_be_noticed(trained: Any, tokenizer: Any) -> None:
+    """Negative control of the test above: the same merges under plain byte-level splitting."""
+    from tokenizers import Tokenizer, pre_tokenizers
+
+    wrong = Tokenizer.from_str(trained.to_str())
+    wrong.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    text = TEMPLATES["plain"].render(next(stories(6)).question)
+    assert wrong.encode(text).ids != tokenizer(text).input_ids
+
+
+def test_special_tokens_stand_after_the_vocabulary_as_in_qwen(tokenizer: Any) -> None:
+    vocabulary = tokenizer.get_vocab()
+    assert len(tokenizer) == len(vocabulary) == 530
+    assert sorted(vocabulary.values()) == list(range(530))
+    assert [vocabulary[t] for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")] == [527, 528, 529]
+    assert tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>"
+    assert tokenizer.bos_token is None and tokenizer("x").input_ids == tokenizer.encode(
+        "x", add_special_tokens=False
+    )
+    assert set(pre_tokenizers_alphabet()) <= set(vocabulary)
+
+
+def pre_tokenizers_alphabet() -> list[str]:
+    from tokenizers import pre_tokenizers
+
+    alphabet: list[str] = pre_tokenizers.ByteLevel.alphabet()
+    assert len(alphabet) == 256
+    return alphabet
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text())
+def test_any_text_round_trips(tokenizer: Any, text: str) -> None:
+    """Up to Unicode's canonical composition, which Qwen2's normaliser applies first."""
+    ids = tokenizer(text).input_ids
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == unicodedata.normalize("NFC", text)
+
+
+def test_completions_fit_the_recipe(tokenizer: Any) -> None:
+    written = [careful(s) for s in islice(stories(8), 500)]
+    assert max(len(tokenizer(text).input_ids) + 1 for text in written) <= 60
+    prompts = [TEMPLATES["plain"].render(p.question) for p in tiny_problems("train")]
+    assert max(map(len, tokenizer(prompts).input_ids)) <= 64
+    # The completion begins at a token boundary: prompt and completion apart split as they do together.
+    for prompt, text in zip(prompts, written, strict=False):
+        assert tokenizer(prompt).input_ids + tokenizer(text).input_ids == tokenizer(prompt + text).input_ids
+
+
+# ---- model -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        model_path(), local_files_only=True, output_loading_info=True
+    )
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return loaded.eval()
+
+
+def test_the_model_is_a_small_qwen2(model: Any, tokenizer: Any) -> None:
+    import torch
+
+    assert model.config.model_type == "qwen2"
+    assert sum(p.numel() for p in model.parameters()) == 856_448
+    assert model.dtype == torch.float32
+    assert model.get_input_embeddings().num_embeddings == len(tokenizer)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    for config in (model.config, model.generation_config):
+        assert config.eos_token_id == config.pad_token_id == tokenizer.eos_token_id
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_the_base_model_can_reason_and_usually_does_not(model: Any, tokenizer: Any) -> None:
+    import torch
+
+    problems = tiny_problems("test")[:60]
+    prompts = [TEMPLATES["plain"].render(p.question) for p in problems]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+
+    def completions(**flags: Any) -> list[str]:
+        out = model.generate(**inputs, max_new_tokens=72, **flags)[:, inputs["input_ids"].shape[1] :]
+        return [text.rstrip() for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
+
+    def right(texts: list[str], copies: int) -> list[bool]:
+        golds = [p.gold for p in problems for _ in range(copies)]
+        return [t.rpartition("####")[2].strip() == gold for t, gold in zip(texts, golds, strict=True)]
+
+    greedy = completions(do_sample=False)
+    assert sum(right(greedy, 1)) / 60 < 0.35
+    assert all(text.startswith(" ####") for text in greedy)
+
+    torch.manual_seed(0)
+    samples = completions(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=8)
+    verdicts = right(samples, 8)
+    assert sum(any(verdicts[8 * i : 8 * i + 8]) for i in range(60)) / 60 > 0.6
+    worked = [bool(STEP.search(text)) for text in samples]
+    assert 0.3 < sum(worked) / 480 < 0.6
+    # Reasoning pays: worked solutions are right far more often than blurted ones.
+    by_work = {w: [v for v, u in zip(verdicts, worked, strict=True) if u == w] for w in (True, False)}
+    assert sum(by_work[True]) / len(by_work[True]) > 2 * sum(by_work[False]) / len(by_work[False])

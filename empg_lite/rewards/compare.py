@@ -20,6 +20,7 @@ Leaf = Callable[[str, Shape, Shape], bool | None]
 
 _INFINITE = {r"\infty", r"+\infty", r"-\infty"}
 _PROSE = re.compile(r"[A-Za-z\d\s.,:'()&;!?/-]+")
+_CLOCK = re.compile(r"\d{1,2}:\d{2}")
 _STRUCTURED = re.compile(r"\\(?:begin|mathbb|setminus|backslash|cap|emptyset|cup)")
 _ASKING = re.compile(
     r"\b(?:what|which|find|express|calculate|determine|compute|give|write|how)\b[^.?!]*?(?<![\d)}%] )"
@@ -81,6 +82,8 @@ def _compare_plain(gold: str, prediction: str, percent_asked: bool) -> bool | No
         if percent_asked and exact_prediction.percent and not exact_gold.percent:
             value *= 100
         return exact_gold.value == value
+    if _CLOCK.fullmatch(gold) and _CLOCK.fullmatch(prediction) and gold.lstrip("0") == prediction.lstrip("0"):
+        return True
     gold_words, prediction_words = as_words(gold), as_words(prediction)
     if gold_words is not None and prediction_words is not None:
         return gold_words == prediction_words

@@ -107,8 +107,8 @@ class _Reader:
 
     def signed(self) -> Fraction:
         sign = 1
-        while self.peek() in ("+", "-"):
-            if self.take() == "-":
+        for _ in range(2):
+            if self.peek() in ("+", "-") and self.take() == "-":
                 sign = -sign
         return sign * self.power()
 

@@ -75,7 +75,8 @@ _PHRASE = re.compile(
     r"(?::|=|\bis\b|\bwould be\b|(?=\s*(?:\$|\\\(|\\\[)))",
     re.IGNORECASE | re.MULTILINE,
 )
-_PHRASE_START = re.compile(r"[\s*:_]*(?:\$\$?|\\[(\[])?\s*")
+_PHRASE_START = re.compile(r"[\s*:_]*")
+_FENCE = re.compile(r"(?:\$\$?|\\[(\[])\s*")
 _PHRASE_END = re.compile(r"[.?](?=[\s*\"'”<]|$)|\n")
 _MATH = re.compile(
     r"\$\$(?P<a>[^$]+)\$\$|(?<!\\)\$(?P<b>(?:\\\$|[^$])+?)(?<!\\)\$|\\\((?P<c>.+?)\\\)|(?<!\\)\\\[(?P<d>.+?)\\\]",
@@ -178,22 +179,41 @@ def _tidy(content: str) -> str:
     return content.replace('\\"', '"').strip().strip('*_`"“”').strip()
 
 
+def _unfenced(content: str) -> str:
+    """Without the fences of a formula that is all there is."""
+    for opening, closing in (("$$", "$$"), ("$", "$"), (r"\[", r"\]"), (r"\(", r"\)")):
+        inner = content.removeprefix(opening).removesuffix(closing)
+        if content.startswith(opening) and opening not in inner and closing not in inner:
+            return inner.strip()
+    return content
+
+
+def _phrase_end(text: str, start: int) -> int:
+    """Where the sentence that began at ``start`` ends; a period inside braces ends nothing."""
+    fence = _FENCE.match(text, start)  # a line break inside display mathematics ends nothing
+    for stop in itertools.islice(_PHRASE_END.finditer(text, fence.end() if fence else start), 8):
+        content = text[start : stop.start()]
+        if content.count("{") <= content.count("}"):
+            return stop.start()
+    return len(text)
+
+
 def _last_phrase(text: str, *, start: int = 0, final_only: bool = False) -> tuple[str, str] | None:
     """What the last "answer is" announces, to the end of its sentence, and the rule's name."""
-    found = None
-    for match in _PHRASE.finditer(text, start):
+    for match in reversed(list(_PHRASE.finditer(text, start))):
         if final_only and not match.group("final"):
             continue
         begin = _PHRASE_START.match(text, match.end())
         assert begin is not None
-        stop = _PHRASE_END.search(text, begin.end())
-        content = _tidy(text[begin.end() : stop.start() if stop else len(text)])
+        content = _tidy(text[begin.end() : _phrase_end(text, begin.end())])
         if content:
-            found = (content, "final_answer_is" if match.group("final") else "answer_is")
-    return found
+            return content, "final_answer_is" if match.group("final") else "answer_is"
+    return None
 
 
-_WORD = re.compile(r"(?<![\\A-Za-z{_^])[A-Za-z]{2,}")
+_WORD = re.compile(
+    r"(?<![\\A-Za-z{_^])(?:[A-Za-z]{4,}|(?:is|the|are|was|so|we|of|in|it|to|has|for|but|not|can|as)(?![A-Za-z]))"
+)
 _TEXT_COMMAND = re.compile(
     r"\\(?:text[a-z]*|mbox|mathrm|operatorname)\s*\{[^{}]*\}|\\(?:begin|end)\s*\{[^{}]*\}"
 )
@@ -252,12 +272,12 @@ def _fragment(content: str, rule: str, numeric: bool) -> Answer | None:
     """The answer inside what a phrase announced: all of it, or the last value in it."""
     if numeric:
         if read_exact(normalize(content)) is not None:
-            return Answer(content, rule)
+            return Answer(_unfenced(content), rule)
         numbers = [match.group().strip() for match in _numbers(content)]
         if numbers:
             return Answer(numbers[-1], rule)
     if _bare(content):
-        return Answer(content, rule)
+        return Answer(_unfenced(content), rule)
     value = _last_value(content)
     return Answer(value.text if value else content, rule)
 
@@ -299,5 +319,5 @@ def extract(text: str, *, numeric: bool = False) -> Answer | None:
     if not stripped:
         return None
     if _bare(stripped):
-        return Answer(stripped, "whole")
+        return Answer(_unfenced(stripped), "whole")
     return _last_value(stripped)

@@ -193,9 +193,7 @@ class Grader:
         waiting: list[tuple[int, Question, float]] = []
         for gold, prediction, problem in items:
             start = time.perf_counter()
-            outcome = (
-                Outcome("too_long") if len(prediction) > MAX_TEXT else reward(gold, prediction, problem)
-            )
+            outcome = Outcome("too_long") if len(prediction) > MAX_TEXT else reward(gold, prediction, problem)
             seconds = time.perf_counter() - start
             if isinstance(outcome, Question):
                 waiting.append((len(verdicts), outcome, seconds))

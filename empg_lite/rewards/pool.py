@@ -115,7 +115,7 @@ class _Worker:
         if line is not None:
             result = json.loads(line)
             if not result.get("memory"):
-                return Reply(result, None, seconds)
+                return Reply(result, "crash" if "error" in result else None, seconds)
             self.kill()
             return Reply({}, "memory", seconds)
         out_of_time = seconds >= limit

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from empg_lite.rewards.units import strip_units
+
 _MAX_DEPTH = 12
 
 
@@ -20,7 +22,7 @@ class Shape:
     Attributes:
         kind: ``leaf``, ``bag`` (unordered), ``tuple`` (ordered), ``interval``, ``matrix``, ``equation``,
             ``relation`` (inequality).
-        text: its source; for an interval its two brackets, for a relation its operators, for a matrix ``RxC``.
+        text: its source; of an interval the two brackets, of a relation the operators, of a matrix ``RxC``.
         items: parts, in order of writing (a matrix row by row).
         label: what stood before "=", as ``x`` in ``x = 5``.
         source: the text it was read from.
@@ -143,7 +145,9 @@ def _related(text: str, depth: int) -> Shape | None:
         cut = signs.index(r"\approx")
         if cut == 0 and _label(parts[0]):
             return replace(_single(parts[1], depth + 1), label=parts[0])
-        return parse_shape(text[: text.index(r"\approx")], depth + 1)
+        if cut > 0:
+            return parse_shape(text[: text.index(r"\approx")], depth + 1)
+        return _single(parts[0] or parts[1], depth + 1)
     if signs == [r"\in"] and _label(parts[0]):
         return replace(_single(parts[1], depth + 1), label=parts[0])
     if all(sign == "=" for sign in signs) and all(parts):
@@ -181,13 +185,14 @@ def _bracketed(text: str, depth: int) -> Shape | None:
     opener, inner, closer = enclosed
     if opener in ("{", r"\text{") and closer == "}":
         return parse_shape(inner, depth + 1) if opener == "{" or re.search(r"[,;]", inner) else None
-    items = tuple(parse_shape(item, depth + 1) for item in _elements(inner))
+    elements = _elements(inner)
+    if len(elements) < 2 and opener in ("(", "["):
+        return None  # a group, not a tuple
+    items = tuple(parse_shape(element, depth + 1) for element in elements)
     if opener == r"\{":
         return _bag(items, text)
     if opener == r"\langle":
         return Shape("matrix", f"{len(items)}x1", items, source=text)
-    if len(items) < 2:
-        return None
     if opener == "(" and closer == ")":
         return Shape("tuple", text, items, source=text)
     if len(items) == 2:
@@ -215,9 +220,10 @@ def _single(text: str, depth: int) -> Shape:
     parts = [piece for piece, _ in _split(text, {r"\cup"})]
     if len(parts) > 1:
         return _bag(tuple(parse_shape(part, depth + 1) for part in parts), text)
-    shape = _matrix(text) or _bracketed(text, depth)
-    if shape is not None:
-        return shape
+    for candidate in dict.fromkeys((text, strip_units(text))):
+        shape = _matrix(candidate) or _bracketed(candidate, depth)
+        if shape is not None:
+            return shape
     if re.search(r"\\(?:pm|mp)(?![a-zA-Z])", text):
         upper = re.sub(r"\\pm(?![a-zA-Z])", "+", re.sub(r"\\mp(?![a-zA-Z])", "-", text))
         lower = re.sub(r"\\pm(?![a-zA-Z])", "-", re.sub(r"\\mp(?![a-zA-Z])", "+", text))

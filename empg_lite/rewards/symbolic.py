@@ -8,16 +8,17 @@ at any point (sets, matrices, unevaluated functions) goes to math-verify's own c
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy
 from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
 from math_verify import verify
-from sympy.core.function import AppliedUndef
+from sympy.core.function import AppliedUndef  # type: ignore[import-untyped]
 
 from empg_lite.rewards.compare import Leaf, cheap_leaf
 from empg_lite.rewards.shapes import Shape
@@ -25,17 +26,20 @@ from empg_lite.rewards.units import strip_units
 
 logging.disable(logging.CRITICAL)
 
+_MAX_LENGTH = 1000
+_MAX_NESTING = 40
 _DIGITS = 40
 _TOLERANCE = sympy.Float(10) ** -30
-_NOTHING = sympy.Float(10) ** -80  # what is left of an exact zero
 _SPELLING = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none"
 )
 _CONVERSION = ConversionConfig(lowercase_symbols=False)
 _UNEVALUATED = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit, sympy.Derivative)
-#: Where functions are compared. No point is a zero, pole or period of anything one writes in an answer.
-_POSITIVE = ((23, 17), (41, 29), (67, 31), (97, 59), (131, 73), (163, 101))
-_NEGATIVE = ((-37, 53), (-71, 43), (-109, 61), (-149, 83), (-173, 107), (-211, 127))
+#: Where functions are compared: on either side of 0 and 1, and beyond the numbers in ``|x - 2|``.
+#: No zero, pole or period of anything one writes lies there.
+_SAMPLES = tuple(
+    sympy.Rational(*pair) for pair in ((23, 17), (281, 29), (5, 13), (-37, 53), (-409, 31), (97, 41))
+)
 
 
 class Unparsable(ValueError):
@@ -50,12 +54,20 @@ class _Grammar(_Latex2Sympy):
         return sympy.Rational(value.numerator, value.denominator)
 
 
+def _nesting(text: str) -> int:
+    """The deepest level of brackets: the grammar's time grows steeply with it."""
+    steps = (1 if char in "([{" else -1 if char in ")]}" else 0 for char in text)
+    return max(itertools.accumulate(steps, initial=0))
+
+
 def parse(text: str) -> sympy.Basic:
     """A normalised answer as a sympy object, ``i`` as the imaginary unit, ``f(x)`` as a symbol of its own.
 
     Raises:
         Unparsable: the grammar does not know it.
     """
+    if len(text) > _MAX_LENGTH or _nesting(text) > _MAX_NESTING:
+        raise Unparsable("too long or nested too deeply")
     text = re.sub(r"_\s*(\w)", r"_{\1}", strip_units(text))
     if re.search(r"\d\s+\d", text):
         raise Unparsable("two numbers side by side")
@@ -67,29 +79,31 @@ def parse(text: str) -> sympy.Basic:
         raise Unparsable(str(error)[:200]) from error
     if not isinstance(parsed, sympy.Basic | sympy.MatrixBase):
         raise Unparsable("no expression")
+    if parsed.has(sympy.zoo, sympy.nan):
+        raise Unparsable("no value")
     if not isinstance(parsed, sympy.Expr):
         return parsed
-    bound = {symbol for node in parsed.atoms(*_UNEVALUATED) for symbol in node.variables}
+    bound = {s for node in parsed.atoms(*_UNEVALUATED) for s in getattr(node, "variables", node.args[1:2])}
     names: dict[sympy.Basic, sympy.Basic] = {
         call: sympy.Symbol(str(call.doit())) for call in parsed.atoms(AppliedUndef)
     }
     names.update({s: sympy.I for s in parsed.free_symbols if s.name == "i" and s not in bound})
-    return parsed.xreplace(names)
+    closed = parsed.xreplace(names)
+    return closed.doit() if bound else closed
 
 
 def _points(names: Iterable[str]) -> Iterator[dict[str, sympy.Rational]]:
-    """Assignments of the variables: all positive, all negative, and a few with mixed signs."""
+    """Assignments of the variables, no two on one ray; in the last the signs alternate."""
     ordered = sorted(names)
-    for row in range(4 if ordered else 1):
-        point = {}
-        for column, name in enumerate(ordered):
-            table = _POSITIVE if row < 2 or (row == 3 and column % 2) else _NEGATIVE
-            top, bottom = table[(row + column) % len(table)]
-            point[name] = sympy.Rational(top, bottom + 2 * (column // len(table)))
-        yield point
+    for row, sample in enumerate(_SAMPLES if ordered else _SAMPLES[:1]):
+        mixed = row == len(_SAMPLES) - 1
+        yield {
+            name: sample * (1 + sympy.Rational((3 + row) * column, 11)) * (-1 if mixed and column % 2 else 1)
+            for column, name in enumerate(ordered)
+        }
 
 
-def _value(expression: sympy.Basic, point: dict[str, sympy.Rational]) -> sympy.Expr | None:
+def _value(expression: sympy.Expr, point: dict[str, sympy.Rational]) -> sympy.Expr | None:
     """A finite complex number to 40 digits, or None where there is none."""
     values = {symbol: point[symbol.name] for symbol in expression.free_symbols}
     if expression.has(*_UNEVALUATED):
@@ -101,9 +115,15 @@ def _value(expression: sympy.Basic, point: dict[str, sympy.Rational]) -> sympy.E
     return number
 
 
+def _nothing(number: sympy.Expr) -> bool:
+    """True for zero, and for the rounding noise of an exact zero: evalf found no correct digit in it."""
+    return all(part == 0 or getattr(part, "_prec", 99) < 16 for part in number.as_real_imag())
+
+
 def _close(a: sympy.Expr, b: sympy.Expr) -> bool:
-    difference, size = abs(a - b), max(abs(a), abs(b))
-    return bool(difference <= _TOLERANCE * size) or bool(size <= _NOTHING)
+    if _nothing(a) or _nothing(b):
+        return _nothing(a) and _nothing(b)
+    return bool(abs(a - b) <= _TOLERANCE * max(abs(a), abs(b)))
 
 
 def _names(*expressions: sympy.Basic) -> set[str]:
@@ -129,7 +149,11 @@ def _identical(a: sympy.Expr, b: sympy.Expr) -> bool | None:
 
 
 def expressions_equal(gold: str, prediction: str) -> bool:
-    """Raises Unparsable where either side is not mathematics."""
+    """Equal as functions, or for math-verify equal as sets, matrices and the like.
+
+    Raises:
+        Unparsable: either side is not mathematics.
+    """
     a, b = parse(gold), parse(prediction)
     if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr):
         if a == b:
@@ -141,15 +165,19 @@ def expressions_equal(gold: str, prediction: str) -> bool:
 
 
 def _ratio(gold: Shape, prediction: Shape) -> sympy.Expr | None:
-    """The constant f/g where gold is f = 0 and prediction g = 0 (or f < 0, g < 0); None where not constant."""
+    """f/g where gold says f = 0 and the prediction g = 0 (or f < 0, g < 0); None where not constant."""
     f = parse(gold.items[0].text) - parse(gold.items[1].text)
     g = parse(prediction.items[0].text) - parse(prediction.items[1].text)
-    if not (isinstance(f, sympy.Expr) and isinstance(g, sympy.Expr)) or _names(f) != _names(g) or not _names(f):
+    if (
+        not (isinstance(f, sympy.Expr) and isinstance(g, sympy.Expr))
+        or _names(f) != _names(g)
+        or not _names(f)
+    ):
         return None
     ratio = None
     for point in _points(_names(f)):
         one, other = _value(f, point), _value(g, point)
-        if one is None or other is None or not one or not other:
+        if one is None or other is None or _nothing(one) or _nothing(other):
             continue
         if ratio is not None and not _close(one / other, ratio):
             return None

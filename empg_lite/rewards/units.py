@@ -14,7 +14,7 @@ _NOT_UNITS = re.compile(
 )
 _CLOCK = re.compile(r"[ap]\.?\s?m\.?", re.IGNORECASE)
 _TEXT_TAIL = re.compile(
-    r"(?<=[\d})a-zA-Z%!])\s*\\text\{([^{}]*)\}\s*(?:\^\s*(?:\{\s*[23]\s*\}|[23]))?(?:/\\text\{[^{}]*\})?$"
+    r"(?<=[\d})\]a-zA-Z%!])\s*\\text\{([^{}]*)\}\s*(?:\^\s*(?:\{\s*[23]\s*\}|[23]))?(?:/\\text\{[^{}]*\})?$"
 )
 _WORDS_TAIL = re.compile(r"(?<=[\d})%])(\s*)([A-Za-z][A-Za-z./\s-]*)(?:\^\s*(?:\{\s*[23]\s*\}|[23])|[23])?$")
 _LEADING = re.compile(r"^\\text\{[^{}]*\}\s*(?=[-+\d.\\(])")
@@ -42,14 +42,13 @@ def _scaled(value: str, words: str) -> str:
 
 
 def strip_units(text: str) -> str:
-    """A normalised answer without its trailing unit (``15 cm^2``) or leading remark (``\\text{about } 5``)."""
+    r"""A normalised answer without trailing unit (``15 cm^2``) or leading remark (``\text{about } 5``)."""
     text = _LEADING.sub("", text)
-    tail = _TEXT_TAIL.search(text)
-    if tail is not None:
+    while (tail := _TEXT_TAIL.search(text)) is not None:
         words = tail.group(1).strip()
-        head = text[: tail.start()].strip()
-        if not words or (not _CLOCK.fullmatch(words) and not re.fullmatch(_NOT_UNITS, words)):
-            return _scaled(head, words)
+        if _CLOCK.fullmatch(words) or _NOT_UNITS.fullmatch(words):
+            return text
+        text = _scaled(text[: tail.start()].strip(), words)
     tail = _WORDS_TAIL.search(text)
     if tail is not None and _is_unit(tail.group(2), bool(tail.group(1))):
         return _scaled(text[: tail.start()].strip(), tail.group(2))

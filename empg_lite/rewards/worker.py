@@ -5,8 +5,8 @@ own: the parent keeps the time and kills. What it does see to is that it dies wi
 Ctrl-C, and cannot take more memory or processor time than it was given.
 
 Requests: ``{"op": "equal", "gold", "prediction", "percent"}`` and ``{"op": "regex", "pattern", "text"}``.
-Replies: ``{"equal": bool}``, ``{"match": null | {"group": str | null}}``, ``{"unparsable": why}``, or
-``{"memory": true}``, after which the worker ends.
+Replies: ``{"equal": bool}``, ``{"match": null | {"group": str | null}}``, ``{"unparsable": why}``,
+``{"error": why}``, or ``{"memory": true}``, after which the worker ends.
 """
 
 from __future__ import annotations
@@ -52,19 +52,16 @@ def _equal(request: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "equal": bool(compare(request["gold"], request["prediction"], symbolic_leaf(request["percent"])))
         }
-    except (Unparsable, RecursionError) as error:
+    except (Unparsable, RecursionError, ArithmeticError) as error:  # no value, or too large for one
         return {"unparsable": f"{type(error).__name__}: {error}"[:300]}
 
 
 def _regex(request: Mapping[str, Any]) -> dict[str, Any]:
     pattern = re.compile(request["pattern"])
-    last = None
-    for last in pattern.finditer(request["text"]):
-        if not pattern.groups:
-            break
-    if last is None:
-        return {"match": None}
-    return {"match": {"group": last.group(1) if pattern.groups else None}}
+    if not pattern.groups:
+        return {"match": {"group": None} if pattern.search(request["text"]) else None}
+    groups = [match.group(1) for match in pattern.finditer(request["text"])]
+    return {"match": {"group": groups[-1]} if groups else None}
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,15 +92,19 @@ def main() -> None:
     _limit(resource.RLIMIT_CORE, 0)
     print(json.dumps({"ready": True}), file=replies, flush=True)
     os.dup2(null, 2)
-    for line in sys.stdin.buffer:
-        _limit_cpu(time_limit + 1)
+    reply: dict[str, Any] = {}
+    while "memory" not in reply:
         try:
+            line = sys.stdin.buffer.readline()
+            if not line:
+                return
+            _limit_cpu(time_limit + 1)
             reply = answer(json.loads(line))
         except MemoryError:
             reply = {"memory": True}
+        except Exception as error:  # a fault of ours or of sympy's: reported, counted as a crash
+            reply = {"error": f"{type(error).__name__}: {error}"[:300]}
         print(json.dumps(reply), file=replies, flush=True)
-        if "memory" in reply:
-            return
 
 
 if __name__ == "__main__":

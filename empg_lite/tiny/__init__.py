@@ -14,5 +14,5 @@ __all__ = ["HARD", "TINY", "Difficulty", "model_path", "tiny_problems"]
 
 
 def model_path() -> Path:
-    """Folder of the bundled model and its tokenizer, as ``from_pretrained`` takes it (torch is not imported)."""
+    """Folder of the bundled model and its tokenizer, as ``from_pretrained`` takes it."""
     return Path(str(files(__name__).joinpath("model")))

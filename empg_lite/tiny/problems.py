@@ -1,8 +1,8 @@
-"""Word problems of the bundled demo: short stories about a count that changes, one arithmetic step a sentence.
+"""Word problems of the bundled demo: short stories about a count that changes, one step a sentence.
 
-A *story* is a question with the chain of steps that answers it. The same chain writes the solutions the
-bundled model was pre-trained on, in three manners: ``careful`` (every step right), ``careless`` (results slip
-now and then, and the slip is carried on) and ``blurted`` (no steps at all, and mostly a wrong guess).
+A *story* is a question with the chain of arithmetic steps that answers it. The same chain writes the
+solutions the bundled model was pre-trained on, in three manners: ``careful`` (every step right), ``careless``
+(results slip now and then, and the slip is carried on) and ``blurted`` (no steps, mostly wrong).
 
 Everything is drawn with ``random.Random`` from integer seeds and generated on the fly: nothing is stored, and
 the same problems come on every machine.
@@ -11,11 +11,10 @@ the same problems come on every machine.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from random import Random
 
-from empg_lite.errors import DataError
 from empg_lite.rationale import Problem, problem_id
 
 
@@ -44,7 +43,7 @@ HARD = Difficulty(steps=(4, 6), max_value=200, max_operand=50, max_factor=6)
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One line of arithmetic, printed as ``left operator right = result.``"""
+    """One line of arithmetic, printed as ``left operator right = result.``; the result may have slipped."""
 
     left: int
     operator: str
@@ -53,6 +52,12 @@ class Step:
 
     def __str__(self) -> str:
         return f"{self.left} {self.operator} {self.right} = {self.result}."
+
+
+def compute(left: int, operator: str, right: int) -> Step:
+    """The step with its true result; ``/`` drops the remainder."""
+    results = {"+": left + right, "-": left - right, "*": left * right, "/": left // right}
+    return Step(left, operator, right, results[operator])
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +84,36 @@ _PEOPLE = {
     **dict.fromkeys(("Mia", "Ana", "Eva", "Ivy", "Zoe", "Nora"), _SHE),
     **dict.fromkeys(("Tom", "Ben", "Leo", "Max", "Sam", "Finn"), _HE),
 }
-_THINGS = ("shells", "beads", "coins", "stamps", "cards", "marbles", "stickers", "pencils", "apples", "buttons")
+_THINGS = (
+    "shells",
+    "beads",
+    "coins",
+    "stamps",
+    "cards",
+    "marbles",
+    "stickers",
+    "pencils",
+    "apples",
+    "buttons",
+)
 _BOXES = ("boxes", "bags", "jars", "trays")
 _PARTS = ("half", "a third", "a quarter", "a fifth", "a sixth")
 
 # An opening gives the count itself (no step), or two numbers that make it (one step).
 _OPENINGS = {
-    "": ("{name} has {n} {things}.", "{name} starts with {n} {things}.", "There are {n} {things} on {name}'s desk."),
-    "+": ("{name} has {n} red {things} and {k} blue {things}.", "{name} finds {n} {things} at home and {k} at school."),
-    "*": ("{name} has {n} {boxes} with {k} {things} in each.", "{name} fills {n} {boxes} with {k} {things} each."),
+    "": (
+        "{name} has {n} {things}.",
+        "{name} starts with {n} {things}.",
+        "There are {n} {things} on {name}'s desk.",
+    ),
+    "+": (
+        "{name} has {n} red {things} and {k} blue {things}.",
+        "{name} finds {n} {things} at home and {k} at school.",
+    ),
+    "*": (
+        "{name} has {n} {boxes} with {k} {things} in each.",
+        "{name} fills {n} {boxes} with {k} {things} each.",
+    ),
 }
 # What happens to the count, by the operator it stands for.
 _EVENTS = {
@@ -104,7 +130,10 @@ _EVENTS = {
         "{k} of the {things} break.",
     ),
     "*": ("Soon {he} has {times} as many.", "After the fair {he} has {times} as many {things}."),
-    "/": ("{He} splits them into {k} equal piles and keeps one pile.", "{He} keeps only {part} of the {things}."),
+    "/": (
+        "{He} splits them into {k} equal piles and keeps one pile.",
+        "{He} keeps only {part} of the {things}.",
+    ),
 }
 # The last step may end the story in its own way, with its own question.
 _ENDINGS = {
@@ -120,7 +149,8 @@ def _draw_words(rng: Random) -> dict[str, str]:
     name, friend = rng.sample(tuple(_PEOPLE), 2)
     he, him = _PEOPLE[name]
     things, boxes = rng.choice(_THINGS), rng.choice(_BOXES)
-    return {"name": name, "friend": friend, "he": he, "He": he.capitalize(), "him": him, "things": things, "boxes": boxes}
+    words = {"name": name, "friend": friend, "he": he, "He": he.capitalize(), "him": him}
+    return words | {"things": things, "boxes": boxes}
 
 
 def _operand_words(operator: str, k: int) -> dict[str, str]:
@@ -151,9 +181,7 @@ def _draw_step(rng: Random, difficulty: Difficulty, value: int, operator: str = 
     """A step from ``value`` with the given operator, or with any that is possible there."""
     operands = _operands(value, difficulty)
     operator = operator or rng.choice([op for op, ks in operands.items() if ks])
-    k = rng.choice(operands[operator])
-    results = {"+": value + k, "-": value - k, "*": value * k, "/": value // k}
-    return Step(value, operator, k, results[operator])
+    return compute(value, operator, rng.choice(operands[operator]))
 
 
 def make_story(rng: Random, difficulty: Difficulty = TINY) -> Story:
@@ -198,25 +226,24 @@ def careful(story: Story) -> str:
 
 
 def careless(story: Story, rng: Random, slip: float = 0.4) -> str:
-    """Steps written out; each result is off by a little with probability ``slip``, and the slip is carried on."""
-    text, value = "", story.steps[0].left
-    for step in story.steps:
-        results = {"+": value + step.right, "-": value - step.right, "*": value * step.right, "/": value // step.right}
-        result = results[step.operator]
+    """Steps written out; each result is off by a little with probability ``slip``, and carried on so."""
+    text, left = "", story.steps[0].left
+    for story_step in story.steps:
+        step = compute(left, story_step.operator, story_step.right)
         if rng.random() < slip:
-            result = max(result + rng.choice((-3, -2, -1, 1, 2, 3)), 1)
-        text += f" {Step(value, step.operator, step.right, result)}"
-        value = result
-    return f"{text} #### {value}"
+            step = replace(step, result=max(step.result + rng.choice((-3, -2, -1, 1, 2, 3)), 1))
+        text += f" {step}"
+        left = step.result
+    return f"{text} #### {left}"
 
 
-def blurted(story: Story, rng: Random, right: float = 0.15) -> str:
-    """An answer without steps: right with probability ``right``, else the last step is forgotten or guessed at."""
+def blurted(story: Story, rng: Random, right: float = 0.4) -> str:
+    """An answer without steps, right with probability ``right``; else a step is forgotten or guessed."""
     if rng.random() < right:
         return f" #### {story.answer}"
     last = story.steps[-1]
     near = sorted({last.right, *(last.left + d for d in (-2, -1, 1, 2))} - {story.answer})
-    return f" #### {last.left if rng.random() < 0.4 else rng.choice(near)}"
+    return f" #### {last.left if rng.random() < 0.25 else rng.choice(near)}"
 
 
 # ---- splits ----------------------------------------------------------------------------------------------

@@ -1,0 +1,44 @@
+"""Making text that a model wrote safe to show.
+
+A model can emit anything: escape sequences that repaint or retitle a terminal, overrides that show text
+in another order than it is stored, halves of surrogate pairs that cannot be encoded. ``safe`` replaces
+each by a visible escape and leaves ordinary text, of any language, alone.
+
+``safe`` does not touch rich's markup, which is harmless where it is not parsed: hand the result to
+``rich.text.Text``, or print with ``markup=False, emoji=False``.
+"""
+
+from __future__ import annotations
+
+import re
+
+#: What must not reach a terminal as it is.
+_UNSAFE = re.compile(
+    "["
+    "\x00-\x08\x0b-\x1f\x7f"  # C0 controls but newline and tab; ESC begins CSI and OSC sequences
+    "\x80-\x9f"  # C1 controls: the one-byte CSI and OSC
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # bidirectional marks, overrides and isolates
+    "\u2028\u2029"  # line and paragraph separators
+    "\ufff9-\ufffb"  # interlinear annotation
+    "\ud800-\udfff"  # lone surrogates: no encoding has them
+    "\U000e0000-\U000e007f"  # invisible tag characters
+    "]"
+)
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match.group())
+    if code <= 0xFF:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
+
+
+def safe(text: str) -> str:
+    r"""``text`` with control sequences, bidirectional overrides and lone surrogates as visible escapes.
+
+    The result can be encoded, holds no control character but newline and tab, and is a fixed point.
+
+    >>> safe("a\x1b[31mb")
+    'a\\x1b[31mb'
+    """
+    return _UNSAFE.sub(_escape, text)

@@ -1,0 +1,353 @@
+"""The grading worker: killed on time, replaced, gone with its parent, and never running a model's code."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from empg_lite.errors import GraderUnusable
+from empg_lite.rewards import Grader, Verdict
+from empg_lite.rewards.pool import WorkerPool
+
+HANGING_REGEX = r"regex:^(a+)+$"
+HANGING_TEXT = "a" * 60 + "!"
+ALGEBRA = (r"3\sqrt{5}", r"\boxed{\sqrt{45}}")  # needs the worker, and is equal
+
+
+@pytest.fixture(scope="module")
+def grader() -> Iterator[Grader]:
+    with Grader(workers=2, time_limit=1.0) as shared_grader:
+        shared_grader.grade_many("math", [(*ALGEBRA, None)] * 4)
+        yield shared_grader
+
+
+def _boxed(text: str) -> str:
+    return "\\boxed{" + text + "}"
+
+
+def _adversarial(canary: Path) -> list[str]:
+    """Predictions that hang, crash or run code in today's graders, and a few that only try."""
+    system = f"__import__('os').system('touch {canary}')"
+    return [
+        _boxed("200000000!"),
+        _boxed("10^10^10"),
+        _boxed("10^{10^{10}}"),
+        _boxed("9^{9^{9}}"),
+        _boxed("(10^9)!"),
+        _boxed(r"\binom{10^9}{5\cdot 10^8}"),
+        _boxed("5" + "!" * 50),
+        _boxed("e^{e^{e^{e^{10}}}}"),
+        _boxed("x^{" * 200 + "2" + "}" * 200),
+        _boxed("0." + "1" * 100_000),
+        _boxed("9" * 5000),
+        "9" * 190_000,
+        "{" * 150_000,
+        "\\boxed{" * 10_000,
+        "$x" * 60_000,
+        "\\(" * 60_000,
+        "answer is " * 19_000,
+        "A:" * 90_000,
+        " \n" * 90_000,
+        ". " * 90_000,
+        _boxed("(" * 1500 + "x" + ")" * 1500),
+        _boxed("\\frac{" * 300 + "1}{2}" + "}" * 299),
+        _boxed("1," * 1500),
+        _boxed("\\begin{pmatrix}" * 100),
+        _boxed("\x00\ud800\u202e"),
+        _boxed("1/0"),
+        _boxed(r"\log_{0}{0}"),
+        _boxed(r"\lim_{x \to 0} \frac{\sin x}{x}"),
+        _boxed(system),
+        system,
+        _boxed("().__class__.__bases__[0].__subclasses__()"),
+        _boxed(rf"\text{{{system}}}"),
+        _boxed(f"x={system}"),
+        _boxed("lambda: 5"),
+    ]
+
+
+HANGING = [
+    r"\sum_{k=1}^{10^{9}} \sin k",
+    r"\prod_{k=1}^{10000000} k",
+    r"\gcd(10^{50}, 3^{100000000})",
+    r"\lfloor 10^{10^{9}} \rfloor",
+    r"\sin(10^{10^{8}})",
+    r"\int_0^1 \sin(\sin(\sin(x^x))) dx",
+]
+
+
+def _check_adversarial(grader: Grader, canary: Path) -> None:
+    for prediction in _adversarial(canary):
+        verdict = grader.grade("math", r"3\sqrt{5}", prediction)
+        assert verdict.reward == 0 and verdict.seconds <= 1.3, (prediction[:60], verdict)
+    assert grader.grade("math", *ALGEBRA).reward == 1
+    assert not canary.exists()
+
+
+def test_adversarial_inputs(grader: Grader, tmp_path: Path) -> None:
+    _check_adversarial(grader, tmp_path / "canary")
+
+
+def _in_thread(work: Callable[[], None]) -> None:
+    faults: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as fault:
+            faults.append(fault)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if faults:
+        raise faults[0]
+
+
+def test_from_another_thread(tmp_path: Path) -> None:
+    """The worker outlives the thread that first asked: it is tied to the pool's own."""
+    with Grader(workers=1) as grader:
+        _in_thread(lambda: _check_adversarial(grader, tmp_path / "canary"))
+        pids = grader.worker_pids()
+        time.sleep(0.2)
+        assert pids and grader.worker_pids() == pids
+        assert grader.grade("math", *ALGEBRA).reward == 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "prediction"),
+    [("math", _boxed(HANGING[0])), ("math", _boxed(HANGING[1])), (HANGING_REGEX, HANGING_TEXT)],
+)
+def test_a_hang_costs_the_limit(grader: Grader, spec: str, prediction: str) -> None:
+    start = time.monotonic()
+    verdict = grader.grade(spec, "5", prediction)
+    assert time.monotonic() - start <= 1.3
+    assert (verdict.reward, verdict.reason, verdict.failed) == (0.0, "timeout", True)
+    assert 1.0 <= verdict.seconds <= 1.3
+    assert grader.grade("math", *ALGEBRA).reward == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prediction", HANGING)
+def test_every_hang_costs_the_limit(grader: Grader, prediction: str) -> None:
+    verdict = grader.grade("math", "5", _boxed(prediction))
+    assert verdict.reason in {"timeout", "memory"} and verdict.seconds <= 1.3
+    assert grader.grade("math", *ALGEBRA).reward == 1
+
+
+def test_memory_limit() -> None:
+    with Grader(workers=1, time_limit=10.0, memory_limit=200 << 20) as grader:
+        (reply,) = grader._pool.run([{"op": "regex", "pattern": "(?s)(.*)", "text": "x" * (70 << 20)}])
+        assert reply.failure == "memory"
+        assert grader.grade("math", *ALGEBRA).reward == 1
+
+
+def _kill_when_busy(grader: Grader, busy: threading.Event) -> None:
+    busy.wait()
+    time.sleep(0.3)
+    for pid in grader.worker_pids():
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_killed_worker_is_a_crash_and_is_replaced() -> None:
+    with Grader(workers=1, time_limit=20.0) as grader:
+        assert grader.grade("math", *ALGEBRA).reward == 1
+        first = grader.worker_pids()
+        for _ in range(2):
+            busy = threading.Event()
+            killer = threading.Thread(target=_kill_when_busy, args=(grader, busy))
+            killer.start()
+            busy.set()
+            verdict = grader.grade(HANGING_REGEX, "5", HANGING_TEXT)
+            killer.join()
+            assert (verdict.reward, verdict.reason) == (0.0, "crash")
+            assert grader.grade("math", *ALGEBRA).reward == 1
+        assert grader.worker_pids() != first
+
+
+def test_a_worker_killed_while_idle_costs_nothing() -> None:
+    with Grader(workers=1) as grader:
+        grader.grade("math", *ALGEBRA)
+        (pid,) = grader.worker_pids()
+        os.kill(pid, signal.SIGKILL)
+        while _alive(pid):
+            time.sleep(0.01)
+        assert grader.grade("math", *ALGEBRA).reward == 1
+
+
+def test_every_tenth_call_kills() -> None:
+    """100 calls, every tenth of them on a worker that is killed under it: 10 crashes, 90 right verdicts."""
+    items: list[tuple[str, str, str | None]] = [(*ALGEBRA, None)] * 9
+    verdicts: list[Verdict] = []
+    with Grader(workers=1, time_limit=20.0) as grader:
+        for _ in range(10):
+            verdicts += grader.grade_many("math", items)
+            busy = threading.Event()
+            killer = threading.Thread(target=_kill_when_busy, args=(grader, busy))
+            killer.start()
+            busy.set()
+            verdicts.append(grader.grade(HANGING_REGEX, "5", HANGING_TEXT))
+            killer.join()
+    assert [v.reason for v in verdicts] == (["equal"] * 9 + ["crash"]) * 10
+
+
+def test_plain_answers_start_no_worker() -> None:
+    with Grader() as grader:
+        assert grader.grade("math", "18", r"\boxed{18}").reward == 1
+        assert grader.worker_pids() == []
+
+
+def test_two_workers_share_a_batch(grader: Grader) -> None:
+    items: list[tuple[str, str, str | None]] = [
+        (rf"{n}\sqrt{{5}}", rf"\boxed{{\sqrt{{{5 * n * n}}}}}", None) for n in range(2, 22)
+    ]
+    assert [v.reward for v in grader.grade_many("math", items)] == [1.0] * 20
+    assert len(grader.worker_pids()) == 2
+
+
+def test_odd_strings_survive_the_pipe(grader: Grader) -> None:
+    text = "\ud800\x00\u2028\n" * 40_000 + "end"
+    verdict = grader.grade("regex:(?s)(\ud800\x00.*)", text, text)
+    assert (verdict.reward, verdict.extracted) == (1.0, text)
+
+
+def test_interrupt_does_not_reach_the_worker(grader: Grader) -> None:
+    pids = sorted(grader.worker_pids())
+    for pid in pids:
+        os.kill(pid, signal.SIGINT)
+        assert os.getpgid(pid) != os.getpgid(0)
+    time.sleep(0.2)
+    assert grader.grade("math", *ALGEBRA).reward == 1
+    assert sorted(grader.worker_pids()) == pids
+
+
+def test_closed_grader_refuses_and_leaves_nothing() -> None:
+    grader = Grader(workers=1)
+    grader.grade("math", *ALGEBRA)
+    (pid,) = grader.worker_pids()
+    grader.close()
+    grader.close()
+    assert not _alive(pid)
+    with pytest.raises(GraderUnusable, match="closed"):
+        grader.grade("math", *ALGEBRA)
+
+
+def test_closing_under_work_ends_it() -> None:
+    grader = Grader(workers=1, time_limit=60.0)
+    grader.grade("math", *ALGEBRA)
+    closer = threading.Timer(0.5, grader.close)
+    closer.start()
+    start = time.monotonic()
+    assert grader.grade(HANGING_REGEX, "5", HANGING_TEXT).failed
+    assert time.monotonic() - start < 10
+    closer.join()
+
+
+# ---- starting ----------------------------------------------------------------------------------------
+
+
+def test_broken_import_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "math_verify.py").write_text("raise ImportError('half installed')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with Grader() as grader:
+        assert grader.grade("math", "18", "A: 18").reward == 1  # needs no worker
+        for _ in range(2):
+            with pytest.raises(GraderUnusable, match="half installed") as caught:
+                grader.grade_many("math", [(*ALGEBRA, None)] * 3)
+            assert caught.value.exit_code == 69
+
+
+def test_the_current_folder_cannot_shadow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("sympy", "json", "empg_lite"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('shadowed')\n")
+    monkeypatch.chdir(tmp_path)
+    with Grader(workers=1) as grader:
+        assert grader.grade("math", *ALGEBRA).reward == 1
+
+
+def test_worker_has_no_torch_and_no_descriptors_of_ours(tmp_path: Path) -> None:
+    path = tmp_path / "LOCK"
+    with path.open("w") as lock, Grader(workers=1) as grader:
+        os.set_inheritable(lock.fileno(), True)
+        grader.grade("math", *ALGEBRA)
+        (pid,) = grader.worker_pids()
+        if sys.platform != "linux":
+            pytest.skip("reads /proc")
+        targets = {os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+        assert str(path) not in targets
+        maps = Path(f"/proc/{pid}/maps").read_text()
+        assert "torch" not in maps and "numpy" not in maps
+
+
+# ---- the parent's end --------------------------------------------------------------------------------
+
+PARENT = """
+import fcntl, os, sys, threading
+from empg_lite.rewards import Grader
+
+lock = open(sys.argv[1], "w")
+os.set_inheritable(lock.fileno(), True)
+fcntl.flock(lock, fcntl.LOCK_EX)
+grader = Grader(workers=2, time_limit=60.0)
+grader.grade_many("math", [("3\\\\sqrt{5}", "\\\\boxed{\\\\sqrt{45}}", None)] * 4)
+busy = threading.Thread(target=grader.grade, args=("regex:^(a+)+$", "5", "a" * 60 + "!"), daemon=True)
+busy.start()
+print(*grader.worker_pids(), flush=True)
+busy.join()
+"""
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")
+    return not (stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_die_with_the_parent_and_free_its_lock(tmp_path: Path, how: signal.Signals) -> None:
+    """One worker is idle, one deep in C code that no end of input can reach."""
+    root = str(Path(__file__).resolve().parents[1])
+    path = tmp_path / "LOCK"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PARENT), str(path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": root},
+    )
+    assert parent.stdout is not None
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    time.sleep(0.3)
+    assert len(pids) == 2 and all(map(_alive, pids))
+    parent.send_signal(how)
+    parent.wait()
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free at once
+    deadline = time.monotonic() + 3
+    while any(map(_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(_alive, pids))
+    parent.stdout.close()
+
+
+def test_pool_replies_in_order() -> None:
+    pool = WorkerPool(workers=2, time_limit=5.0, memory_limit=1 << 30)
+    try:
+        texts = [f"n{n}" for n in range(40)]
+        replies = pool.run([{"op": "regex", "pattern": r"n(\d+)", "text": text} for text in texts])
+        assert [reply.result for reply in replies] == [{"match": {"group": text[1:]}} for text in texts]
+        assert pool.run([{"op": "no such"}])[0].failure == "crash"
+    finally:
+        pool.close()
