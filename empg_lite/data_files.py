@@ -121,11 +121,8 @@ def _checked_header(record: list[str], where: str) -> list[str]:
     header = [name.strip() for name in record]
     for name in header:
         if header.count(name) > 1:
-            raise DataError(
-                "two columns of one name",
-                f"{where}: {safe(' '.join(name.split())) or 'header'}",
-                "rename one",
-            )
+            shown = safe(" ".join(name.split())) or "header"
+            raise DataError("two columns of one name", f"{where}: {shown}", "rename one")
     return header
 
 
@@ -140,7 +137,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                 for fields in batch.to_pylist():
                     number += 1
                     yield Row(fields, f"{path}:{number}")
-        except (pyarrow.ArrowException, OSError) as error:  # a damaged footer is an OSError
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # any, for a damaged file
             reason = safe(" ".join(str(error).split()))[:100]
             raise DataError(f"not Parquet ({reason})", f"{path}:{number + 1}", "write it again") from None
 

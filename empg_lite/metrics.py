@@ -108,9 +108,9 @@ class Journal:
         """One object a step."""
         store.append_line(self._paths["metrics.jsonl"], record)
 
-    def event(self, kind: str, **facts: Any) -> None:
+    def event(self, event: str, **facts: Any) -> None:
         """Something that is not a step: a resume, a back-off, a skipped step, a warning."""
-        store.append_line(self._paths["events.jsonl"], {"event": kind, **facts})
+        store.append_line(self._paths["events.jsonl"], {"event": event, **facts})
 
     def lengths(self) -> dict[str, int]:
         """Bytes of each log now; goes into the checkpoint."""

@@ -229,7 +229,7 @@ def fit(
     with store.run_lock(run), stop_request() as stop:
         journal = Journal(run)
         opened = open_run(
-            run, recipe, resume=options.resume, journal=journal, allow_change=options.allow_change
+            run, recipe, resume=options.resume, allow_change=options.allow_change
         )
         if opened.checkpoint is not None and finished(run, opened.recipe):
             view.note(f"{run} is finished: nothing to do")

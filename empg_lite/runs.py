@@ -15,7 +15,6 @@ from typing import Any
 from empg_lite import store
 from empg_lite.checkpoint import list_checkpoints, newest_valid
 from empg_lite.errors import MissingInput, RecipeError, UsageError
-from empg_lite.metrics import Journal
 from empg_lite.rationale import Rationale, read_rollouts
 from empg_lite.recipe import Recipe, changed_fields
 from empg_lite.recipe_file import dump_recipe, load_recipe
@@ -108,15 +107,15 @@ class Opened:
     Attributes:
         recipe: resolved; on resume with what ``auto`` had become.
         checkpoint: where to go on from; None starts from the beginning.
+        events: what opening it came upon, for ``events.jsonl`` once that has been cut back.
     """
 
     recipe: Recipe
     checkpoint: Path | None
+    events: tuple[dict[str, Any], ...] = ()
 
 
-def open_run(
-    run: Path, recipe: Recipe, *, resume: bool, journal: Journal, allow_change: Sequence[str] = ()
-) -> Opened:
+def open_run(run: Path, recipe: Recipe, *, resume: bool, allow_change: Sequence[str] = ()) -> Opened:
     """Decide whether this is a start or a resumption, and with which settings.
 
     Raises:
@@ -133,32 +132,34 @@ def open_run(
         raise UsageError(
             "the folder holds a run", str(run), "add --resume to go on with it, or name another folder"
         )
-    recipe = _agree(load_recipe(str(run / RECIPE)), recipe, run, allow_change, journal)
+    recipe, events = _agree(load_recipe(str(run / RECIPE)), recipe, run, allow_change)
     invalid: list[tuple[Path, str]] = []
     checkpoint = newest_valid(run, on_invalid=lambda path, reason: invalid.append((path, reason)))
     for path, reason in invalid:  # out of the way, or the next save under its name would collide with it
-        journal.event(
-            "invalid_checkpoint", path=path.name, reason=reason, moved_to=store.set_aside(path).name
-        )
-    return Opened(recipe, checkpoint)
+        moved = store.set_aside(path).name
+        events.append({"event": "invalid_checkpoint", "path": path.name, "reason": reason, "moved_to": moved})
+    return Opened(recipe, checkpoint, tuple(events))
 
 
-def _agree(old: Recipe, new: Recipe, run: Path, allow_change: Sequence[str], journal: Journal) -> Recipe:
-    """The new recipe with the old one's settled ``auto`` values, if nothing that matters has changed."""
+def _agree(
+    old: Recipe, new: Recipe, run: Path, allow_change: Sequence[str]
+) -> tuple[Recipe, list[dict[str, Any]]]:
+    """The new recipe with the old one's settled ``auto`` values, and the changes that were allowed by name."""
+    events = []
     for field, (before, after) in changed_fields(old, new).items():
         section, name = field.split(".")
         if after == "auto":  # decided once, at the start of the run
             part = getattr(new, section).model_copy(update={name: before})
             new = new.model_copy(update={section: part})
         elif field in allow_change:
-            journal.event("changed", field=field, old=before, new=after)
+            events.append({"event": "changed", "field": field, "old": before, "new": after})
         elif field not in FREE_ON_RESUME:
             raise RecipeError(
                 f"{field} is {after!r}, the run was started with {before!r}",
                 str(run / RECIPE),
                 f"set it back, or say --allow-change {field}",
             )
-    return new
+    return new, events
 
 
 def write_run_files(run: Path, recipe: Recipe, command: str) -> None:

@@ -57,6 +57,8 @@ class Session:
             journal.cut_back(self._restore(opened.checkpoint))
             journal.event("resumed", step=self.learner.state.step, checkpoint=opened.checkpoint.name)
             view.note(f"resumed from {opened.checkpoint.name}")
+        for event in opened.events:
+            journal.event(**event)
         write_run_files(run, self.recipe, command)
 
     def _restore(self, checkpoint: Path) -> dict[str, int]:

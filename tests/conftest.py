@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from string import ascii_uppercase
 
 import pytest
 
@@ -31,24 +32,35 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 RECIPE = """\
 model: {{name: {model}, backend: transformers, dtype: float32, load_in_4bit: false, lora_r: 4, lora_alpha: 8}}
-data: {{source: local, path: {data}, prompt: plain, reward: "regex:[a-m]", validation: 2}}
-sampler: {{problems_per_step: 3, samples_per_problem: 4, max_new_tokens: 6}}
+data: {{source: local, path: {data}, prompt: {template}, reward: "regex:[a-m]", validation: 2}}
+sampler: {{problems_per_step: 3, samples_per_problem: 8, max_new_tokens: 12}}
 optim: {{learning_rate: 1e-2, warmup_steps: 2}}
 run: {{steps: 3, eval_every: 2, save_every: 1}}
 """
 
 
-@pytest.fixture
-def recipe_file(tmp_path: Path, model_dir: Path) -> Path:
-    """A recipe over the fixture model and twenty additions: three steps of a second each."""
+def write_recipe(tmp_path: Path, model_dir: Path) -> Path:
+    """A recipe over the fixture model and twenty additions: three steps of a second each.
+
+    A completion earns 1 where it holds one of a-m and ends in a capital letter.
+    """
     import json
 
     rows = [{"question": f"{a} + {b} = ?", "answer": str(a + b)} for a in range(5) for b in range(4)]
     data = tmp_path / "problems.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    # Random bytes seldom spell a stop token: capital letters end a completion, so that some are not cut off.
+    template = tmp_path / "capitals.yaml"
+    template.write_text('text: "{question}"\nstop: [' + ", ".join(f'"{c}"' for c in ascii_uppercase) + "]\n", "utf-8")
     path = tmp_path / "fixture.yaml"
-    path.write_text(RECIPE.format(model=model_dir, data=data), "utf-8")
+    path.write_text(RECIPE.format(model=model_dir, data=data, template=template), "utf-8")
     return path
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, model_dir: Path) -> Path:
+    """See ``write_recipe``."""
+    return write_recipe(tmp_path, model_dir)
 
 
 @pytest.fixture

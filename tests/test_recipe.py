@@ -264,7 +264,7 @@ def test_dump_and_load_of_the_shipped(tmp_path: Path) -> None:
 texts = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=40).filter(str.strip)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(texts, texts, st.floats(1e-300, 1), st.floats(1e-6, 1e300), st.integers(0, 2**32 - 1), st.booleans())
 def test_dump_and_load_of_anything(
     tmp_path_factory: pytest.TempPathFactory,

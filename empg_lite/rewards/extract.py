@@ -61,7 +61,7 @@ _THINKING_ENDS = re.compile(
 )
 _BRACES = re.compile(r"\\+(?:boxed|fbox)(?![a-zA-Z])|\\[{}]|[{}]")
 _OPENED = re.compile(r"\s*\{")
-_UNBRACED = re.compile(r"[ \t]*([^\s$,;]*)")
+_UNBRACED = re.compile(r"[ \t]?(\\?[^\s$,;\\]{0,100})")
 _SENTENCE_END = re.compile(r"[.?](?=[\s$\\)\]*\"'”]|$)|(?<=[A-Za-z])!(?=\s|$)|\n\s*\n")
 _OR = re.compile(r"(?<![A-Za-z])or(?![A-Za-z])|\\lor(?![A-Za-z])", re.IGNORECASE)
 _JOINED = re.compile(r"[,;]|(?<![A-Za-z])and(?![A-Za-z])", re.IGNORECASE)
@@ -134,12 +134,10 @@ def _boxes(text: str) -> list[_Box]:
 
 def _last_sentence(text: str, boxes: list[_Box]) -> list[_Box]:
     """The boxes of the last sentence that has one."""
-    kept = boxes[-1:]
-    for box in reversed(boxes[:-1]):
-        if _SENTENCE_END.search(text, box.end, kept[0].start):
-            break
-        kept.insert(0, box)
-    return kept
+    first = len(boxes) - 1
+    while first > 0 and not _SENTENCE_END.search(text, boxes[first - 1].end, boxes[first].start):
+        first -= 1
+    return boxes[first:]
 
 
 def _hedged(text: str, boxes: list[_Box]) -> bool:

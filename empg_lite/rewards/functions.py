@@ -18,7 +18,7 @@ from empg_lite.rewards.verdict import Verdict
 #: Characters of a prediction that are read at all: several times what a model writes in one answer.
 MAX_TEXT = 200_000
 #: Characters of an answer that are compared as mathematics.
-MAX_ANSWER = 4_000
+MAX_ANSWER = 2_000
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,6 +101,7 @@ def fold_unicode(text: str) -> str:
     return "".join(map(_fold, _RAISED.sub(_raised, text)))
 
 
+_WHITE = re.compile(r"\s+")  # collapsed early: what follows would be slow on long runs of spaces
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|mbox|hbox|mathrm|operatorname\*?)\s*\{")
 _STYLE = re.compile(
     r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|math(?:bf|it|sf|tt|normal|cal)|boldsymbol|bm"
@@ -215,7 +216,7 @@ def _latex(text: str) -> str:
     text = _TEXT.sub(r"\\text{", text)
     text = _STYLE.sub("", text)
     text = _SIZE.sub("", text)
-    text = _FENCE.sub(" ", text)
+    text = _WHITE.sub(" ", _FENCE.sub(" ", text))
     text = _COMMAND.sub(lambda match: _SAME.get(match.group(), match.group()), text)
     text = _ORDINAL.sub("", text)
     text = _DEGREE.sub("", text)
@@ -228,7 +229,7 @@ def normalize(answer: str) -> str:
     Math fences, currency, degree signs, quotes, sizing, spacing and a trailing period go; the text of
     ``\text{}`` stays. Idempotent on what it produces.
     """
-    text = fold_unicode(answer).replace("\n", " ").replace("\t", " ")
+    text = _WHITE.sub(" ", fold_unicode(answer))
     text = _POWER.sub("^", text).replace("**", "").replace("`", "")
     if "\\" in text:
         text = _latex(text)
@@ -240,5 +241,5 @@ def normalize(answer: str) -> str:
     text = _FACTORIAL_EQUALS.sub(r"\\ne ", text).replace("*", r"\cdot ")
     text = _ASCII_ROOT.sub(r"\\sqrt{\1}", text)
     text = _ASCII_NAME.sub(lambda m: r"\pi " if m.group().lower() == "pi" else r"\infty ", text)
-    text = re.sub(r"\s+", " ", text).strip().rstrip(".,;: ").lstrip(",;: ")
+    text = _WHITE.sub(" ", text).strip().rstrip(".,;: ").lstrip(",;: ")
     return text.replace(",", ".") if _DECIMAL_COMMA.fullmatch(text) else text
