@@ -13,12 +13,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from empg_lite import store
 from empg_lite.errors import CheckpointError, DataError
 from empg_lite.policy.adapter import WEIGHTS, adapter_files, load_adapter_bytes
-from empg_lite.policy.policy import Policy
+
+if TYPE_CHECKING:
+    from empg_lite.policy.policy import Policy
 
 _NAME = re.compile(r"step-(\d{6,})")
 

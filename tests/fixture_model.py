@@ -9,9 +9,9 @@ END, START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 
 def build_model(
-    folder: Path, *, seed: int = 0, hidden: int = 64, layers: int = 2, scale: float = 1.0
+    folder: Path, *, seed: int = 0, hidden: int = 64, layers: int = 2, scale: float = 3.0
 ) -> Path:
-    """Write config, random weights and tokenizer; ``scale`` sharpens the head's distribution."""
+    """Write config, random weights and tokenizer; ``scale`` lets the frozen head be sure of something."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 

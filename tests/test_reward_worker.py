@@ -185,6 +185,7 @@ def test_a_worker_killed_while_idle_costs_nothing() -> None:
         assert grader.grade("math", *ALGEBRA).reward == 1
 
 
+@pytest.mark.slow
 def test_every_tenth_call_kills() -> None:
     """100 calls, every tenth of them on a worker that is killed under it: 10 crashes, 90 right verdicts."""
     items: list[tuple[str, str, str | None]] = [(*ALGEBRA, None)] * 9

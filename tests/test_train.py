@@ -101,11 +101,11 @@ def test_metrics_of_every_step(straight: Path) -> None:
 
 def test_it_learns(recipe_file: Path, tmp_path: Path) -> None:
     """A letter a-m before a capital: a random model does it by chance, a trained one nearly always."""
-    recipe = load_recipe(str(recipe_file), ["run.steps=25", "run.eval_every=0", "sampler.problems_per_step=8"])
+    recipe = load_recipe(str(recipe_file), ["run.steps=30", "run.eval_every=0", "sampler.problems_per_step=8"])
     train(recipe, tmp_path / "run")
     rewards = [r["reward"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")]
-    assert sum(rewards[:3]) / 3 < 0.5
-    assert sum(rewards[-3:]) / 3 > 0.85
+    assert sum(rewards[:3]) / 3 < 0.4
+    assert sum(rewards[-10:]) / 10 > 0.8
 
 
 def test_without_signal_nothing_moves(recipe_file: Path, tmp_path: Path) -> None:

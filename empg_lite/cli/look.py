@@ -53,12 +53,13 @@ def chat(
     debug: DebugOption = False,
 ) -> None:
     """Ask a model and see its reasoning, the answer read from it, and its reward."""
-    from empg_lite.chat import Chat
-    from empg_lite.rewards import Grader
     from empg_lite.target import resolve_target
 
     out = Output(as_json)
     chosen = resolve_target(target, recipe, overrides or [], seed)
+    from empg_lite.chat import Chat
+    from empg_lite.rewards import Grader
+
     with out.guarded(), Grader() as grader:
         talk = Chat(chosen, temperature=temperature, max_new_tokens=max_new_tokens)
         if prompt is not None:
@@ -325,24 +326,16 @@ def _show_recipe(out: Output, name: str) -> None:
     from empg_lite.recipe_file import find_recipe, load_recipe
 
     recipe = load_recipe(name).resolved()
+    docs = field_docs()
     if out.as_json:
-        out.line({"name": name, "recipe": recipe.model_dump(mode="json")})
+        fields = {d.key: {"type": d.type, "default": d.default, "description": d.description} for d in docs}
+        out.line({"name": name, "recipe": recipe.model_dump(mode="json"), "fields": fields})
         return
-    for line in find_recipe(name).read_text("utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        out.print(line, style="dim", markup=False, highlight=False)
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("key", "value", "what it is", box=None, pad_edge=False)
-    for doc in field_docs():
-        section, key = doc.key.split(".")
-        value = getattr(getattr(recipe, section), key)
-        table.add_row(
-            doc.key, Text("-" if value is None else str(value), style="bold"), Text(doc.description)
-        )
-    out.print(table)
+    # The file as it stands, then every key as comments: `recipes show NAME > mine.yaml` is a recipe to edit.
+    typer.echo(find_recipe(name).read_text("utf-8").rstrip() + "\n\n# --- every key ---")
+    width = max(len(d.key) for d in docs)
+    for d in docs:
+        typer.echo(f"# {d.key:{width}}  {d.description} [{d.type}; default {d.default}]")
 
 
 def check(

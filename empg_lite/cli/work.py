@@ -117,11 +117,11 @@ def sample(
     debug: DebugOption = False,
 ) -> None:
     """E-step only: draw rationales into a file, without rewards. Repeating it completes the file."""
+    plan, run = _policy_of(source, recipe, overrides, seed)
     from empg_lite.offline import SampleOptions
     from empg_lite.offline import sample as draw
 
     out = Output(as_json)
-    plan, run = _policy_of(source, recipe, overrides, seed)
     with out.guarded():
         result = draw(plan, run, out_file, SampleOptions(problems, append, force), out.view())
         out.line(result)
@@ -185,12 +185,12 @@ def fit(
     debug: DebugOption = False,
 ) -> None:
     """M-step only: fit stored rationales. Nothing is sampled or graded."""
+    plan, _ = _policy_of(str(source) if source else None, recipe, overrides, seed)
     from empg_lite.offline import fit as run_fit
     from empg_lite.runs import next_run_dir
     from empg_lite.train import TrainOptions
 
     out = Output(as_json)
-    plan, _ = _policy_of(str(source) if source else None, recipe, overrides, seed)
     run = output_dir or next_run_dir(f"{Path(recipe or 'tiny').stem}-fit")
     options = TrainOptions(resume, force, max_minutes, tuple(allow_change or ()), command_line())
     with out.guarded():
@@ -216,11 +216,12 @@ def evaluate(
     debug: DebugOption = False,
 ) -> None:
     """Greedy accuracy with a 95% interval, on held-out problems."""
-    from empg_lite.evaluate import evaluate_target
     from empg_lite.target import resolve_target
 
     out = Output(as_json)
     chosen = resolve_target(target, recipe, overrides or [], seed)
+    from empg_lite.evaluate import evaluate_target
+
     with out.guarded():
         result = evaluate_target(chosen, split=split, limit=limit, k=k, base=base, view=out.view())
         out.line(result)

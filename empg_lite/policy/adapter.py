@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from empg_lite.errors import DataError, MissingInput
-from empg_lite.policy.policy import Policy
+
+if TYPE_CHECKING:
+    from empg_lite.policy.policy import Policy
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -78,8 +78,10 @@ _PHRASE = re.compile(
 _PHRASE_START = re.compile(r"[\s*:_]*")
 _FENCE = re.compile(r"(?:\$\$?|\\[(\[])\s*")
 _PHRASE_END = re.compile(r"[.?](?=[\s*\"'”<]|$)|\n")
+# Contents hold no further fence, so that a thousand unclosed ones are read once and not a thousand times.
 _MATH = re.compile(
-    r"\$\$(?P<a>[^$]+)\$\$|(?<!\\)\$(?P<b>(?:\\\$|[^$])+?)(?<!\\)\$|\\\((?P<c>.+?)\\\)|(?<!\\)\\\[(?P<d>.+?)\\\]",
+    r"\$\$(?P<a>[^$]+)\$\$|(?<!\\)\$(?P<b>(?:\\\$|[^$])+?)(?<!\\)\$"
+    r"|\\\((?P<c>(?:[^\\]|\\[^()\[\]])+)\\\)|(?<!\\)\\\[(?P<d>(?:[^\\]|\\[^()\[\]])+)\\\]",
     re.DOTALL,
 )
 _NUMBER = re.compile(
@@ -231,6 +233,7 @@ _CONNECTIVES = {
     "pct",
 }
 _MAX_WORDS = 4
+_MAX_NUMBER = 200
 
 
 def _bare(text: str) -> bool:
@@ -266,10 +269,14 @@ def _numbers(text: str) -> Iterator[re.Match[str]]:
     return _NUMBER.finditer(text)
 
 
+def _is_number(text: str) -> bool:
+    return len(text) <= _MAX_NUMBER and read_exact(normalize(text)) is not None
+
+
 def _fragment(content: str, rule: str, numeric: bool) -> Answer | None:
     """The answer inside what a phrase announced: all of it, or the last value in it."""
     if numeric:
-        if read_exact(normalize(content)) is not None:
+        if _is_number(content):
             return Answer(_unfenced(content), rule)
         numbers = [match.group().strip() for match in _numbers(content)]
         if numbers:
@@ -286,7 +293,7 @@ def _hash(text: str) -> Answer | None:
     if start < 0:
         return None
     line = _tidy(text[start:].lstrip("#").strip().partition("\n")[0])
-    if read_exact(normalize(line)) is not None:
+    if _is_number(line):
         return Answer(line, "hash")
     numbers = [match.group().strip() for match in _numbers(line)]
     starts_with_number = _NUMBER.match(line) is not None

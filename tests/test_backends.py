@@ -1,0 +1,62 @@
+"""Unsloth and plain transformers, each in its own process: the same numbers from the same weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+needs_unsloth = pytest.mark.skipif(
+    importlib.util.find_spec("unsloth") is None, reason="Unsloth is not installed (extra `gpu`)"
+)
+
+
+def run_probe(backend: str, model: Path, four_bit: bool, *counts: int, cwd: Path) -> dict:  # type: ignore[type-arg]
+    """What ``backend_probe.py`` finds."""
+    script = Path(__file__).with_name("backend_probe.py")
+    arguments = [backend, str(model), str(int(four_bit)), *map(str, counts)]
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def assert_sound(facts: dict) -> None:  # type: ignore[type-arg]
+    """Acceptance c and the mechanics of a step, for one backend."""
+    assert facts["native_equals_generate"]
+    assert facts["gap_batch"] <= 1e-4 and facts["gap_alone"] <= 1e-4
+    assert facts["adapter_effect"] > 1e-3
+    assert facts["grad_norm"] > 0 and facts["all_b_changed"] and facts["base_unchanged"]
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_transformers_backend(model_dir: Path, tmp_path: Path, four_bit: bool) -> None:
+    facts = run_probe("transformers", model_dir, four_bit, 4, 4, 12, cwd=tmp_path)
+    assert_sound(facts)
+    assert facts["nf4"] is four_bit
+
+
+@needs_unsloth
+@pytest.mark.unsloth
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_unsloth_gives_the_same_numbers(model_dir: Path, tmp_path: Path, four_bit: bool) -> None:
+    ours = run_probe("transformers", model_dir, four_bit, 4, 4, 12, cwd=tmp_path)
+    theirs = run_probe("unsloth", model_dir, four_bit, 4, 4, 12, cwd=tmp_path)
+    assert theirs["backend"] == "unsloth"
+    assert_sound(theirs)
+    assert theirs["nf4"] is four_bit and theirs["adapters"] == ours["adapters"]
+    assert theirs["ids"] == ours["ids"]
+    assert theirs["logprobs"] == pytest.approx(ours["logprobs"], abs=1e-5)
+    assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
+    assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-4)
+    assert not list(tmp_path.iterdir()), "nothing is left in the working folder"
