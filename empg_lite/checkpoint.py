@@ -35,7 +35,7 @@ class TrainState:
         position: problems drawn from the stream.
         first_step: step this run began at: 0, or that of the checkpoint that ``fit --from`` went on from.
         num_tokens: completion tokens sampled so far.
-        no_signal: steps in a row, up to now, in which every weight was 0; ``steps_without_update`` counts all.
+        no_signal: steps in a row, up to now, with every weight 0; ``steps_without_update`` counts all.
         skipped_nonfinite: passes thrown away for a non-finite gradient; ``nonfinite_in_a_row`` up to now.
         micro_batch_tokens: the budget after any out-of-memory back-off.
         seconds: training time without set-up and evaluation.

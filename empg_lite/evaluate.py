@@ -114,10 +114,10 @@ def evaluate_target(
     base: bool = False,
     view: View | None = None,
 ) -> dict[str, Any]:
-    """Load a model and evaluate it, with ``base`` also with its adapter off: same problems, prompt and decoding.
+    """Load a model and evaluate it, with ``base`` also with its adapter off: the same in all else.
 
     Returns:
-        ``split`` and the figures of ``Evaluation.summary``; with ``base`` an object ``base`` of the same shape.
+        ``split`` and the figures of ``Evaluation.summary``; with ``base`` also an object ``base`` of them.
 
     Raises:
         EmpgError: model or data are unusable.
@@ -152,7 +152,7 @@ def evaluate_target(
 
 
 def wilson(successes: float, n: int, z: float = Z_95) -> tuple[float, float]:
-    """Wilson score interval of a proportion (Wilson, JASA 1927): sound near 0 and 1, where accuracy often is."""
+    """Wilson score interval of a proportion (JASA 1927): sound near 0 and 1, where accuracy often is."""
     assert n > 0 and 0 <= successes <= n
     p = successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)

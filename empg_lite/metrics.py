@@ -79,10 +79,10 @@ class ConsoleView(View):
             self.console.print(self._COLUMNS, style="bold", highlight=False)
             self._header_due = False
         loss = f"{record['loss']:.4f}" if record["loss"] is not None else "no update"
-        accuracy = record.get("eval/accuracy")
+        accuracy, speed = record.get("eval/accuracy"), record.get("time/tokens_per_second", 0.0)
         self.console.print(
             f"{record['step']:5d}/{total:<5d}{record['reward']:7.1%}{record['em/frac_mixed']:9.0%}"
-            f"{record['completions/mean_length']:9.0f}   {loss:9s}{record.get('time/tokens_per_second', 0):9.0f}"
+            f"{record['completions/mean_length']:9.0f}   {loss:9s}{speed:9.0f}"
             f"{record['step_time']:9.2f}   {'' if accuracy is None else f'{accuracy:.1%}'}",
             highlight=False,
         )

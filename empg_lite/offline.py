@@ -1,4 +1,4 @@
-"""The two halves of the loop as commands of their own: sample now, grade again later, fit many times, anywhere.
+"""The two halves of the loop apart: sample now, grade again later, fit many times, anywhere.
 
 A rationale is text and a reward; no ratio, no stored log-probability ties it to the machine that drew it.
 """
@@ -38,6 +38,9 @@ from empg_lite.rewards import Grader
 from empg_lite.runs import is_run, open_run
 from empg_lite.session import Session, finished
 from empg_lite.train import RESUME, Clock, TrainOptions, stop_request, summarise
+
+
+NO_OPTIONS = TrainOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +206,7 @@ def fit(
     files: Sequence[Path],
     run: Path,
     source: Path | None = None,
-    options: TrainOptions = TrainOptions(),
+    options: TrainOptions = NO_OPTIONS,
     view: View | None = None,
 ) -> dict[str, Any]:
     """M-step only: fit stored rationales, P problems to an optimiser step. No sampler, no reward code runs.
@@ -228,9 +231,7 @@ def fit(
     )
     with store.run_lock(run), stop_request() as stop:
         journal = Journal(run)
-        opened = open_run(
-            run, recipe, resume=options.resume, allow_change=options.allow_change
-        )
+        opened = open_run(run, recipe, resume=options.resume, allow_change=options.allow_change)
         if opened.checkpoint is not None and finished(run, opened.recipe):
             view.note(f"{run} is finished: nothing to do")
             return summarise(run, opened.recipe, int(opened.checkpoint.name[5:]), 0.0, clock)

@@ -54,7 +54,7 @@ def rollout_path(run: Path, step: int) -> Path:
 
 
 def find_rollouts(source: Path | None, step: int | None) -> tuple[Path, list[Rationale]]:
-    """The rollout file that RUN|FILE and a step mean, and its rationales; default: the last step of the newest run.
+    """The rollout file that RUN|FILE and a step mean, and its rationales; default: the newest run's last.
 
     Raises:
         MissingInput: there is none.
@@ -74,7 +74,7 @@ def find_rollouts(source: Path | None, step: int | None) -> tuple[Path, list[Rat
 
 
 def run_of(path: Path) -> Path | None:
-    """The run that an adapter or checkpoint folder belongs to: RUN/adapter, RUN/best, RUN/checkpoints/step-N."""
+    """The run that a folder belongs to: RUN/adapter, RUN/best, RUN/checkpoints/step-N."""
     return next((p for p in list(path.resolve().parents)[:2] if is_run(p)), None)
 
 
@@ -144,7 +144,7 @@ def open_run(run: Path, recipe: Recipe, *, resume: bool, allow_change: Sequence[
 def _agree(
     old: Recipe, new: Recipe, run: Path, allow_change: Sequence[str]
 ) -> tuple[Recipe, list[dict[str, Any]]]:
-    """The new recipe with the old one's settled ``auto`` values, and the changes that were allowed by name."""
+    """The new recipe with the old one's settled ``auto`` values, and the changes allowed by name."""
     events = []
     for field, (before, after) in changed_fields(old, new).items():
         section, name = field.split(".")

@@ -31,7 +31,8 @@ def _storage_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         todo = "check the folder's permissions and disk"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            todo = f"free some space ({_free_bytes(path) / 1e6:.0f} MB left) and repeat the command with --resume"
+            left = _free_bytes(path) / 1e6
+            todo = f"free some space ({left:.0f} MB left) and repeat the command with --resume"
         raise StorageError(error.strerror or str(error), str(path), todo) from error
 
 

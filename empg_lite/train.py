@@ -1,8 +1,8 @@
 """The loop: sample, score, weigh, fit, record.
 
-EM Policy Gradient (T. Xu, arXiv 2504.18587; our reading of its abstract). Each step draws K rationales for each
-of P problems from the policy (E-step), weighs them by their rewards, and raises their weighted likelihood
-(M-step). There is no importance ratio, no clipping, no critic, no reference model and no stored
+EM Policy Gradient (T. Xu, arXiv 2504.18587; our reading of its abstract). Each step draws K rationales for
+each of P problems from the policy (E-step), weighs them by their rewards, and raises their weighted
+likelihood (M-step). There is no importance ratio, no clipping, no critic, no reference model and no stored
 log-probability: for weights >= 0 the M-step ascends a lower bound of log E[R] without any of them.
 """
 
@@ -61,9 +61,7 @@ def train(
         raise RecipeError(refusal, "sampler", "set it back, or say --force")
     with store.run_lock(run), stop_request() as stop, Grader() as grader:
         journal = Journal(run)
-        opened = open_run(
-            run, recipe, resume=options.resume, allow_change=options.allow_change
-        )
+        opened = open_run(run, recipe, resume=options.resume, allow_change=options.allow_change)
         if opened.checkpoint is not None and finished(run, opened.recipe):
             view.note(f"{run} is finished: nothing to do")
             return summarise(run, opened.recipe, int(opened.checkpoint.name[5:]), 0.0, clock)
@@ -175,7 +173,7 @@ class Tester:
         )
 
     def validate(self, *, force: bool) -> dict[str, Any]:
-        """Greedy accuracy on the held-out training rows, where due; the best adapter so far goes to ``best/``."""
+        """Greedy accuracy on held-out training rows, where due; the best adapter so far goes to ``best/``."""
         state = self.session.learner.state
         if not self.validation or not (self.due(state.step) or (force and self.every)):
             return {}
@@ -196,8 +194,9 @@ class Tester:
         figures = self.session.save_evaluation(name, evaluation, split)
         low, high = figures["pass@1_ci95"]
         self.session.view.note(
-            f"{name} training: greedy accuracy {figures['pass@1']:.1%} [{low:.1%}, {high:.1%}] on {figures['n']} held-out "
-            f"problems · T=1 accuracy {figures['t1_accuracy']:.1%} · mean length {figures['mean_length']:.0f} tokens"
+            f"{name} training: greedy accuracy {figures['pass@1']:.1%} [{low:.1%}, {high:.1%}] · "
+            f"T=1 accuracy {figures['t1_accuracy']:.1%} · mean length {figures['mean_length']:.0f} tokens "
+            f"({figures['n']} held-out problems)"
         )
         return figures
 

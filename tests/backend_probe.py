@@ -1,6 +1,6 @@
 """Run in a process of its own: what one backend does with one model, as a JSON object on the last line.
 
-    python tests/backend_probe.py BACKEND MODEL_FOLDER 4BIT PROBLEMS SAMPLES NEW_TOKENS
+python tests/backend_probe.py BACKEND MODEL_FOLDER 4BIT PROBLEMS SAMPLES NEW_TOKENS
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ def probe(backend: str, model: str, four_bit: bool, n_problems: int, samples: in
     base = digest(frozen)
 
     prompts = [
-        Prompt(policy.encode_prompt("word " * (1 + 3 * i))[1], tuple(sample_key(0, 1, str(i), k) for k in range(samples)))
+        Prompt(
+            policy.encode_prompt("word " * (1 + 3 * i))[1],
+            tuple(sample_key(0, 1, str(i), k) for k in range(samples)),
+        )
         for i in range(n_problems)
     ]
     native = make_sampler(policy, "native").sample(prompts, Decoding(new_tokens))
@@ -64,7 +67,8 @@ def probe(backend: str, model: str, four_bit: bool, n_problems: int, samples: in
             off, _ = policy.token_logprobs(collate(rows, policy.pad_id))
 
     rationales = [
-        Rationale("p", "", "", "", p, "", c, "stop", 1, 0, k, 1.0, "equal", 1.0) for k, (p, c) in enumerate(rows)
+        Rationale("p", "", "", "", p, "", c, "stop", 1, 0, k, 1.0, "equal", 1.0)
+        for k, (p, c) in enumerate(rows)
     ]
     adam = torch.optim.AdamW(list(policy.trainable().values()), lr=1e-3, weight_decay=0.0)
     settings = FitSettings(1e-3, 1.0, 1, 1.0, "tokens", new_tokens, 256)

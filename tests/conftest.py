@@ -51,7 +51,9 @@ def write_recipe(tmp_path: Path, model_dir: Path) -> Path:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     # Random bytes seldom spell a stop token: capital letters end a completion, so that some are not cut off.
     template = tmp_path / "capitals.yaml"
-    template.write_text('text: "{question}"\nstop: [' + ", ".join(f'"{c}"' for c in ascii_uppercase) + "]\n", "utf-8")
+    template.write_text(
+        'text: "{question}"\nstop: [' + ", ".join(f'"{c}"' for c in ascii_uppercase) + "]\n", "utf-8"
+    )
     path = tmp_path / "fixture.yaml"
     path.write_text(RECIPE.format(model=model_dir, data=data, template=template), "utf-8")
     return path
@@ -84,8 +86,10 @@ def policy(model_dir: Path):
     return load_fixture_policy(model_dir)
 
 
-def load_fixture_policy(model_dir: Path, *, perturb: bool = True, load_in_4bit: bool = False, prompt: str = "plain"):
-    """A fresh policy over the fixture model; ``perturb`` moves LoRA B off zero so that the adapter matters."""
+def load_fixture_policy(
+    model_dir: Path, *, perturb: bool = True, load_in_4bit: bool = False, prompt: str = "plain"
+):
+    """A fresh policy over the fixture model; ``perturb`` moves LoRA B off zero: the adapter matters."""
     import torch
 
     from empg_lite.policy import load_policy
@@ -106,3 +110,28 @@ def load_fixture_policy(model_dir: Path, *, perturb: bool = True, load_in_4bit: 
             for parameter in loaded.trainable().values():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return loaded
+
+
+#: Tests that need what a bare machine has not; every other skip is a failure in CI.
+MAY_SKIP = ("shared", "unsloth")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    """In CI a mandatory test that skips is a failure: a skipped promise is none."""
+    report = yield
+    optional = any(item.get_closest_marker(name) for name in MAY_SKIP)
+    if os.environ.get("CI") and report.skipped and not optional and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"mandatory test skipped in CI: {report.longrepr}"
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many optional tests did not run, and why."""
+    reasons: dict[str, int] = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reasons[reason] = reasons.get(reason, 0) + 1
+    for reason, count in reasons.items():
+        terminalreporter.write_line(f"{count} optional tests not run: {reason}")

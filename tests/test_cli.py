@@ -11,7 +11,19 @@ from pathlib import Path
 import pytest
 from test_broken_inputs import BROKEN, write_case
 
-COMMANDS = ("train", "sample", "score", "fit", "eval", "chat", "grade", "inspect", "recipes", "check", "doctor")
+COMMANDS = (
+    "train",
+    "sample",
+    "score",
+    "fit",
+    "eval",
+    "chat",
+    "grade",
+    "inspect",
+    "recipes",
+    "check",
+    "doctor",
+)
 
 
 def last(out: str) -> dict:  # type: ignore[type-arg]
@@ -71,7 +83,12 @@ def test_the_whole_way(cli, recipe_file: Path, tmp_path: Path, monkeypatch: pyte
 def test_results_for_people(cli, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.chdir(tmp_path)
     code, out, _ = cli("train", "--recipe", recipe_file, "--max-steps", 1)
-    assert code == 0 and "greedy accuracy" in out and "T=1 accuracy" in out and "empg-lite chat runs/fixture-001" in out
+    assert (
+        code == 0
+        and "greedy accuracy" in out
+        and "T=1 accuracy" in out
+        and "empg-lite chat runs/fixture-001" in out
+    )
     assert "\r" not in out and "\x1b" not in out  # not a terminal: plain lines
     code, out, _ = cli("chat", "--prompt", "2 + 2 = ?", "--gold", "4")
     assert code == 0 and "tokens" in out and "reward" in out
@@ -153,7 +170,9 @@ def test_errors_are_one_line_with_a_code(
 
 
 @pytest.mark.parametrize("case", BROKEN, ids=[case[0] for case in BROKEN])
-def test_broken_inputs_through_the_command(cli, case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_broken_inputs_through_the_command(
+    cli, case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # type: ignore[no-untyped-def]
     """Acceptance h: one line, exit code 65, nothing written."""
     _, files, overrides, fragments = case
     recipe = write_case(tmp_path, files)
@@ -192,7 +211,11 @@ def test_recipes_and_doctor(cli, tmp_path: Path) -> None:  # type: ignore[no-unt
 
 def test_check_says_no_with_exit_1(cli, recipe_file: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     code, out, _ = cli("check", "--recipe", recipe_file)
-    assert code == 0 and "first prompt as the model sees it" in out and "16 train, 2 validation, 2 evaluation" in out
+    assert (
+        code == 0
+        and "first prompt as the model sees it" in out
+        and "16 train, 2 validation, 2 evaluation" in out
+    )
     data = tmp_path / "bad.jsonl"
     data.write_text("".join(json.dumps({"question": f"q{i}", "answer": f"{i}"}) + "\n" for i in range(20)))
     args = ("check", "--recipe", recipe_file, "--set", f"data.path={data}", "--set", "data.reward=math")
@@ -209,7 +232,8 @@ def test_help_and_broken_recipes_do_not_import_torch(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom empg_lite.cli import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit as stopped:\n"
-        "    print(stopped.code, any(m in sys.modules for m in ('torch', 'transformers', 'datasets', 'peft')))\n"
+        "    heavy = ('torch', 'transformers', 'datasets', 'peft')\n"
+        "    print(stopped.code, any(m in sys.modules for m in heavy))\n"
     )
     for arguments, expected in (
         (["--help"], "0 False"),
@@ -217,7 +241,9 @@ def test_help_and_broken_recipes_do_not_import_torch(tmp_path: Path) -> None:
         (["grade", "--gold", "1", "--prediction", "1"], "0 False"),
         (["recipes"], "0 False"),
     ):
-        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+        )
         assert done.stdout.splitlines()[-1] == expected, arguments
 
 

@@ -13,7 +13,9 @@ from empg_lite.evaluate import Evaluation, evaluate_target, majority_reward, pas
 from empg_lite.target import resolve_target
 
 
-@pytest.mark.parametrize(("right", "n"), [(0, 10), (10, 10), (3, 10), (1, 500), (499, 500), (250, 500), (0, 1)])
+@pytest.mark.parametrize(
+    ("right", "n"), [(0, 10), (10, 10), (3, 10), (1, 500), (499, 500), (250, 500), (0, 1)]
+)
 def test_wilson_is_scipys(right: int, n: int) -> None:
     expected = binomtest(right, n).proportion_ci(0.95, method="wilson")
     assert wilson(right, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
@@ -41,7 +43,10 @@ def test_majority_vote() -> None:
 
 def test_summary_by_hand() -> None:
     greedy = (rationale(reward=1.0), rationale(reward=0.0, finish_reason="length", completion_ids=(1,) * 9))
-    sampled = (tuple(votes(("2", 1.0), ("3", 0.0), ("2", 1.0))), tuple(votes(("3", 0.0), ("4", 0.0), ("5", 0.0))))
+    sampled = (
+        tuple(votes(("2", 1.0), ("3", 0.0), ("2", 1.0))),
+        tuple(votes(("3", 0.0), ("4", 0.0), ("5", 0.0))),
+    )
     result = Evaluation(greedy, sampled).summary()
     assert result["n"] == 2 and result["pass@1"] == 0.5 and result["truncated"] == 0.5
     assert result["mean_length"] == 6.0

@@ -164,7 +164,9 @@ def test_fit_goes_on_where_it_was_cut_off(recipe: Recipe, tmp_path: Path) -> Non
     assert [r["em/staleness"] for r in records] == [0.0, 1.0, 2.0]  # drawn at step 0, fitted later
 
 
-def test_fit_loads_no_sampler_and_no_reward(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_loads_no_sampler_and_no_reward(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "r.jsonl"
     sample(recipe, None, file, SampleOptions(problems=3))
     score_file(file, recipe.data.reward)

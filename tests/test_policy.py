@@ -132,7 +132,9 @@ def test_gradient_checkpointing_changes_no_gradient(model_dir: Path) -> None:
     from empg_lite.policy import load_policy
     from empg_lite.recipe import ModelSection
 
-    section = ModelSection(name=str(model_dir), backend="transformers", load_in_4bit=False, lora_r=4, lora_alpha=8)
+    section = ModelSection(
+        name=str(model_dir), backend="transformers", load_in_4bit=False, lora_r=4, lora_alpha=8
+    )
     grads = []
     for checkpointing in (False, True):
         policy = load_policy(section, "plain", seed=0, gradient_checkpointing=checkpointing)
@@ -168,7 +170,9 @@ def test_seed_initialises_the_adapter(model_dir: Path) -> None:
     from empg_lite.policy import load_policy
     from empg_lite.recipe import ModelSection
 
-    section = ModelSection(name=str(model_dir), backend="transformers", load_in_4bit=False, lora_r=4, lora_alpha=8)
+    section = ModelSection(
+        name=str(model_dir), backend="transformers", load_in_4bit=False, lora_r=4, lora_alpha=8
+    )
     hashes = [load_policy(section, "plain", seed=s).adapter_sha256() for s in (0, 0, 1)]
     assert hashes[0] == hashes[1] != hashes[2]
 
@@ -188,7 +192,9 @@ def test_adapter_round_trip_and_plain_peft(model_dir: Path, tmp_path: Path) -> N
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32), tmp_path)
+    plain = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32), tmp_path
+    )
     ids = torch.tensor([[1, 2, 3, 4]])
     with torch.no_grad():
         torch.testing.assert_close(plain(ids).logits, policy.model(ids).logits, rtol=1e-5, atol=1e-5)
@@ -200,7 +206,11 @@ def test_adapter_round_trip_and_plain_peft(model_dir: Path, tmp_path: Path) -> N
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\x00" * 100), DataError, "damaged"),
         (lambda f: (f / "adapter_model.safetensors").unlink(), MissingInput, "not an adapter"),
         (lambda f: (f / "adapter_config.json").write_text("{"), DataError, "cannot be read"),
-        (lambda f: (f / "adapter_config.json").write_text('{"peft_type": "IA3", "r": 4, "lora_alpha": 1}'), DataError, "IA3"),
+        (
+            lambda f: (f / "adapter_config.json").write_text('{"peft_type": "IA3", "r": 4, "lora_alpha": 1}'),
+            DataError,
+            "IA3",
+        ),
     ],
 )
 def test_broken_adapters_are_named(model_dir: Path, tmp_path: Path, damage, error, what: str) -> None:  # type: ignore[no-untyped-def]

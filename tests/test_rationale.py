@@ -45,7 +45,9 @@ def rationale(**changes: object) -> Rationale:
     return Rationale(**(values | changes))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("text", ["", "\ud800 lone", "nul \x00", "line\u2028sep \r\n", "\x1b[2J", "½ ² €", "x" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "\ud800 lone", "nul \x00", "line\u2028sep \r\n", "\x1b[2J", "½ ² €", "x" * 100_000]
+)
 def test_round_trip(tmp_path: Path, text: str) -> None:
     rows = [rationale(completion=text, sample_index=k, reward=1 / 3) for k in range(2)]
     path = tmp_path / "r.jsonl"
@@ -58,7 +60,9 @@ def test_round_trip(tmp_path: Path, text: str) -> None:
 def test_segments_keep_their_headers(tmp_path: Path) -> None:
     other = dataclasses.replace(HEADER, adapter="d" * 64)
     path = tmp_path / "r.jsonl"
-    path.write_text(encode_rollouts(HEADER, [rationale()]) + encode_rollouts(other, [rationale(step=9)]), "utf-8")
+    path.write_text(
+        encode_rollouts(HEADER, [rationale()]) + encode_rollouts(other, [rationale(step=9)]), "utf-8"
+    )
     first, second = read_rollouts(path)
     assert (first.header, second.header) == (HEADER, other)
     assert (first.rationales[0].step, second.rationales[0].step) == (3, 9)
@@ -66,7 +70,10 @@ def test_segments_keep_their_headers(tmp_path: Path) -> None:
 
 def test_foreign_text_needs_little(tmp_path: Path) -> None:
     path = tmp_path / "theirs.jsonl"
-    rows = [{"question": "1 + 1?", "completion": " #### 2", "reward": 1}, {"question": "1 + 1?", "completion": "3"}]
+    rows = [
+        {"question": "1 + 1?", "completion": " #### 2", "reward": 1},
+        {"question": "1 + 1?", "completion": "3"},
+    ]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
     (segment,) = read_rollouts(path)
     first, second = segment.rationales

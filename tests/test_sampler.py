@@ -48,7 +48,12 @@ def test_uniforms_are_splitmix64() -> None:
     # Reference output of SplitMix64 seeded with 1234567 (first three values of the published C code).
     first = [6457827717110365317, 3203168211198807973, 9817491932198370423]
     assert [splitmix64(1234567, p) for p in range(3)] == [(v >> 11) * 2.0**-53 for v in first]
-    keys = [sample_key(s, t, "p", k) for s in (0, 1) for t in (1, 2) for k in range(8)] + [-1, 0, 2**63 - 1, -(2**63)]
+    keys = [sample_key(s, t, "p", k) for s in (0, 1) for t in (1, 2) for k in range(8)] + [
+        -1,
+        0,
+        2**63 - 1,
+        -(2**63),
+    ]
     for position in (0, 1, 511, 10**6):
         ours = uniforms(torch.tensor(keys), position).tolist()
         assert ours == [splitmix64(key & MASK_64, position) for key in keys]
@@ -99,7 +104,9 @@ def test_nucleus_against_a_plain_loop(top_p: float, top_k: int) -> None:
     keys = torch.arange(3000) * 7919
     tokens, logprobs = draw(logits.expand(3000, -1), keys, 0, Decoding(1, 1.0, top_p, top_k))
     assert set(tokens.tolist()) == set(kept)
-    torch.testing.assert_close(logprobs, logits.log_softmax(-1)[tokens])  # of the policy itself, nothing cut off
+    torch.testing.assert_close(
+        logprobs, logits.log_softmax(-1)[tokens]
+    )  # of the policy itself, nothing cut off
 
 
 def test_greedy_and_zero_probability() -> None:
@@ -168,7 +175,11 @@ def test_a_sample_does_not_depend_on_its_batch(policy) -> None:  # type: ignore[
     alone = [ids_of(make_sampler(policy, "native").sample([p], decoding))[0] for p in prompts]
     backwards = ids_of(make_sampler(policy, "native").sample(prompts[::-1], decoding))[::-1]
     split = [
-        [c for key in p.keys for c in ids_of(make_sampler(policy, "native").sample([Prompt(p.ids, (key,))], decoding))[0]]
+        [
+            c
+            for key in p.keys
+            for c in ids_of(make_sampler(policy, "native").sample([Prompt(p.ids, (key,))], decoding))[0]
+        ]
         for p in prompts[:3]
     ]
     assert together == small == alone == backwards
@@ -254,7 +265,9 @@ class Pieces:
     ],
 )
 def test_stop_rule(ids: list[int], stopped_at: int | None, text: str) -> None:
-    rule = StopRule(Pieces("x = 1", "\n\n", "Ques", "tion:", "\n\nQuestion: 2", "<end>"), [5], ["\n\nQuestion:"])
+    rule = StopRule(
+        Pieces("x = 1", "\n\n", "Ques", "tion:", "\n\nQuestion: 2", "<end>"), [5], ["\n\nQuestion:"]
+    )
     first = next((n for n in range(len(ids)) if rule.stopped(ids[: n + 1])), None)
     assert first == stopped_at
     assert rule.text(ids) == text

@@ -113,7 +113,9 @@ def test_zero_weight_rows_are_not_computed(model_dir: Path, monkeypatch: pytest.
     seen = []
     policy = load_fixture_policy(model_dir)
     real = policy.token_logprobs
-    monkeypatch.setattr(policy, "token_logprobs", lambda batch: seen.append(len(batch.input_ids)) or real(batch))
+    monkeypatch.setattr(
+        policy, "token_logprobs", lambda batch: seen.append(len(batch.input_ids)) or real(batch)
+    )
     m_step(policy, sgd(policy), rows(), SETTINGS)
     assert sum(seen) == sum(w != 0 for w in WEIGHTS)
 
@@ -148,7 +150,9 @@ def test_the_stop_token_is_trained(model_dir: Path) -> None:
 def test_gradient_clipping_scales_the_whole_step(model_dir: Path) -> None:
     free, stats = step_of(model_dir, rows())
     assert stats.grad_norm is not None
-    clipped, same = step_of(model_dir, rows(), dataclasses.replace(SETTINGS, max_grad_norm=stats.grad_norm / 4))
+    clipped, same = step_of(
+        model_dir, rows(), dataclasses.replace(SETTINGS, max_grad_norm=stats.grad_norm / 4)
+    )
     torch.testing.assert_close(clipped, free / 4, rtol=1e-4, atol=1e-7)
     assert same.grad_norm == pytest.approx(stats.grad_norm)  # reported before clipping
 
@@ -189,7 +193,9 @@ def test_measured_kl_is_k3_over_all_rows(model_dir: Path) -> None:
 
     def logprobs() -> torch.Tensor:
         with torch.no_grad():
-            values, mask = policy.token_logprobs(collate([(r.prompt_ids, r.completion_ids) for r in given], policy.pad_id))
+            values, mask = policy.token_logprobs(
+                collate([(r.prompt_ids, r.completion_ids) for r in given], policy.pad_id)
+            )
         return values[mask].double()
 
     old = logprobs()
@@ -209,7 +215,9 @@ def test_out_of_memory_halves_the_micro_batch_and_nothing_else(
     def failing(batch):  # type: ignore[no-untyped-def]
         nonlocal calls
         calls += 1
-        if batch.input_ids.numel() > 15 and calls >= fail_on_call:  # 2: with half of the gradient summed already
+        if (
+            batch.input_ids.numel() > 15 and calls >= fail_on_call
+        ):  # 2: with half of the gradient summed already
             raise torch.OutOfMemoryError("pretended")
         return real(batch)
 
@@ -220,7 +228,9 @@ def test_out_of_memory_halves_the_micro_batch_and_nothing_else(
     assert stats.micro_batch_tokens == 15 and stats.updates == 1
 
 
-def test_out_of_memory_ends_when_one_row_does_not_fit(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_ends_when_one_row_does_not_fit(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy = load_fixture_policy(model_dir)
 
     def failing(batch):  # type: ignore[no-untyped-def]
@@ -279,7 +289,9 @@ def test_scoring_skips_the_truncated_and_the_known() -> None:
     ]
     known = {
         ("p1", " #### 3"): rationale(completion=" #### 3", reward=0.25, reason="different"),
-        ("p1", " #### 4"): rationale(completion=" #### 4", reward=0.0, reason="timeout"),  # no verdict: ask again
+        ("p1", " #### 4"): rationale(
+            completion=" #### 4", reward=0.0, reason="timeout"
+        ),  # no verdict: ask again
     }
     with CountingGrader() as grader:
         scored = score(given, grader, "gsm8k", known)

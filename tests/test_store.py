@@ -31,7 +31,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("fail_at", [1, 2, 3])
-def test_a_failed_directory_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail_at: int) -> None:
+def test_a_failed_directory_is_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail_at: int
+) -> None:
     path = tmp_path / "step-000001"
     store.write_dir(path, {"a.bin": b"old", "b.bin": b"old"})
     real, calls = os.write, 0
@@ -120,7 +122,8 @@ def test_set_aside_never_overwrites(tmp_path: Path) -> None:
 def test_a_run_is_held_by_one_process_and_freed_by_its_death(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib\nfrom empg_lite import store\n"
-        "with store.run_lock(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+        "with store.run_lock(pathlib.Path(sys.argv[1])):\n"
+        "    print('held', flush=True)\n    sys.stdin.read()\n"
     )
     holder = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

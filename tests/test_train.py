@@ -77,7 +77,9 @@ def test_a_run_directory(straight: Path) -> None:
     for section in ("model", "sampler", "optim"):
         assert "auto" not in getattr(recipe, section).model_dump().values()
     for folder in (run / "adapter", run / "best", list_checkpoints(run)[-1]):
-        assert {"adapter_model.safetensors", "adapter_config.json", "manifest.json"} <= {p.name for p in folder.iterdir()}
+        assert {"adapter_model.safetensors", "adapter_config.json", "manifest.json"} <= {
+            p.name for p in folder.iterdir()
+        }
     assert json.loads((run / "adapter" / "generation_config.json").read_text())["eos_token_id"] == [256, 258]
 
 
@@ -88,7 +90,9 @@ def test_metrics_of_every_step(straight: Path) -> None:
     steps = records[1:]
     assert [("eval/accuracy" in r) for r in steps] == [False, True, False, True, False, True]
     assert ["em/kl_old" in r for r in steps] == [False, True, False, True, False, True]
-    assert steps[0]["learning_rate"] == pytest.approx(0.5e-2) and steps[1]["learning_rate"] == pytest.approx(1e-2)
+    assert steps[0]["learning_rate"] == pytest.approx(0.5e-2) and steps[1]["learning_rate"] == pytest.approx(
+        1e-2
+    )
     rows = read_rollouts(straight / "run" / "rollouts" / "step-000003.jsonl")[0].rationales
     assert len(rows) == 24 and {r.step for r in rows} == {3}
     assert steps[2]["reward"] == pytest.approx(sum(r.reward for r in rows) / 24)
@@ -101,7 +105,9 @@ def test_metrics_of_every_step(straight: Path) -> None:
 
 def test_it_learns(recipe_file: Path, tmp_path: Path) -> None:
     """A letter a-m before a capital: a random model does it by chance, a trained one nearly always."""
-    recipe = load_recipe(str(recipe_file), ["run.steps=30", "run.eval_every=0", "sampler.problems_per_step=8"])
+    recipe = load_recipe(
+        str(recipe_file), ["run.steps=30", "run.eval_every=0", "sampler.problems_per_step=8"]
+    )
     train(recipe, tmp_path / "run")
     rewards = [r["reward"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert sum(rewards[:3]) / 3 < 0.4
@@ -163,7 +169,16 @@ def test_interrupted_and_resumed_equals_straight(straight: Path) -> None:
 def test_kill_9_and_resumed_equals_straight(straight: Path) -> None:
     """The real command in a process of its own, killed in the middle of a step."""
     run = straight / "killed"
-    command = [sys.executable, "-m", "empg_lite", "train", "--recipe", str(straight / "r.yaml"), "--max-steps", "6"]
+    command = [
+        sys.executable,
+        "-m",
+        "empg_lite",
+        "train",
+        "--recipe",
+        str(straight / "r.yaml"),
+        "--max-steps",
+        "6",
+    ]
     command += ["--output-dir", str(run), "--resume", "--json"]
     victim = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
@@ -216,7 +231,9 @@ def test_a_finished_run_is_left_alone_and_can_be_extended(recipe_file: Path, tmp
     before = snapshot(run)
     again = train(recipe, run, TrainOptions(resume=True))
     assert snapshot(run) == before
-    assert {k: v for k, v in again.items() if "seconds" not in k} == {k: v for k, v in first.items() if "seconds" not in k}
+    assert {k: v for k, v in again.items() if "seconds" not in k} == {
+        k: v for k, v in first.items() if "seconds" not in k
+    }
     with pytest.raises(UsageError, match="holds a run.*--resume"):
         train(recipe, run)
     longer = load_recipe(str(recipe_file), ["run.steps=3"])
@@ -245,7 +262,9 @@ def test_max_minutes_ends_with_a_checkpoint(recipe_file: Path, tmp_path: Path) -
     assert train(recipe, tmp_path / "run", TrainOptions(resume=True))["steps"] == 3
 
 
-def test_a_damaged_newest_checkpoint_falls_back_and_a_named_one_does_not(recipe_file: Path, tmp_path: Path) -> None:
+def test_a_damaged_newest_checkpoint_falls_back_and_a_named_one_does_not(
+    recipe_file: Path, tmp_path: Path
+) -> None:
     from empg_lite.target import resolve_target
 
     run, recipe = tmp_path / "run", load_recipe(str(recipe_file), ["run.eval_every=0"])
@@ -269,13 +288,17 @@ def test_a_damaged_newest_checkpoint_falls_back_and_a_named_one_does_not(recipe_
     assert raised.value.exit_code == 76
 
 
-def test_verdicts_are_not_asked_for_twice(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verdicts_are_not_asked_for_twice(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A step that was graded before the run was cut off is not graded again."""
     from empg_lite import train as module
 
     recipe = load_recipe(str(recipe_file), ["run.eval_every=0", "run.save_every=100"])
     run = tmp_path / "run"
-    monkeypatch.setattr(module.Session, "checkpoint_due", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        module.Session, "checkpoint_due", lambda self: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         train(recipe, run)  # dies after step 1, before any checkpoint
     monkeypatch.undo()
@@ -283,7 +306,9 @@ def test_verdicts_are_not_asked_for_twice(recipe_file: Path, tmp_path: Path, mon
     assert stored.is_file() and not list_checkpoints(run)
     asked: list[int] = []
     real = module.Grader.grade_many
-    monkeypatch.setattr(module.Grader, "grade_many", lambda s, r, items: asked.append(len(items)) or real(s, r, items))
+    monkeypatch.setattr(
+        module.Grader, "grade_many", lambda s, r, items: asked.append(len(items)) or real(s, r, items)
+    )
     train(recipe, run, TrainOptions(resume=True))
     assert sum(r.finish_reason == "stop" for r in read_rollouts(stored)[0].rationales) > 4
     assert asked[0] == 0 and asked[1] > 4
@@ -296,4 +321,6 @@ def test_the_optimiser_is_stored_by_name(straight: Path) -> None:
         names = list(tensors.keys())
         assert all(name.rsplit("/", 1)[1] in ("step", "exp_avg", "exp_avg_sq") for name in names)
         assert len(names) == 3 * 2 * 7 * 2 and any("layers.1.mlp.up_proj.lora_B" in name for name in names)
-        assert torch.equal(tensors.get_tensor(next(n for n in names if n.endswith("/step"))), torch.tensor(6.0))
+        assert torch.equal(
+            tensors.get_tensor(next(n for n in names if n.endswith("/step"))), torch.tensor(6.0)
+        )

@@ -85,8 +85,9 @@ def _say_result(out: Output, result: dict[str, Any], run: Path) -> None:
     before, after = result["accuracy_before"], result["accuracy_after"]
     if isinstance(before, float) and isinstance(after, float):
         out.print(
-            f"greedy accuracy {before:.1%} -> {after:.1%} · T=1 accuracy {result['t1_accuracy_before']:.1%} -> "
-            f"{result['t1_accuracy_after']:.1%} · {result['steps']} steps, {result['seconds']:.0f} s of training",
+            f"greedy accuracy {before:.1%} -> {after:.1%} · "
+            f"T=1 accuracy {result['t1_accuracy_before']:.1%} -> {result['t1_accuracy_after']:.1%} · "
+            f"{result['steps']} steps, {result['seconds']:.0f} s of training",
             style="bold",
             highlight=False,
         )
@@ -131,7 +132,7 @@ def sample(
 def _policy_of(
     source: str | None, recipe: str | None, overrides: list[str] | None, seed: int | None
 ) -> tuple[Recipe, Path | None]:
-    """Recipe and run (None for a bare adapter or an untrained policy) that RUN|ADAPTER and the options mean."""
+    """Recipe and run (None: bare adapter or untrained policy) that RUN|ADAPTER and the options mean."""
     from empg_lite.recipe_file import load_recipe
     from empg_lite.runs import RECIPE, is_run, run_of
     from empg_lite.target import resolve_target

@@ -1,4 +1,4 @@
-"""The policy: base model, adapter, tokenizer, prompt. The only package that imports unsloth, bitsandbytes, peft."""
+"""Base model, adapter, tokenizer, prompt: the only package that imports unsloth, bitsandbytes, peft."""
 
 from __future__ import annotations
 

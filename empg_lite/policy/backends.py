@@ -26,7 +26,7 @@ SetMode = Callable[[Any, bool], None]
 
 
 def choose_backend(asked: str) -> str:
-    """``auto`` takes Unsloth where it is installed and a GPU is there; on CPU it is stock transformers underneath.
+    """``auto`` takes Unsloth where it is installed and a GPU is there; on CPU it is stock transformers below.
 
     Raises:
         UsageError: ``unsloth`` was asked for by name and is not installed, or came too late.
@@ -40,7 +40,7 @@ def choose_backend(asked: str) -> str:
 
 
 def import_unsloth() -> Any:
-    """Import Unsloth before anything it patches, with its statistics off and its cache out of the working folder."""
+    """Import Unsloth before what it patches, statistics off, its cache out of the working folder."""
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(tempfile.gettempdir()) / "empg-lite-unsloth"))
     if "unsloth" not in sys.modules and "peft" in sys.modules:

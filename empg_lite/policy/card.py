@@ -12,7 +12,7 @@ from empg_lite.policy.policy import Policy
 
 
 def tokenizer_files(policy: Policy) -> dict[str, bytes]:
-    """The tokenizer's files, with the stop tokens in ``generation_config.json`` and the prompt in ``template.json``."""
+    """The tokenizer's files, stop tokens (``generation_config.json``) and prompt (``template.json``)."""
     with tempfile.TemporaryDirectory() as folder:
         policy.tokenizer.save_pretrained(folder)
         files = {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if p.is_file()}
@@ -43,6 +43,6 @@ Trained with empg-lite by the EM Policy Gradient (arXiv 2504.18587, our reading 
 |---|---|
 {rows}
 
-Prompt: `template.json` (replace `{{question}}`). It stops at the tokens in `generation_config.json` and at the
-template's stop strings.
+Prompt: `template.json` (replace `{{question}}`). Stops: the tokens in `generation_config.json` and the template's
+strings.
 """

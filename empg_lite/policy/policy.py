@@ -121,7 +121,7 @@ class Policy:
         return self.causal.lm_head.weight
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """16-bit compute over fp32 adapter masters: PEFT keeps adapters in fp32 and would upcast every product."""
+        """16-bit compute over fp32 adapters: PEFT keeps them in fp32 and would upcast every product."""
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
@@ -179,7 +179,7 @@ class Policy:
 
 
 def _stop_ids(model: Any, tokenizer: Any, template: Template) -> frozenset[int]:
-    """Qwen2.5 base ends with <|endoftext|>, Instruct with <|im_end|>, and each emits the other: stop on all."""
+    """Qwen2.5 base ends with <|endoftext|>, Instruct with <|im_end|>, each may emit the other: stop on all."""
     ids: set[int] = set()
     for source in (model.config, getattr(model, "generation_config", None), tokenizer):
         value = getattr(source, "eos_token_id", None)

@@ -50,7 +50,8 @@ class Template:
 
 
 def _chatml(system: str) -> str:
-    return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{{question}}<|im_end|>\n<|im_start|>assistant\n"
+    user = "<|im_start|>user\n{question}<|im_end|>\n"
+    return f"<|im_start|>system\n{system}<|im_end|>\n{user}<|im_start|>assistant\n"
 
 
 TEMPLATES = {

@@ -12,7 +12,10 @@ from empg_lite.sampler.native import NativeSampler
 
 __all__ = ["Completion", "Decoding", "Prompt", "Sampler", "choose_engine", "make_sampler", "sample_key"]
 
-ENGINES: dict[str, Callable[[Policy, int | None], Sampler]] = {"native": NativeSampler, "generate": GenerateSampler}
+ENGINES: dict[str, Callable[[Policy, int | None], Sampler]] = {
+    "native": NativeSampler,
+    "generate": GenerateSampler,
+}
 
 
 def choose_engine(asked: str, policy: Policy) -> str:

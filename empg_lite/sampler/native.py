@@ -47,7 +47,7 @@ class NativeSampler:
         return results
 
     def _prefill(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor, Any]:
-        """Logits after each prompt ``(P, V)``, the attention mask ``(P, T)`` and the cache, each prompt once."""
+        """Each prompt once: logits after it ``(P, V)``, attention mask ``(P, T)``, cache."""
         width = max(len(p.ids) for p in prompts)
         pads = [width - len(p.ids) for p in prompts]
         policy = self.policy
@@ -117,7 +117,7 @@ class NativeSampler:
 
 
 def _compact(alive: list[int], width: int) -> list[int]:
-    """Places that stay: all, until an eighth is finished (copying the cache has its price); never below MIN_ROWS."""
+    """Places that stay: all, until an eighth is finished (a copy has its price); never below MIN_ROWS."""
     if width - len(alive) < max(1, width // 8) or width <= MIN_ROWS:
         return list(range(width))
     living = set(alive)
