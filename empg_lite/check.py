@@ -62,7 +62,7 @@ class CheckReport:
 
 
 def written_gold(gold: str, reward: str) -> str | None:
-    """The gold answer as the end of a solution, as ``reward`` expects it; None for a pattern of the user's."""
+    """The gold answer as the end of a solution, as ``reward`` expects it; None for a pattern."""
     return {"gsm8k": f"#### {gold}", "math": f"\\boxed{{{gold}}}", "exact": gold}.get(reward)
 
 

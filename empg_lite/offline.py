@@ -39,7 +39,6 @@ from empg_lite.runs import is_run, open_run
 from empg_lite.session import Session, finished
 from empg_lite.train import RESUME, Clock, TrainOptions, stop_request, summarise
 
-
 NO_OPTIONS = TrainOptions()
 
 

@@ -115,9 +115,13 @@ class Session:
         }
 
     def record(self, record: Mapping[str, Any]) -> None:
-        """Log a step's metrics and show them."""
+        """Log a step's metrics and show them; a step without signal is said in words."""
         self.journal.metrics(record)
         self.view.step(record, self.recipe.run.steps)
+        if record["em/updates"] == 0:
+            why = "no signal: every weight is 0" if record["em/rows_fitted"] == 0 else "gradient not finite"
+            self.journal.event("no_update", step=record["step"], why=why)
+            self.view.warn(f"step {record['step']}: {why}; nothing was learned ({_wrongness(record)})")
 
     def stop_if_hopeless(self, *, force: bool) -> None:
         """End a run that cannot learn.
@@ -182,6 +186,13 @@ class Session:
         store.write_file(self.run / "eval" / f"{name}.jsonl", encode_rollouts(header, rows))
         store.write_file(self.run / "eval" / f"{name}.json", json.dumps(figures, indent=1))
         return figures
+
+
+def _wrongness(record: Mapping[str, Any]) -> str:
+    """What became of the step's rationales, most frequent first: ``100% truncated``."""
+    shares = {k.removeprefix("reasons/"): v for k, v in record.items() if k.startswith("reasons/") and v}
+    shares.pop("failed", None)
+    return ", ".join(f"{v:.0%} {k}" for k, v in sorted(shares.items(), key=lambda item: -item[1]))
 
 
 def read_figures(run: Path, name: str) -> dict[str, Any] | None:

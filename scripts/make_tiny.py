@@ -50,10 +50,11 @@ class Phase:
 class Pretraining:
     """Everything that decides the weights besides the seed."""
 
-    phases: tuple[Phase, ...] = (Phase(1800, (0.0, 0.0, 1.0)), Phase(1000, (0.55, 0.15, 0.30)))
+    phases: tuple[Phase, ...] = (Phase(1900, (0.25, 0.0, 0.75)), Phase(1100, (0.55, 0.15, 0.30)))
     batch_size: int = 64
     learning_rate: float = 2e-3
     warmup_steps: int = 100
+    decay: float = 0.6
     weight_decay: float = 0.01
     tokens_per_row: int = 30
     vocab_size: int = 600
@@ -197,9 +198,9 @@ def make_model(tokenizer: Tokenizer) -> Qwen2ForCausalLM:
 
 
 def pretrain(model: Qwen2ForCausalLM, stream: Iterator[Any], how: Pretraining) -> None:
-    """AdamW on the completions; the rate warms up, holds, and falls to 0 in the last phase."""
+    """AdamW on the completions; the rate warms up, holds, and falls to 0 over the last ``decay`` of the steps."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=how.weight_decay)
-    started, falling = time.perf_counter(), how.phases[-1].steps
+    started, falling = time.perf_counter(), how.decay * how.steps
     for step, (ids, labels) in enumerate(stream, start=1):
         rate = min(1.0, step / how.warmup_steps, (how.steps - step + 1) / falling)
         for group in optimizer.param_groups:

@@ -122,6 +122,8 @@ def test_without_signal_nothing_moves(recipe_file: Path, tmp_path: Path) -> None
     assert first.read_bytes() == last.read_bytes()
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [(r["loss"], r["em/updates"], r["em/frac_all_wrong"]) for r in records] == [(None, 0, 1.0)] * 2
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [(e["event"], e["step"]) for e in events] == [("no_update", 1), ("no_update", 2)]
 
 
 def test_a_dead_signal_stops_the_run_unless_forced(

@@ -67,7 +67,7 @@ def chat(
             _exchange(out, talk, grader, question, gold, compare)
             return
         out.print(
-            f"{chosen.label} · an empty line or Ctrl-D ends · end a question in '=> ANSWER' to have it graded",
+            f"{chosen.label} · an empty line or Ctrl-D ends · a question may end in '=> ANSWER'",
             style="dim",
             markup=False,
         )

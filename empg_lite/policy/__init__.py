@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from empg_lite.policy.templates import TEMPLATES, Template, load_template
+
+if TYPE_CHECKING:
+    from empg_lite.policy.policy import Policy
 
 __all__ = ["TEMPLATES", "Template", "load_policy", "load_template", "load_tokenizer", "resolve_dtype"]
 
@@ -48,7 +51,7 @@ def quiet() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def load_policy(model: Any, prompt: str, *, seed: int, gradient_checkpointing: bool | str = "auto") -> Any:
+def load_policy(model: Any, prompt: str, *, seed: int, gradient_checkpointing: bool | str = "auto") -> Policy:
     """Load base and adapter as a recipe's ``model`` section says.
 
     Args:

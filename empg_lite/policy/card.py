@@ -43,6 +43,6 @@ Trained with empg-lite by the EM Policy Gradient (arXiv 2504.18587, our reading 
 |---|---|
 {rows}
 
-Prompt: `template.json` (replace `{{question}}`). Stops: the tokens in `generation_config.json` and the template's
-strings.
+Prompt: `template.json` (replace `{{question}}`). Stops: the tokens in `generation_config.json` and the
+template's strings.
 """

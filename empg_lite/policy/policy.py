@@ -179,7 +179,7 @@ class Policy:
 
 
 def _stop_ids(model: Any, tokenizer: Any, template: Template) -> frozenset[int]:
-    """Qwen2.5 base ends with <|endoftext|>, Instruct with <|im_end|>, each may emit the other: stop on all."""
+    """Qwen2.5 base ends with <|endoftext|>, Instruct with <|im_end|>, each may emit the other's."""
     ids: set[int] = set()
     for source in (model.config, getattr(model, "generation_config", None), tokenizer):
         value = getattr(source, "eos_token_id", None)
