@@ -67,24 +67,28 @@ class ConsoleView(View):
         self._header_due = True
 
     def note(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False)
+        self._line(text)
         self._header_due = True
 
     def warn(self, text: str) -> None:
-        self.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
+        self._line(f"warning: {text}", style="yellow")
         self._header_due = True
+
+    def _line(self, text: str, style: str | None = None) -> None:
+        """Wrapped by words on a terminal, whole in a log."""
+        soft = not self.console.is_terminal
+        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=soft)
 
     def step(self, record: Mapping[str, Any], total: int) -> None:
         if self._header_due:
-            self.console.print(self._COLUMNS, style="bold", highlight=False)
+            self._line(self._COLUMNS, style="bold")
             self._header_due = False
         loss = f"{record['loss']:.4f}" if record["loss"] is not None else "no update"
         accuracy, speed = record.get("eval/accuracy"), record.get("time/tokens_per_second", 0.0)
-        self.console.print(
+        self._line(
             f"{record['step']:5d}/{total:<5d}{record['reward']:7.1%}{record['em/frac_mixed']:9.0%}"
             f"{record['completions/mean_length']:9.0f}   {loss:9s}{speed:9.0f}"
-            f"{record['step_time']:9.2f}   {'' if accuracy is None else f'{accuracy:.1%}'}",
-            highlight=False,
+            f"{record['step_time']:9.2f}   {'' if accuracy is None else f'{accuracy:.1%}'}"
         )
 
     @contextmanager

@@ -194,9 +194,8 @@ class Tester:
         figures = self.session.save_evaluation(name, evaluation, split)
         low, high = figures["pass@1_ci95"]
         self.session.view.note(
-            f"{name} training: greedy accuracy {figures['pass@1']:.1%} [{low:.1%}, {high:.1%}] · "
-            f"T=1 accuracy {figures['t1_accuracy']:.1%} · mean length {figures['mean_length']:.0f} tokens "
-            f"({figures['n']} held-out problems)"
+            f"{name} training: greedy accuracy {figures['pass@1']:.1%} [{low:.1%}, {high:.1%}] of {figures['n']}, "
+            f"T=1 {figures['t1_accuracy']:.1%}, length {figures['mean_length']:.0f}"
         )
         return figures
 

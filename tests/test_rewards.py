@@ -208,6 +208,10 @@ EXTRACTED = [
     ("He has 5 + 13 = 18 eggs.\n#### 18", "18", "hash"),
     ("#### 18\nno, wait\n#### 19", "19", "hash"),
     ("#### Step 2: add\nso \\boxed{7}", "7", "boxed"),
+    ("#### 2. Add them\nso \\boxed{7}", "7", "boxed"),
+    ("#### Final Answer\nIt is \\boxed{7}", "7", "boxed"),
+    ("so there are\n#### 12 eggs", "12", "hash"),
+    ("expand\n#### $x^2+1$", "x^2+1", "hash"),
     (r"First \boxed{3}. Then \boxed{4}.", "4", "boxed"),
     (r"They are \boxed{3} and \boxed{4}.", "3, 4", "boxed"),
     (r"$y_1 = \boxed{x}$ and $y_2 = \boxed{2x}$", "x, 2x", "boxed"),
@@ -310,7 +314,7 @@ def test_spellings_of_a_number(number: int, places: int) -> None:
     for spelling in (plain, plain.replace("-", "−"), f"${plain}$", f"{plain}.", f"{plain}\\text{{ units}}"):
         read = read_exact(normalize(spelling).replace(r"\text{ units}", ""))
         assert read is not None and read.value == value, spelling
-    assert compare(str(value), plain, cheap_leaf(False)) is True
+    assert compare(str(value), normalize(plain), cheap_leaf(False)) is True
 
 
 @given(st.integers(0, 10**9), st.data())
@@ -334,9 +338,7 @@ def test_exact_leaves_the_rest_undecided(text: str) -> None:
 def test_any_text_is_read_without_a_fault(text: str) -> None:
     extract(text)
     extract("\\boxed{" + text + "}", numeric=True)
-    once = normalize(text)
-    assert compare(text, text, cheap_leaf(False)) is True
-    assert isinstance(once, str)
+    assert compare(normalize(text), normalize(text + "."), cheap_leaf(False)) is True
 
 
 # ---- reward specs ----------------------------------------------------------------------------------

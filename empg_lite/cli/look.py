@@ -91,10 +91,13 @@ def _exchange(
         result = {reply.speaker: _reply_record(reply.rationale) for reply in replies}
         out.line({"question": question, "gold": gold, **result})
         return
-    from rich.columns import Columns
+    from rich.table import Table
 
-    panels = [_reply_panel(reply, alone=len(replies) == 1) for reply in replies]
-    out.print(panels[0] if len(panels) == 1 else Columns(panels, equal=True, expand=True))
+    side_by_side = Table.grid(expand=True)
+    for _ in replies:
+        side_by_side.add_column(ratio=1)
+    side_by_side.add_row(*(_reply_panel(reply, alone=len(replies) == 1) for reply in replies))
+    out.print(side_by_side)
 
 
 def _reply_record(r: Rationale) -> dict[str, Any]:
@@ -125,12 +128,9 @@ def _reply_panel(reply: Reply, *, alone: bool) -> Any:
     if r.reward is not None:
         facts.append(f"reward {r.reward:g} ({r.reason})")
     style = "none" if r.reward is None else "green" if r.reward == 1 else "red"
-    return Panel(
-        Text(safe(r.completion).strip() or "(nothing)"),
-        title=None if alone else reply.speaker,
-        subtitle=Text(safe(" · ".join(facts))),
-        border_style=style,
-    )
+    body = Text(safe(r.completion).strip() or "(nothing)")
+    body.append("\n" + safe(" · ".join(facts)), style="dim")
+    return Panel(body, title=None if alone else reply.speaker, border_style=style)
 
 
 # --- grade --------------------------------------------------------------------------------------------
@@ -276,16 +276,12 @@ def _show_rationale(out: Output, r: Rationale) -> None:
     weight = "" if r.weight is None else f" · weight {r.weight:.3g}"
     answer = "" if r.extracted is None else f" · read {r.extracted} ({r.rule})"
     style = "none" if r.reward is None else "green" if r.reward == 1 else "red"
-    body = Text(safe(r.question or r.prompt).strip() + "\n", style="dim")
-    body.append(safe(r.completion).strip() or "(nothing)", style="not dim")
-    out.print(
-        Panel(
-            body,
-            title=Text(f"{r.problem_id} · step {r.step} · sample {r.sample_index}"),
-            subtitle=Text(safe(f"{score}{weight}{answer} · gold {r.gold} · {len(r.completion_ids)} tokens")),
-            border_style=style,
-        )
-    )
+    body = Text(safe(r.question or r.prompt).strip() + "\n", style="italic")
+    body.append(safe(r.completion).strip() or "(nothing)", style="not italic")
+    facts = f"{score}{weight}{answer} · gold {r.gold} · {len(r.completion_ids)} tokens"
+    body.append("\n" + safe(facts), style="not italic dim")
+    title = Text(f"{r.problem_id} · step {r.step} · sample {r.sample_index}")
+    out.print(Panel(body, title=title, border_style=style))
 
 
 # --- recipes, check, doctor ---------------------------------------------------------------------------

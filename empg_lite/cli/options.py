@@ -64,7 +64,7 @@ class Output:
 
         self.as_json = as_json
         self._stdout = sys.stdout
-        self.console: Console = Console(stderr=as_json, soft_wrap=True)
+        self.console: Console = Console(stderr=as_json)
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[Output]:
@@ -86,7 +86,12 @@ class Output:
         self._stdout.flush()
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """For people; model text must come as ``rich.text.Text`` of ``safe(...)``."""
+        """For people; model text must come as ``rich.text.Text`` of ``safe(...)``.
+
+        A terminal gets lines wrapped by words, a log file gets them whole.
+        """
+        if all(isinstance(o, str) for o in objects):
+            options.setdefault("soft_wrap", not self.console.is_terminal)
         self.console.print(*objects, **options)
 
     def view(self) -> View:

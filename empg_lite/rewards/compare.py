@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Sequence
 
 from empg_lite.rewards.exact import read_exact
-from empg_lite.rewards.normalize import normalize
 from empg_lite.rewards.shapes import Shape, as_intervals, parse_shape
 from empg_lite.rewards.units import strip_units
 
@@ -213,8 +212,7 @@ def is_empty(normalized: str) -> bool:
 
 
 def compare(gold: str, prediction: str, leaf: Leaf) -> bool | None:
-    """Compare two answers as they were written."""
-    gold, prediction = normalize(gold), normalize(prediction)
+    """Compare two normalised answers; None where ``leaf`` left a needed part undecided."""
     if _squeezed(gold) == _squeezed(prediction):
         return True
     return same(parse_shape(gold), parse_shape(prediction), leaf)

@@ -3,7 +3,8 @@ r"""Finding the final answer in free text; each answer says which rule found it.
 The rules, in order of authority:
 
 * Everything before a closing thinking tag is ignored.
-* ``hash``: the last ``####`` line, when it holds a number (GSM8K's form).
+* ``hash``: the last ``####`` line (GSM8K's form), when it is a number or, without a box, any bare answer;
+  "#### Step 2" and "#### 2. Add" are headings.
 * ``final_answer_is``: an explicit "final answer is ..." after the last box.
 * ``boxed``: the boxes of the last sentence that has one, read together. Joined by commas or "and" they
   are a list; joined by "or", or under a hedge, they are no answer. ``boxed_unclosed``: a box that is
@@ -19,7 +20,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from empg_lite.rewards.exact import read_exact
@@ -76,6 +76,7 @@ _PHRASE = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _PHRASE_START = re.compile(r"[\s*:_]*")
+_HEADING = re.compile(r"(?:step|part|case|question|problem)\b|\d+[.):]\s|final answer", re.IGNORECASE)
 _FENCE = re.compile(r"(?:\$\$?|\\[(\[])\s*")
 _PHRASE_END = re.compile(r"[.?](?=[\s*\"'”<]|$)|\n")
 # Contents hold no further fence, so that a thousand unclosed ones are read once and not a thousand times.
@@ -85,7 +86,7 @@ _MATH = re.compile(
     re.DOTALL,
 )
 _NUMBER = re.compile(
-    r"(?<![\w.\\^])(?P<sign>(?<![\w)\]}$] )(?<![)\]}$])[-+−–]\s?)?(?:\\?[$€£¥₹]\s?)?(?P<sign2>[-−–])?"
+    r"(?<![\w.\\^])(?:(?<![\w)\]}$] )(?<![)\]}$])[-+−–]\s?)?(?:\\?[$€£¥₹]\s?)?[-−–]?"
     r"(?:\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\}"
     r"|(?:\d{1,3}(?:(?:,|\{,\}|,\\!)\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:\s?/\s?\d+(?!\.?\d))?|\.\d+)"
     r"(?:\s?\\?%)?|[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]"
@@ -153,7 +154,7 @@ def _hedged(text: str, boxes: list[_Box]) -> bool:
     between = [text[one.end : two.start] for one, two in itertools.pairwise(boxes)]
     if any(_MAYBE.search(part) for part in (before, *between, after)):
         return True
-    return any(_COULD_BE.search(part) for part in (before, *between)) or after.endswith("?")
+    return any(_COULD_BE.search(part[-80:]) for part in (before, *between)) or after.endswith("?")
 
 
 def _read_boxes(text: str, boxes: list[_Box]) -> Answer | None:
@@ -217,21 +218,7 @@ _WORD = re.compile(
 _TEXT_COMMAND = re.compile(
     r"\\(?:text[a-z]*|mbox|mathrm|operatorname)\s*\{[^{}]*\}|\\(?:begin|end)\s*\{[^{}]*\}"
 )
-_CONNECTIVES = {
-    "and",
-    "or",
-    "sin",
-    "cos",
-    "tan",
-    "log",
-    "ln",
-    "sqrt",
-    "pi",
-    "infinity",
-    "inf",
-    "percent",
-    "pct",
-}
+_MATH_WORDS = {"sqrt", "infinity", "percent"}
 _MAX_WORDS = 4
 _MAX_NUMBER = 200
 
@@ -239,7 +226,7 @@ _MAX_NUMBER = 200
 def _bare(text: str) -> bool:
     """True where a text is nothing but an answer: mathematics, a quantity with its unit, or a few words."""
     unset = _TEXT_COMMAND.sub(" ", text)
-    words = [word for word in _WORD.findall(unset) if not word.isupper() and word not in _CONNECTIVES]
+    words = [word for word in _WORD.findall(unset) if not word.isupper() and word not in _MATH_WORDS]
     if not words:
         return bool(re.search(r"[^\s!-/:-@\[\]^-`{-~]", text))
     if len(words) > _MAX_WORDS or "\n" in text:
@@ -258,15 +245,11 @@ def _last_value(text: str) -> Answer | None:
         if re.search(r"\w", content):
             math, end = content.strip(), match.end()
     number, number_end = None, -1
-    for match in _numbers(text):
+    for match in _NUMBER.finditer(text):
         number, number_end = match.group().strip(), match.end()
     if math is not None and number_end <= end:
         return Answer(math, "last_math")
     return Answer(number, "last_number") if number is not None else None
-
-
-def _numbers(text: str) -> Iterator[re.Match[str]]:
-    return _NUMBER.finditer(text)
 
 
 def _is_number(text: str) -> bool:
@@ -278,7 +261,7 @@ def _fragment(content: str, rule: str, numeric: bool) -> Answer | None:
     if numeric:
         if _is_number(content):
             return Answer(_unfenced(content), rule)
-        numbers = [match.group().strip() for match in _numbers(content)]
+        numbers = [match.group().strip() for match in _NUMBER.finditer(content)]
         if numbers:
             return Answer(numbers[-1], rule)
     if _bare(content):
@@ -287,17 +270,19 @@ def _fragment(content: str, rule: str, numeric: bool) -> Answer | None:
     return Answer(value.text if value else content, rule)
 
 
-def _hash(text: str) -> Answer | None:
-    """The number on the line of the last ``####``; headings of the same form hold none."""
+def _hash(text: str) -> tuple[str, bool]:
+    """The line of the last ``####``, and whether it is a number; empty where it is a mere heading."""
     start = text.rfind("####")
     if start < 0:
-        return None
-    line = _tidy(text[start:].lstrip("#").strip().partition("\n")[0])
+        return "", False
+    line, _, rest = text[start:].lstrip("#").strip().partition("\n")
+    line = _tidy(line)
     if _is_number(line):
-        return Answer(line, "hash")
-    numbers = [match.group().strip() for match in _numbers(line)]
-    starts_with_number = _NUMBER.match(line) is not None
-    return Answer(numbers[0], "hash") if numbers and starts_with_number else None
+        return _unfenced(line), True
+    if "boxed" in rest or _HEADING.match(line):
+        return "", False
+    number = _NUMBER.match(line)
+    return (number.group().strip(), True) if number and _bare(line) else (line, False)
 
 
 def extract(text: str, *, numeric: bool = False) -> Answer | None:
@@ -308,15 +293,17 @@ def extract(text: str, *, numeric: bool = False) -> Answer | None:
         numeric: the answer is known to be a number (GSM8K): announced sentences are read for their number.
     """
     text = _visible(text)
-    hashed = _hash(text)
-    if hashed is not None:
-        return hashed
+    line, line_is_number = _hash(text)
+    if line_is_number:
+        return Answer(line, "hash")
     boxes = _boxes(text) if "boxed" in text or "fbox" in text else []
     if boxes:
         phrase = _last_phrase(text, start=boxes[-1].end, final_only=True)
         if phrase and re.search(r"[\d$\\]", phrase[0]):
             return _fragment(*phrase, numeric)
         return _read_boxes(text, boxes)
+    if line and _bare(line):
+        return Answer(_unfenced(line), "hash")
     phrase = _last_phrase(text)
     if phrase:
         return _fragment(*phrase, numeric)

@@ -58,13 +58,14 @@ def _gold_answer(gold: str, *, numeric: bool) -> str:
 
 
 def _equivalent(gold: str, answer: Answer, question: str | None) -> Outcome | Question:
-    percent = asks_percentage(question) if "%" in answer.text or "percent" in answer.text else False
+    """Whether an extracted answer means the same as the gold one."""
     if max(len(gold), len(answer.text)) > MAX_ANSWER:
         return Outcome("equal" if gold == answer.text else "too_long", answer)
-    plain_gold, plain = normalize(gold), normalize(answer.text)
-    if is_empty(plain):
-        return Outcome("equal", answer) if plain.lower() == plain_gold.lower() else Outcome("no_answer")
-    equal = compare(gold, answer.text, cheap_leaf(percent))
+    one, other = normalize(gold), normalize(answer.text)
+    if is_empty(other):
+        return Outcome("equal", answer) if one.lower() == other.lower() else Outcome("no_answer")
+    percent = "%" in other and asks_percentage(question)
+    equal = compare(one, other, cheap_leaf(percent))
     if equal is not None:
         return Outcome("equal" if equal else "different", answer)
 
@@ -73,9 +74,7 @@ def _equivalent(gold: str, answer: Answer, question: str | None) -> Outcome | Qu
             return Outcome("parse", answer)
         return Outcome("equal" if result["equal"] else "different", answer)
 
-    return Question(
-        {"op": "equal", "gold": gold, "prediction": answer.text, "percent": percent}, read, answer
-    )
+    return Question({"op": "equal", "gold": one, "prediction": other, "percent": percent}, read, answer)
 
 
 def _mathematical(numeric: bool) -> Reward:

@@ -227,10 +227,10 @@ def normalize(answer: str) -> str:
     r"""One spelling of an answer: ``\dfrac12`` and ``½`` become ``\frac{1}{2}``, ``１０`` becomes ``10``.
 
     Math fences, currency, degree signs, quotes, sizing, spacing and a trailing period go; the text of
-    ``\text{}`` stays. Idempotent on what it produces.
+    ``\text{}`` stays.
     """
-    text = _WHITE.sub(" ", fold_unicode(answer))
-    text = _POWER.sub("^", text).replace("**", "").replace("`", "")
+    text = _POWER.sub("^", fold_unicode(answer)).replace("**", "").replace("`", "")
+    text = _WHITE.sub(" ", text)
     if "\\" in text:
         text = _latex(text)
     else:
