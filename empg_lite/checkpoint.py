@@ -142,6 +142,19 @@ def save_checkpoint(
     return path
 
 
+def stored_state(path: Path) -> TrainState:
+    """The state in a checkpoint, without loading any weights.
+
+    Raises:
+        CheckpointError: it is not whole, or of another format.
+    """
+    require_valid(path)
+    try:
+        return TrainState(**json.loads((path / "state.json").read_bytes())["state"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"state.json cannot be read ({error})", str(path)) from error
+
+
 def load_checkpoint(
     path: Path, policy: Policy, optimizer: Any, scaler: Any
 ) -> tuple[TrainState, dict[str, int]]:

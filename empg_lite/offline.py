@@ -5,7 +5,6 @@ A rationale is text and a reward; no ratio, no stored log-probability ties it to
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from empg_lite import store
-from empg_lite.checkpoint import load_checkpoint, newest_valid, require_valid
+from empg_lite.checkpoint import load_checkpoint, newest_valid, require_valid, stored_state
+from empg_lite.control import RESUME, Clock, stop_request
 from empg_lite.data import ProblemStream, drop_long, load_splits
 from empg_lite.errors import Interrupted, MissingInput, RecipeError, UsageError
 from empg_lite.estep import sample_rationales, score, weigh
@@ -36,8 +36,8 @@ from empg_lite.rationale import (
 from empg_lite.recipe import Recipe, refused_sampling
 from empg_lite.rewards import Grader
 from empg_lite.runs import is_run, open_run
-from empg_lite.session import Session, finished
-from empg_lite.train import RESUME, Clock, TrainOptions, stop_request, summarise
+from empg_lite.session import Session, finished, summarise
+from empg_lite.train import TrainOptions
 
 NO_OPTIONS = TrainOptions()
 
@@ -224,7 +224,7 @@ def fit(
     source = source and checkpoint_of(source)
     p = recipe.sampler.problems_per_step
     # The files say how many steps there are; and nothing is sampled here, so nothing is evaluated.
-    steps = (_step_of(source) if source else 0) + -(-len(groups) // p)
+    steps = (stored_state(source).step if source else 0) + -(-len(groups) // p)
     recipe = recipe.model_copy(
         update={"run": recipe.run.model_copy(update={"eval_every": 0, "steps": steps})}
     )
@@ -233,7 +233,7 @@ def fit(
         opened = open_run(run, recipe, resume=options.resume, allow_change=options.allow_change)
         if opened.checkpoint is not None and finished(run, opened.recipe):
             view.note(f"{run} is finished: nothing to do")
-            return summarise(run, opened.recipe, int(opened.checkpoint.name[5:]), 0.0, clock)
+            return summarise(run, opened.recipe, stored_state(opened.checkpoint), clock)
         session = Session(run, opened, journal, view, options.command, source)
         learner, state, recipe = session.learner, session.learner.state, session.recipe
         groups = [_with_ids(group, learner) for group in groups]
@@ -264,11 +264,7 @@ def fit(
             session.stop_if_hopeless(force=options.force)
         else:
             session.publish_adapter("adapter", {})
-        return summarise(run, recipe, state.step, state.seconds, clock)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(json.loads((checkpoint / "state.json").read_bytes())["state"]["step"])
+        return summarise(run, recipe, state, clock)
 
 
 def _scored_segments(path: Path) -> list[Segment]:

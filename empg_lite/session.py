@@ -1,7 +1,7 @@
 """What ``train`` and ``fit`` share: a run directory being written while a learner learns.
 
-The order within a step is what makes a resumption exact: rollouts, then the fit, then the metrics line, then
-evaluation, then the checkpoint. Whatever happened after the newest checkpoint happens again, the same.
+The order within a step is what makes a resumption exact: rollouts, fit, validation, metrics line, checkpoint.
+Whatever happened after the newest checkpoint happens again, the same.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from empg_lite import store
-from empg_lite.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from empg_lite.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
+from empg_lite.control import Clock
 from empg_lite.errors import NoSignal, NumericalStop
 from empg_lite.estep import estep_metrics
 from empg_lite.evaluate import Evaluation
@@ -208,6 +209,26 @@ def finished(run: Path, recipe: Recipe) -> bool:
         return False
     after = read_figures(run, "after")
     return recipe.run.eval_every == 0 or (after is not None and after["step"] >= recipe.run.steps)
+
+
+def summarise(run: Path, recipe: Recipe, state: TrainState, clock: Clock) -> dict[str, Any]:
+    """The result object of ``train`` and ``fit``."""
+    before, after = (
+        read_figures(run, name) if recipe.run.eval_every else None for name in ("before", "after")
+    )
+    if after is not None and after["step"] < state.step:
+        after = None
+    result: dict[str, Any] = {
+        "run": str(run),
+        "steps": state.step,
+        "steps_without_update": state.steps_without_update,
+        "seconds": round(state.seconds, 3),
+        "seconds_total": round(clock.seconds(), 3),
+    }
+    for name, figures in (("before", before), ("after", after)):
+        result[f"accuracy_{name}"] = figures and figures["pass@1"]
+        result[f"t1_accuracy_{name}"] = figures and figures["t1_accuracy"]
+    return result
 
 
 def _memory() -> dict[str, float]:

@@ -8,27 +8,27 @@ log-probability: for weights >= 0 the M-step ascends a lower bound of log E[R] w
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from empg_lite import store
-from empg_lite.data import ProblemStream, Splits, drop_long, load_splits, subset
+from empg_lite.checkpoint import stored_state
+from empg_lite.control import RESUME, Clock, stop_request
+from empg_lite.data import ProblemStream, Splits, drop_long, load_splits
 from empg_lite.errors import DataError, Interrupted, RecipeError
 from empg_lite.estep import VerdictKey, sample_rationales, score, weigh
-from empg_lite.evaluate import Evaluation, evaluate
 from empg_lite.metrics import Journal, View
 from empg_lite.policy.policy import Policy
 from empg_lite.rationale import Group, Problem, Rationale, flatten, group_rationales, read_rollouts
 from empg_lite.recipe import Recipe, refused_sampling
 from empg_lite.rewards import Grader
 from empg_lite.runs import open_run, rollout_path
-from empg_lite.session import Session, finished, read_figures
+from empg_lite.sampler import Sampler
+from empg_lite.session import Session, finished, summarise
+from empg_lite.tester import Tester
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def train(
         opened = open_run(run, recipe, resume=options.resume, allow_change=options.allow_change)
         if opened.checkpoint is not None and finished(run, opened.recipe):
             view.note(f"{run} is finished: nothing to do")
-            return summarise(run, opened.recipe, int(opened.checkpoint.name[5:]), 0.0, clock)
+            return summarise(run, opened.recipe, stored_state(opened.checkpoint), clock)
 
         splits = load_splits(opened.recipe)
         session = Session(run, opened, journal, view, options.command)
@@ -98,19 +98,16 @@ def train(
                 )
             if out_of_time and not last:
                 view.note(f"out of time after step {state.step}: {saved.name} is saved; {RESUME}")
-                return summarise(run, recipe, state.step, state.seconds, clock)
+                return summarise(run, recipe, state, clock)
             session.stop_if_hopeless(force=options.force)
 
         figures = tester.after()
         session.publish_adapter("adapter", figures)
-        return summarise(run, recipe, state.step, state.seconds, clock)
-
-
-RESUME = "repeat the command with --resume to go on"
+        return summarise(run, recipe, state, clock)
 
 
 def e_step(
-    session: Session, sampler: Any, grader: Grader, problems: Sequence[Problem]
+    session: Session, sampler: Sampler, grader: Grader, problems: Sequence[Problem]
 ) -> tuple[tuple[Group, ...], dict[str, float], dict[str, Any]]:
     """Sample, score and weigh one step's rationales; also the seconds each part took, and its metrics."""
     learner, state, recipe = session.learner, session.learner.state, session.recipe
@@ -151,70 +148,6 @@ def known_verdicts(path: Path, reward: str) -> dict[VerdictKey, Rationale]:
     return {(r.problem_id, r.completion): r for r in segment.rationales if r.reward is not None}
 
 
-class Tester:
-    """Evaluation before, during and after training. ``run.eval_every`` 0 switches all of it off."""
-
-    def __init__(self, session: Session, sampler: Any, grader: Grader, splits: Splits) -> None:
-        self.session, self.sampler, self.grader = session, sampler, grader
-        self.every = session.recipe.run.eval_every
-        self.validation = splits.validation
-        self.evaluation = subset(splits.evaluation, session.recipe.run.eval_limit)
-
-    def due(self, step: int) -> bool:
-        return bool(self.every) and step % self.every == 0
-
-    def before(self) -> None:
-        """Accuracy of the untrained policy, once a run."""
-        if not self.every or (self.session.learner.state.step and read_figures(self.session.run, "before")):
-            return
-        figures = self._report("before")
-        self.session.journal.metrics(
-            {"step": 0, **{f"eval/{k}": v for k, v in figures.items() if k != "step"}}
-        )
-
-    def validate(self, *, force: bool) -> dict[str, Any]:
-        """Greedy accuracy on held-out training rows, where due; the best adapter so far goes to ``best/``."""
-        state = self.session.learner.state
-        if not self.validation or not (self.due(state.step) or (force and self.every)):
-            return {}
-        figures = self._evaluate(self.validation, "validating", samples=0).summary()
-        accuracy = figures["pass@1"]
-        if state.best_accuracy is None or accuracy > state.best_accuracy:
-            state.best_accuracy, state.best_step = accuracy, state.step
-            self.session.publish_adapter("best", {"validation accuracy": accuracy})
-        return {"eval/accuracy": accuracy, "eval/mean_length": figures["mean_length"]}
-
-    def after(self) -> dict[str, Any]:
-        """Accuracy of the trained policy on the same rows as before; {} without evaluation."""
-        return self._report("after") if self.every else {}
-
-    def _report(self, name: str) -> dict[str, Any]:
-        split = self.session.recipe.data.eval_split
-        evaluation = self._evaluate(self.evaluation, f"evaluating {name} training", samples=1)
-        figures = self.session.save_evaluation(name, evaluation, split)
-        low, high = figures["pass@1_ci95"]
-        self.session.view.note(
-            f"{name} training: greedy accuracy {figures['pass@1']:.1%} [{low:.1%}, {high:.1%}] of {figures['n']}, "
-            f"T=1 {figures['t1_accuracy']:.1%}, length {figures['mean_length']:.0f}"
-        )
-        return figures
-
-    def _evaluate(self, problems: Sequence[Problem], label: str, samples: int) -> Evaluation:
-        recipe = self.session.recipe
-        return evaluate(
-            self.session.learner.policy,
-            self.sampler,
-            self.grader,
-            problems,
-            reward=str(recipe.data.reward),
-            max_new_tokens=recipe.sampler.max_new_tokens,
-            samples=samples,
-            seed=recipe.run.seed,
-            view=self.session.view,
-            label=label,
-        )
-
-
 def fitting_problems(splits: Splits, policy: Policy, recipe: Recipe, session: Session) -> list[Problem]:
     """Training problems whose prompt is within the limit; what is dropped is counted and said.
 
@@ -234,61 +167,3 @@ def fitting_problems(splits: Splits, policy: Policy, recipe: Recipe, session: Se
             "no problem is short enough", "data.max_prompt_tokens", f"raise it above {min(lengths)}"
         )
     return problems
-
-
-def summarise(run: Path, recipe: Recipe, steps: int, seconds: float, clock: Clock) -> dict[str, Any]:
-    """The result object of ``train``."""
-    before, after = (
-        read_figures(run, name) if recipe.run.eval_every else None for name in ("before", "after")
-    )
-    if after is not None and after["step"] < steps:
-        after = None
-    result = {
-        "run": str(run),
-        "steps": steps,
-        "seconds": round(seconds, 3),
-        "seconds_total": round(clock.seconds(), 3),
-    }
-    for name, figures in (("before", before), ("after", after)):
-        result[f"accuracy_{name}"] = figures and figures["pass@1"]
-        result[f"t1_accuracy_{name}"] = figures and figures["t1_accuracy"]
-    return result
-
-
-@dataclass(slots=True)
-class Clock:
-    """Wall time of this invocation, and its limit."""
-
-    max_minutes: float | None
-    started: float = field(default_factory=time.monotonic)
-
-    def seconds(self) -> float:
-        return time.monotonic() - self.started
-
-    def out_of_time(self) -> bool:
-        return self.max_minutes is not None and self.seconds() >= 60 * self.max_minutes
-
-
-@contextmanager
-def stop_request() -> Iterator[list[int]]:
-    """A list that the first SIGINT or SIGTERM is put into; the second ends the process at once.
-
-    The step at hand is finished and saved first: interrupting it would lose it, and gain seconds.
-    """
-    received: list[int] = []
-
-    def on_signal(signum: int, frame: FrameType | None) -> None:
-        received.append(signum)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    try:
-        previous = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals go to whoever runs it
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -24,11 +24,12 @@ FLOORS = [
         "safe_text",
         "store",
         "tiny",
+        "control",
     },
     {"data", "data_files", "policy", "plan", "metrics"},
     {"sampler", "checkpoint", "runs", "target"},
     {"estep", "mstep", "learner", "evaluate"},
-    {"session", "train", "offline"},
+    {"session", "tester", "train", "offline"},
     {"chat", "check", "doctor"},
     {"cli"},
 ]

@@ -131,7 +131,7 @@ def test_from_another_thread(tmp_path: Path) -> None:
 def test_a_hang_costs_the_limit(grader: Grader, spec: str, prediction: str) -> None:
     start = time.monotonic()
     verdict = grader.grade(spec, "5", prediction)
-    assert time.monotonic() - start <= 1.3
+    assert time.monotonic() - start <= 2.0
     assert (verdict.reward, verdict.reason, verdict.failed) == (0.0, "timeout", True)
     assert 1.0 <= verdict.seconds <= 1.3
     assert grader.grade("math", *ALGEBRA).reward == 1
@@ -146,8 +146,8 @@ def test_every_hang_costs_the_limit(grader: Grader, prediction: str) -> None:
 
 
 def test_memory_limit() -> None:
-    with Grader(workers=1, time_limit=10.0, memory_limit=200 << 20) as grader:
-        (reply,) = grader._pool.run([{"op": "regex", "pattern": "(?s)(.*)", "text": "x" * (70 << 20)}])
+    with Grader(workers=1, time_limit=10.0, memory_limit=110 << 20) as grader:
+        (reply,) = grader._pool.run([{"op": "regex", "pattern": "(?s)(.*)", "text": "x" * (24 << 20)}])
         assert reply.failure == "memory"
         assert grader.grade("math", *ALGEBRA).reward == 1
 

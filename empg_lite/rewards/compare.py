@@ -188,15 +188,7 @@ def same(gold: Shape, prediction: Shape, leaf: Leaf) -> bool | None:
         return leaf("expression", gold, prediction)
     if kinds == {"bag"}:
         return _bags(gold.items, prediction.items, leaf)
-    if kinds == {"tuple"} or kinds == {"interval"}:
-        brackets = (gold.text[0], gold.text[-1]) == (prediction.text[0], prediction.text[-1])
-        if kinds == {"interval"} and not brackets:
-            return False
-        return _ordered(gold.items, prediction.items, leaf)
-    if kinds == {"tuple", "interval"}:
-        interval = gold if gold.kind == "interval" else prediction
-        return _ordered(gold.items, prediction.items, leaf) if interval.text == "()" else False
-    if kinds == {"matrix"}:
+    if kinds <= {"tuple", "interval"} or kinds == {"matrix"}:  # (1,2) may be a point or an interval
         return gold.text == prediction.text and _ordered(gold.items, prediction.items, leaf)
     if "leaf" in kinds:
         text = (gold if gold.kind == "leaf" else prediction).text

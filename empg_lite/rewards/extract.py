@@ -71,7 +71,7 @@ _MAYBE = re.compile(r"\b(?:maybe|perhaps|possibly)\b", re.IGNORECASE)
 _COULD_BE = re.compile(r"\b(?:could|may|might) be\W*(?:either|equal to)?\W*$", re.IGNORECASE)
 _PERCENT_AFTER = re.compile(r"[\s$]*(?:\\?%|(?:percent|pct)\b)", re.IGNORECASE)
 _PHRASE = re.compile(
-    r"(?:\b(?P<final>final\s+)?answer\b|^[ \t]*A(?=\s*:))[^\n.:=$\\]{0,80}?"
+    r"(?:\b(?P<final>final\s+)?answer\b|^[ \t]*A(?=\s*:))[^\n.:=$\\]{0,60}?"
     r"(?::|=|\bis\b|\bwould be\b|(?=\s*(?:\$|\\\(|\\\[)))",
     re.IGNORECASE | re.MULTILINE,
 )

@@ -22,7 +22,8 @@ class Shape:
     Attributes:
         kind: ``leaf``, ``bag`` (unordered), ``tuple`` (ordered), ``interval``, ``matrix``, ``equation``,
             ``relation`` (inequality).
-        text: its source; of an interval the two brackets, of a relation the operators, of a matrix ``RxC``.
+        text: its source; of a tuple or an interval the brackets, of a relation the operators, of a matrix its
+            size as ``RxC``.
         items: parts, in order of writing (a matrix row by row).
         label: what stood before "=", as ``x`` in ``x = 5``.
         source: the text it was read from.
@@ -193,11 +194,9 @@ def _bracketed(text: str, depth: int) -> Shape | None:
         return _bag(items, text)
     if opener == r"\langle":
         return Shape("matrix", f"{len(items)}x1", items, source=text)
-    if opener == "(" and closer == ")":
-        return Shape("tuple", text, items, source=text)
-    if len(items) == 2:
-        return Shape("interval", opener + closer, items, source=text)
-    return Shape("tuple", opener, items, source=text)
+    brackets = opener + closer
+    kind = "interval" if len(items) == 2 and brackets != "()" else "tuple"
+    return Shape(kind, brackets, items, source=text)
 
 
 def _bag(items: tuple[Shape, ...], text: str) -> Shape:
@@ -234,7 +233,7 @@ def _single(text: str, depth: int) -> Shape:
 def _group(text: str, depth: int) -> Shape:
     """One item of a semicolon list: ``p=5,q=2`` is one solution, an ordered pair."""
     items = tuple(_single(item, depth + 1) for item in _elements(text))
-    return items[0] if len(items) == 1 else Shape("tuple", text, items, source=text)
+    return items[0] if len(items) == 1 else Shape("tuple", "()", items, source=text)
 
 
 def parse_shape(text: str, depth: int = 0) -> Shape:
