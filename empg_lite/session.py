@@ -22,7 +22,7 @@ from empg_lite.estep import estep_metrics
 from empg_lite.evaluate import Evaluation
 from empg_lite.learner import Learner, build_learner
 from empg_lite.metrics import Journal, View
-from empg_lite.policy.adapter import adapter_files
+from empg_lite.policy.adapter import WEIGHTS, adapter_files
 from empg_lite.policy.card import tokenizer_files
 from empg_lite.rationale import Group, encode_rollouts, flatten
 from empg_lite.recipe import Recipe
@@ -205,8 +205,10 @@ def read_figures(run: Path, name: str) -> dict[str, Any] | None:
 def finished(run: Path, recipe: Recipe) -> bool:
     """The run has reached ``recipe.run.steps`` and written everything that follows the last step."""
     found = list_checkpoints(run)
-    if not found or int(found[-1].name[5:]) < recipe.run.steps or not (run / "adapter").is_dir():
+    if not found or int(found[-1].name[5:]) < recipe.run.steps:
         return False
+    if store.file_digest(run / "adapter", WEIGHTS) != store.file_digest(found[-1], WEIGHTS):
+        return False  # adapter/ is absent, or that of a shorter run which is being extended
     after = read_figures(run, "after")
     return recipe.run.eval_every == 0 or (after is not None and after["step"] >= recipe.run.steps)
 

@@ -143,6 +143,14 @@ def verify_dir(path: Path) -> str | None:
     return None
 
 
+def file_digest(folder: Path, name: str) -> str | None:
+    """SHA-256 that the folder's manifest gives for a file; None where there is no such manifest or entry."""
+    try:
+        return str(json.loads((folder / "manifest.json").read_bytes())[name]["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def remove_dir(path: Path) -> None:
     """Remove a directory; a half-removed one is never taken for a whole one (it is renamed first)."""
     if not path.exists():

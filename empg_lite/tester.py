@@ -10,7 +10,7 @@ from empg_lite.evaluate import Evaluation, evaluate
 from empg_lite.rationale import Problem
 from empg_lite.rewards import Grader
 from empg_lite.sampler import Sampler
-from empg_lite.session import Session, read_figures
+from empg_lite.session import Session
 
 
 class Tester:
@@ -28,7 +28,7 @@ class Tester:
 
     def before(self) -> None:
         """Accuracy of the untrained policy, once a run."""
-        if not self.every or (self.session.learner.state.step and read_figures(self.session.run, "before")):
+        if not self.every or self.session.learner.state.step:
             return
         figures = self._report("before")
         self.session.journal.metrics(

@@ -72,6 +72,9 @@ def test_the_whole_way(cli, recipe_file: Path, tmp_path: Path, monkeypatch: pyte
     code, out, _ = cli("fit", "r.jsonl", "--from", "runs/fixture-001", "--output-dir", "f", "--json")
     assert code == 0 and last(out)["steps"] == 4
 
+    code, out, _ = cli("sample", "runs/fixture-001/adapter", "--out", "a.jsonl", "--problems", 3, "--json")
+    assert code == 0 and last(out)["rationales"] == 24
+
     code, out, _ = cli("inspect", "runs/fixture-001", "--step", 1, "--json", "--reward", 1)
     lines = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and all(r["reward"] == 1 and r["step"] == 1 for r in lines[:-1])

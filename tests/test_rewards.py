@@ -494,10 +494,10 @@ def test_gold_answers_equal_themselves(grader: Grader, shared: Path) -> None:
         items = [(gold, wrap.format(gold), None) for gold in golds if gold or "boxed" in wrap]
         refused = [v for v in grader.grade_many("math", items) if v.reward != 1]
         assert not refused, (wrap, refused[:3])
-    whole = grader.grade_many("math", [(g, r["solution"], None) for g, r in zip(golds, math, strict=True)])
-    refused = [row for row, v in zip(math, whole, strict=True) if v.reward != 1]
-    assert len(refused) <= 30  # solutions that end in several boxes, or in 20% for a gold of 20
-    assert sum(row["solution"].count("boxed") > 1 for row in refused) >= len(refused) - 4
+    items = [(g, r["solution"], r["problem"]) for g, r in zip(golds, math, strict=True)]
+    refused = [r for r, v in zip(math, grader.grade_many("math", items), strict=True) if v.reward != 1]
+    assert len(refused) <= 25  # solutions that box several values, of which MATH's gold is the last
+    assert all(row["solution"].count("boxed") > 1 for row in refused)
 
 
 @pytest.mark.slow

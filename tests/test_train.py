@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,9 +140,13 @@ def test_a_dead_signal_stops_the_run_unless_forced(
 
 
 def test_eval_every_0_evaluates_nothing(recipe_file: Path, tmp_path: Path) -> None:
-    result = train(load_recipe(str(recipe_file), ["run.eval_every=0", "run.steps=1"]), tmp_path / "run")
+    run = tmp_path / "run"
+    result = train(load_recipe(str(recipe_file), ["run.eval_every=0", "run.steps=1"]), run)
     assert (result["accuracy_before"], result["accuracy_after"]) == (None, None)
-    assert not (tmp_path / "run" / "eval").exists() and not (tmp_path / "run" / "best").exists()
+    assert not (run / "eval").exists() and not (run / "best").exists()
+    later = load_recipe(str(recipe_file), ["run.eval_every=1", "run.steps=2"])
+    result = train(later, run, TrainOptions(resume=True))
+    assert result["accuracy_before"] is None and result["accuracy_after"] is not None  # "before" is past
 
 
 def test_refused_sampling_needs_force(recipe_file: Path, tmp_path: Path) -> None:
@@ -243,6 +248,20 @@ def test_a_finished_run_is_left_alone_and_can_be_extended(recipe_file: Path, tmp
     straight = tmp_path / "straight"
     train(longer, straight)
     assert digest(run)[:2] == digest(straight)[:2]
+
+
+def test_a_stale_adapter_is_not_taken_for_a_finished_run(recipe_file: Path, tmp_path: Path) -> None:
+    """Killed between the last checkpoint of an extension and its adapter/: resuming writes the adapter."""
+    run = tmp_path / "run"
+    train(load_recipe(str(recipe_file), ["run.steps=1", "run.eval_every=0"]), run)
+    stale = (run / "adapter").rename(tmp_path / "stale")
+    longer = load_recipe(str(recipe_file), ["run.steps=2", "run.eval_every=0"])
+    train(longer, run, TrainOptions(resume=True))
+    final = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(run / "adapter")
+    stale.rename(run / "adapter")
+    train(longer, run, TrainOptions(resume=True))
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == final
 
 
 def test_changed_science_is_refused_by_name(recipe_file: Path, tmp_path: Path) -> None:

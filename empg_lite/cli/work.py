@@ -141,7 +141,9 @@ def _policy_of(
     if path is None:
         return load_recipe(recipe or "tiny", overrides or [], seed), None
     run = path if is_run(path) else run_of(path)
-    if run is None:
+    if run is None or (
+        path != run and path.parent.name != "checkpoints"
+    ):  # weights alone: no step, no moments
         return resolve_target(source, recipe, overrides or [], seed).recipe, None
     return load_recipe(recipe or str(run / RECIPE), overrides or [], seed), path
 
