@@ -101,6 +101,14 @@ def test_results_for_people(cli, recipe_file: Path, tmp_path: Path, monkeypatch:
     assert cli("chat")[0] == 0  # Ctrl-D at once
 
 
+def test_a_run_in_use_is_refused(cli, recipe_file: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    from empg_lite import store
+
+    with store.run_lock(tmp_path / "run"):
+        code, out, err = cli("train", "--recipe", recipe_file, "-o", tmp_path / "run")
+    assert code == 73 and f"in use by process {os.getpid()}" in err.splitlines()[-1]
+
+
 def test_dry_run_prints_a_recipe_that_loads(cli, recipe_file: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     from empg_lite.recipe_file import load_recipe
 

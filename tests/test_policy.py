@@ -384,3 +384,6 @@ def test_unsloth_by_name_needs_unsloth(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="not installed"):
         backends.choose_backend("unsloth")
     assert backends.choose_backend("auto") == "transformers"
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
+    assert backends.choose_backend("auto") == "unsloth"
+    assert backends.choose_backend("transformers") == "transformers"

@@ -26,14 +26,14 @@ SetMode = Callable[[Any, bool], None]
 
 
 def choose_backend(asked: str) -> str:
-    """``auto`` takes Unsloth where it is installed and a GPU is there; on CPU it is stock transformers below.
+    """``auto`` takes Unsloth where it is installed.
 
     Raises:
         UsageError: ``unsloth`` was asked for by name and is not installed, or came too late.
     """
     installed = importlib.util.find_spec("unsloth") is not None
     if asked == "auto":
-        return "unsloth" if installed and torch.cuda.is_available() else "transformers"
+        return "unsloth" if installed else "transformers"
     if asked == "unsloth" and not installed:
         raise UsageError("Unsloth is not installed", "model.backend: unsloth", "pip install 'empg-lite[gpu]'")
     return asked
