@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from empg_lite.cli import look, work
+from empg_lite.cli import look, talk, work
 from empg_lite.errors import EmpgError, UsageError
 
 app = typer.Typer(
@@ -18,8 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog="First try: empg-lite train --recipe tiny   (any CPU, two minutes, no download)",
 )
-work.register(app)
-look.register(app)
+for commands in (work, talk, look):
+    commands.register(app)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -106,3 +106,16 @@ def command_line() -> str:
     import shlex
 
     return shlex.join(["empg-lite", *sys.argv[1:]])
+
+
+def check_reward_option(reward: str | None) -> None:
+    """Refuse an unknown reward before any work."""
+    from empg_lite.errors import UsageError
+    from empg_lite.rewards import check_reward
+
+    if reward is None:
+        return
+    try:
+        check_reward(reward)
+    except ValueError as error:
+        raise UsageError(str(error), "--reward") from error

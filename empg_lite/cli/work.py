@@ -20,6 +20,7 @@ from empg_lite.cli.options import (
     SeedOption,
     SetOption,
     TargetArgument,
+    check_reward_option,
     command_line,
 )
 
@@ -255,16 +256,3 @@ def _cell(name: str, value: object) -> str:
     if name in ("mean_length",):
         return f"{value:.1f}"
     return f"{value:.1%}" if isinstance(value, float) else str(value)
-
-
-def check_reward_option(reward: str | None) -> None:
-    """Refuse an unknown reward before any work."""
-    from empg_lite.errors import UsageError
-    from empg_lite.rewards import check_reward
-
-    if reward is None:
-        return
-    try:
-        check_reward(reward)
-    except ValueError as error:
-        raise UsageError(str(error), "--reward") from error

@@ -92,15 +92,10 @@ def load_policy(model: Any, prompt: str, *, seed: int, gradient_checkpointing: b
         torch.cuda.is_available() if gradient_checkpointing == "auto" else bool(gradient_checkpointing)
     )
     load = backends.load_unsloth if backend == "unsloth" else backends.load_transformers
-    peft_model, set_mode = load(
-        folder,
-        dtype=dtype,
-        load_in_4bit=model.load_in_4bit,
-        r=shape["lora_r"],
-        alpha=shape["lora_alpha"],
-        checkpointing=checkpointing,
-        seed=seed,
+    how = backends.Loading(
+        dtype, model.load_in_4bit, shape["lora_r"], shape["lora_alpha"], checkpointing, seed
     )
+    peft_model, set_mode = load(folder, how)
     policy = Policy(
         peft_model,
         tokenizer,

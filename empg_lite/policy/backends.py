@@ -13,6 +13,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,18 @@ from empg_lite.errors import UsageError
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 SetMode = Callable[[Any, bool], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How base and adapter are held; ``seed`` initialises LoRA A."""
+
+    dtype: torch.dtype
+    load_in_4bit: bool
+    lora_r: int
+    lora_alpha: int
+    checkpointing: bool
+    seed: int
 
 
 def choose_backend(asked: str) -> str:
@@ -53,77 +66,67 @@ def import_unsloth() -> Any:
     return unsloth
 
 
-def load_transformers(
-    folder: Path,
-    *,
-    dtype: torch.dtype,
-    load_in_4bit: bool,
-    r: int,
-    alpha: int,
-    checkpointing: bool,
-    seed: int,
-) -> tuple[Any, SetMode]:
+def load_transformers(folder: Path, how: Loading) -> tuple[Any, SetMode]:
     """Base by transformers, NF4 by bitsandbytes, LoRA by peft."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     quantization = None
-    if load_in_4bit:
+    if how.load_in_4bit:
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_compute_dtype=how.dtype,
         )
     base = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=dtype,
+        dtype=how.dtype,
         quantization_config=quantization,
         device_map={"": device},
         attn_implementation="sdpa",
     )
     keep_nf4_unpacked(base)
     base.requires_grad_(False)
-    torch.manual_seed(seed)
+    torch.manual_seed(how.seed)
     model = get_peft_model(
         base,
         LoraConfig(
-            r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(LINEARS), task_type="CAUSAL_LM"
+            r=how.lora_r,
+            lora_alpha=how.lora_alpha,
+            lora_dropout=0.0,
+            target_modules=list(LINEARS),
+            task_type="CAUSAL_LM",
         ),
     )
-    if checkpointing:
+    if how.checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, lambda m, training: m.train(training)
 
 
-def load_unsloth(
-    folder: Path,
-    *,
-    dtype: torch.dtype,
-    load_in_4bit: bool,
-    r: int,
-    alpha: int,
-    checkpointing: bool,
-    seed: int,
-) -> tuple[Any, SetMode]:
+def load_unsloth(folder: Path, how: Loading) -> tuple[Any, SetMode]:
     """Base, NF4 and LoRA by Unsloth, with its mode switches and its gradient checkpointing."""
     FastLanguageModel = import_unsloth().FastLanguageModel
     base, _ = FastLanguageModel.from_pretrained(
-        str(folder), dtype=dtype, load_in_4bit=load_in_4bit, max_seq_length=None, use_exact_model_name=True
+        str(folder),
+        dtype=how.dtype,
+        load_in_4bit=how.load_in_4bit,
+        max_seq_length=None,
+        use_exact_model_name=True,
     )
     keep_nf4_unpacked(base)
-    kind = "unsloth" if checkpointing else False
-    torch.manual_seed(seed)
+    kind = "unsloth" if how.checkpointing else False
+    torch.manual_seed(how.seed)
     model = FastLanguageModel.get_peft_model(
         base,
-        r=r,
-        lora_alpha=alpha,
+        r=how.lora_r,
+        lora_alpha=how.lora_alpha,
         lora_dropout=0,
         target_modules=list(LINEARS),
         bias="none",
         use_gradient_checkpointing=kind,
-        random_state=seed,
+        random_state=how.seed,
     )
 
     def set_mode(m: Any, training: bool) -> None:
