@@ -254,6 +254,24 @@ def test_qwen_prompt_is_the_models_own_chat_template(shared: Path) -> None:
     assert tokenizer.encode(own, add_special_tokens=False) == ids
 
 
+@pytest.mark.shared
+@pytest.mark.parametrize("folder", ["tokenizer-qwen2.5", "tokenizer-qwen2.5/base"])
+def test_qwen_stops_on_both_of_its_end_tokens(shared: Path, tmp_path: Path, folder: str) -> None:
+    """Base says <|endoftext|>, Instruct <|im_end|>; whatever one of them says, either ends a completion."""
+    from types import SimpleNamespace
+
+    from transformers import AutoTokenizer
+
+    from empg_lite.policy.policy import _stop_ids
+
+    for name in ("vocab.json", "merges.txt", "tokenizer.json"):
+        (tmp_path / name).symlink_to(shared / "tokenizer-qwen2.5" / name)
+    (tmp_path / "tokenizer_config.json").symlink_to(shared / folder / "tokenizer_config.json")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    model = SimpleNamespace(config=SimpleNamespace(eos_token_id=tokenizer.eos_token_id))
+    assert _stop_ids(model, tokenizer, TEMPLATES["qwen-boxed"]) == {151643, 151645}
+
+
 def test_a_template_file_brings_its_stops(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text('text: "Q: {question}\\nA:"\nstop: ["\\nQ:"]\nend: "<|im_end|>"\n')

@@ -134,6 +134,22 @@ def test_native_equals_generate(policy, n: int, k: int, temperature: float) -> N
             assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
 
 
+def test_native_equals_generate_on_the_bundled_model() -> None:
+    """64 word problems of different lengths, greedy: real text and real stops."""
+    from empg_lite.policy import load_policy
+    from empg_lite.recipe import ModelSection
+    from empg_lite.tiny import tiny_problems
+
+    section = ModelSection(name="tiny", backend="transformers", load_in_4bit=False, lora_r=4, lora_alpha=8)
+    tiny = load_policy(section, "plain", seed=0)
+    ids = [tiny.encode_prompt(p.question)[1] for p in tiny_problems("test")[:64]]
+    assert len(set(map(len, ids))) > 10
+    prompts = [Prompt(i, (0,)) for i in ids]
+    native = make_sampler(tiny, "native").sample(prompts, Decoding(72, 0.0))
+    assert ids_of(native) == ids_of(make_sampler(tiny, "generate").sample(prompts, Decoding(72, 0.0)))
+    assert {c.finish_reason for row in native for c in row} == {"stop"}
+
+
 def test_next_token_distribution_of_both_engines(policy) -> None:  # type: ignore[no-untyped-def]
     """4,000 first tokens of one prompt against the model's own softmax."""
     keys = tuple(sample_key(0, 1, "q", k) for k in range(4000))
