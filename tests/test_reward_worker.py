@@ -257,6 +257,29 @@ def test_closing_under_work_ends_it() -> None:
 # ---- starting ----------------------------------------------------------------------------------------
 
 
+def test_breaking_twice_still_sends_every_thread_home() -> None:
+    """Two workers fail as the pool closes: neither may take the other's word to go home (it hung once)."""
+    pool = WorkerPool(workers=2, time_limit=1.0, memory_limit=1 << 30)
+    pool._threads = [threading.Thread(), threading.Thread()]
+    for _ in range(3):
+        pool._break(GraderUnusable("closing"))
+    waiting = [pool._queue.get_nowait() for _ in range(pool._queue.qsize())]
+    assert waiting == [None, None]
+
+
+def test_closing_while_a_worker_starts() -> None:
+    """One request starts the first worker; closing meets the second one at any point of its start."""
+    for pause in (0.0, 0.01, 0.05, 0.2):
+        grader = Grader(workers=2)
+        hard = ("\\sqrt{2}", "\\boxed{\\frac{2}{\\sqrt{2}}}", None)
+        assert [v.reward for v in grader.grade_many("math", [hard, hard])] == [1.0, 1.0]
+        time.sleep(pause)
+        closing = threading.Thread(target=grader.close, daemon=True)
+        closing.start()
+        closing.join(20)
+        assert not closing.is_alive(), f"close() hangs {pause} s after the first answers"
+
+
 def test_broken_import_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "math_verify.py").write_text("raise ImportError('half installed')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

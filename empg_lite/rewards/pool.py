@@ -204,13 +204,11 @@ class WorkerPool:
     def close(self) -> None:
         """Kill the workers and end their threads; a second call does nothing."""
         self._break(GraderUnusable("the grader is closed"))
-        for _ in self._threads:
-            self._queue.put(None)
         for thread in self._threads:
             thread.join()
 
     def _break(self, error: GraderUnusable) -> None:
-        """Refuse new work, fail what waits, kill what runs."""
+        """Refuse new work, fail what waits, kill what runs, send every thread home."""
         with self._lock:
             self._broken = self._broken or error
             for worker in self._running.values():
@@ -219,6 +217,9 @@ class WorkerPool:
                 job = self._queue.get_nowait()
                 if job is not None:
                     job.future.set_exception(error)
+            # Again for every thread: what was just drained may have been another's word to go home.
+            for _ in self._threads:
+                self._queue.put(None)
 
     def _start_thread(self) -> None:
         index = len(self._threads)
