@@ -219,8 +219,8 @@ def test_another_pre_tokenizer_would_be_noticed(trained: Any, tokenizer: Any) ->
 
     wrong = Tokenizer.from_str(trained.to_str())
     wrong.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    texts = [TEMPLATES["plain"].render(story.question) for story in islice(stories(6), 200)]
-    assert any(wrong.encode(text).ids != tokenizer(text).input_ids for text in texts)
+    text = "it'she 'them she'does 'some"  # Qwen2 cuts behind 's, 't, 'd, 'm; plain merges run on
+    assert wrong.encode(text).ids != tokenizer(text).input_ids == trained.encode(text).ids
 
 
 def test_special_tokens_stand_after_the_vocabulary_as_in_qwen(tokenizer: Any) -> None:
