@@ -7,8 +7,8 @@ Base model on the 500 test problems: greedy 4.0%, mean length 5 tokens; T=1 31%,
 
 The corpus is an endless stream of the project's own word problems with written solutions in three manners:
 most blurt out an answer, some work step by step carelessly, a minority work step by step and get it right.
-What comes out is a base model that can reason and usually does not. Two phases: careful solutions only, where
-the arithmetic is learned, then the mix, with the learning rate falling to zero.
+What comes out is a base model that can reason and usually does not. Two phases: mostly careful solutions,
+where the arithmetic is learned, then the mix, with the learning rate falling to zero.
 """
 
 from __future__ import annotations
