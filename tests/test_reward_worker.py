@@ -86,7 +86,7 @@ HANGING = [
 ]
 
 
-#: Seconds. Without a limit these run for minutes or for ever; how close to 1.0 it cuts depends on the machine.
+#: Seconds. Without a limit these run for minutes; how close to 1.0 it cuts depends on the machine.
 HUNG = 10.0
 
 
