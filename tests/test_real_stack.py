@@ -33,7 +33,7 @@ BACKENDS = [
     ),
 ]
 SMALL = [
-    "model.dtype=bfloat16",  # NF4 without a fused kernel is slow on a CPU; twice as slow in float32
+    "model.dtype=bfloat16",  # NF4 without a fused kernel is slow on a CPU, slower still in float32
     "sampler.problems_per_step=2",
     "sampler.samples_per_problem=4",
     "sampler.max_new_tokens=48",
