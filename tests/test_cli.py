@@ -29,7 +29,7 @@ COMMANDS = (
 def last(out: str) -> dict:  # type: ignore[type-arg]
     """The result object: the last line, compact and ASCII."""
     line = out.splitlines()[-1]
-    assert line.isascii() and ": " not in line.split('"')[2][:3]
+    assert line.isascii() and line == json.dumps(json.loads(line), separators=(",", ":"))
     return json.loads(line)
 
 
@@ -137,7 +137,7 @@ def test_grade_cases_gives_one_object_a_line(cli, tmp_path: Path) -> None:  # ty
     rows = [
         {"gold": "4", "prediction": "\\boxed{4}", "extra": 1},
         {"gold": "4", "prediction": "\ud800 nul \x00 #### 5"},
-        {"gold": "x", "prediction": "\\boxed{200000000!}"},
+        {"gold": "5", "prediction": "\\boxed{\\sum_{k=1}^{10^{9}} \\sin k}"},  # hangs: its worker is killed
         {"gold": "4", "prediction": "a" * 1_000_000},
         {"gold": "4", "prediction": "\\boxed{4}"},
     ]
@@ -147,7 +147,8 @@ def test_grade_cases_gives_one_object_a_line(cli, tmp_path: Path) -> None:  # ty
     verdicts = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and len(verdicts) == 5
     assert [v["reward"] for v in verdicts] == [1.0, 0.0, 0.0, 0.0, 1.0]
-    assert verdicts[2]["reason"] in ("timeout", "memory", "parse", "different")  # and the next one is right
+    assert [v["reason"] for v in verdicts] == ["equal", "different", "timeout", "too_long", "equal"]
+    assert max(v["seconds"] for v in verdicts) < 1.5
 
 
 @pytest.mark.parametrize(

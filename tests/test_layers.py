@@ -116,7 +116,8 @@ def test_the_circle_finder_finds_circles() -> None:
 )
 def test_a_library_has_one_home(library: str, home: str) -> None:
     users = {unit(p) for p in sources() if any(n.split(".")[0] == library for n in imports(p))}
-    assert users in ({home}, set()) or users == {home}, users
+    # Nothing needs to name bitsandbytes: transformers loads it.
+    assert users == {home} or (library == "bitsandbytes" and not users), users
 
 
 def test_em_knows_torch_only() -> None:

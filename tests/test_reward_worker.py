@@ -86,14 +86,10 @@ HANGING = [
 ]
 
 
-#: Seconds. Without a limit these run for minutes; how close to 1.0 it cuts depends on the machine.
-HUNG = 10.0
-
-
 def _check_adversarial(grader: Grader, canary: Path) -> None:
     for prediction in _adversarial(canary):
         verdict = grader.grade("math", r"3\sqrt{5}", prediction)
-        assert verdict.reward == 0 and verdict.seconds < HUNG, (prediction[:60], verdict)
+        assert verdict.reward == 0 and verdict.seconds <= 1.3, (prediction[:60], verdict)
     assert grader.grade("math", *ALGEBRA).reward == 1
     assert not canary.exists()
 
@@ -135,9 +131,9 @@ def test_from_another_thread(tmp_path: Path) -> None:
 def test_a_hang_costs_the_limit(grader: Grader, spec: str, prediction: str) -> None:
     start = time.monotonic()
     verdict = grader.grade(spec, "5", prediction)
-    assert time.monotonic() - start < HUNG
+    assert time.monotonic() - start <= 2.0
     assert (verdict.reward, verdict.reason, verdict.failed) == (0.0, "timeout", True)
-    assert 1.0 <= verdict.seconds < HUNG
+    assert 1.0 <= verdict.seconds <= 1.3
     assert grader.grade("math", *ALGEBRA).reward == 1
 
 
@@ -145,7 +141,7 @@ def test_a_hang_costs_the_limit(grader: Grader, spec: str, prediction: str) -> N
 @pytest.mark.parametrize("prediction", HANGING)
 def test_every_hang_costs_the_limit(grader: Grader, prediction: str) -> None:
     verdict = grader.grade("math", "5", _boxed(prediction))
-    assert verdict.reason in {"timeout", "memory"} and verdict.seconds < HUNG
+    assert verdict.reason in {"timeout", "memory"} and verdict.seconds <= 1.3
     assert grader.grade("math", *ALGEBRA).reward == 1
 
 
