@@ -75,6 +75,7 @@ def sample_rationales(
             step=step,
             policy_step=policy_step,
             sample_index=k,
+            meta=problem.meta,
         )
 
     groups = tuple(

@@ -43,13 +43,13 @@ def problem_id(question: str) -> str:
 class Problem:
     """One question with its verifiable answer.
 
-    ``meta`` holds what a data source knows beyond that (MATH: ``level``, ``subject``).
+    ``meta`` holds what a data source knows beyond that, as JSON types (MATH: ``level``, ``subject``).
     """
 
     id: str
     question: str
     gold: str
-    meta: Mapping[str, str] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,8 @@ class Rationale:
         reason: one of ``VERDICTS`` or ``FAILURES``.
         weight: what the E-step gave it; a record, ``fit`` computes it again.
         extracted, rule: the answer the grader read and the rule that found it.
+        terms: a combined reward's parts by name, each in [0, 1]; ``correct`` among them. Empty for a plain one.
+        meta: the problem's.
     """
 
     problem_id: str
@@ -83,6 +85,13 @@ class Rationale:
     weight: float | None = None
     extracted: str | None = None
     rule: str | None = None
+    terms: Mapping[str, float] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def correct(self) -> float:
+        """The part of the reward that says whether the answer is right: all of it, unless it was shaped."""
+        return self.terms.get("correct", self.reward or 0.0)
 
     @property
     def failed(self) -> bool:
@@ -166,6 +175,8 @@ _DEFAULTS: dict[str, Any] = {
     "step": 0,
     "policy_step": -1,
     **dict.fromkeys(("reward", "reason", "weight", "extracted", "rule")),
+    "terms": {},
+    "meta": {},
 }
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("problem_id", "question", "gold", "prompt", "completion", "finish_reason"), (str,)),
@@ -173,6 +184,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(_IDS, (list, tuple)),
     **dict.fromkeys(("reward", "weight"), (int, float, type(None))),
     **dict.fromkeys(("reason", "extracted", "rule"), (str, type(None))),
+    **dict.fromkeys(("terms", "meta"), (dict,)),
 }
 
 
@@ -284,6 +296,9 @@ def _parse_rationale(record: dict[str, Any], where: str, seen: dict[str, int]) -
         raise DataError(f"{values['finish_reason']!r} is not stop or length", f"{where}: finish_reason")
     if values["reward"] is not None and not 0 <= values["reward"] <= 1:
         raise DataError(f"reward {values['reward']} is outside [0, 1]", f"{where}: reward")
+    for term, value in values["terms"].items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise DataError(f"{value!r} is not a number in [0, 1]", f"{where}: terms.{term}")
     if values["reason"] is not None and values["reason"] not in VERDICTS | FAILURES:
         raise DataError(f"unknown reason {values['reason']!r}", f"{where}: reason")
     return Rationale(**values)

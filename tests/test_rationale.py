@@ -151,3 +151,22 @@ def test_unscored_rows_are_refused() -> None:
     check_scored([rationale()], "f")
     with pytest.raises(DataError, match="1 of 2.*empg-lite score f"):
         check_scored([rationale(), rationale(reward=None)], "f")
+
+
+def test_terms_and_meta_survive_and_correct_reads_them(tmp_path: Path) -> None:
+    shaped = rationale(reward=0.9, terms={"correct": 1.0, "concise": 0.5}, meta={"level": "Level 5"})
+    path = tmp_path / "r.jsonl"
+    path.write_text(encode_rollouts(HEADER, [shaped]), "utf-8")
+    assert read_rollouts(path)[0].rationales == (shaped,)
+    assert shaped.correct == 1.0
+    assert rationale(reward=0.25).correct == 0.25  # a plain reward is the correctness
+    assert rationale(reward=None).correct == 0.0
+
+
+@pytest.mark.parametrize("bad", [2, -0.5, True, "1", None])
+def test_a_term_outside_its_range_is_refused(tmp_path: Path, bad: object) -> None:
+    path = tmp_path / "r.jsonl"
+    line = json.loads(rationale_line(rationale())) | {"terms": {"concise": bad}}
+    path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(DataError, match=r"r.jsonl:1: terms.concise"):
+        read_rollouts(path)
