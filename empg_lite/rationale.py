@@ -65,7 +65,7 @@ class Rationale:
         reason: one of ``VERDICTS`` or ``FAILURES``.
         weight: what the E-step gave it; a record, ``fit`` computes it again.
         extracted, rule: the answer the grader read and the rule that found it.
-        terms: a combined reward's parts by name, each in [0, 1]; ``correct`` among them. Empty for a plain one.
+        terms: parts of a combined reward by name, each in [0, 1], ``correct`` among them; else empty.
         meta: the problem's.
     """
 
