@@ -346,12 +346,12 @@ def test_any_text_is_read_without_a_fault(text: str) -> None:
 
 
 def test_reward_names_and_specs() -> None:
-    assert reward_names() == ("gsm8k", "math", "exact", "regex")
+    assert reward_names() == ("gsm8k", "math", "exact", "choice", "gym", "python", "regex")
     for spec in ("gsm8k", "math", "exact", r"regex:answer: (\d+)"):
         check_reward(spec)
     for spec, message in {
         "gms8k": "did you mean 'gsm8k'?",
-        "zzz": "there are: gsm8k, math, exact, regex",
+        "zzz": "there are: gsm8k, math, exact, choice, gym, python, regex",
         "regex:(": "not a regular expression",
         "regex": "needs a pattern",
         "math:x": "unknown reward",

@@ -1,6 +1,7 @@
 """Rewards: reading an answer, comparing it with the gold one, and the killable process that helps."""
 
-from empg_lite.rewards.functions import Grader, check_reward, reward_names
-from empg_lite.rewards.verdict import Verdict
+from empg_lite.rewards.grader import Grader
+from empg_lite.rewards.spec import check_reward, reward_names
+from empg_lite.rewards.verdict import Case, Verdict
 
-__all__ = ["Grader", "Verdict", "check_reward", "reward_names"]
+__all__ = ["Case", "Grader", "Verdict", "check_reward", "reward_names"]

@@ -1,19 +1,19 @@
-"""The reward functions, by name, and the grader that runs them."""
+"""The kinds of correctness, by name: each decides at once, or says what to ask a worker."""
 
 from __future__ import annotations
 
-import difflib
 import re
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol
 
+from empg_lite.rewards.choice import options_of, read_choice, read_letter
 from empg_lite.rewards.compare import asks_percentage, cheap_leaf, compare, is_empty
 from empg_lite.rewards.extract import Answer, extract
 from empg_lite.rewards.normalize import normalize
-from empg_lite.rewards.pool import Reply, WorkerPool
-from empg_lite.rewards.verdict import Verdict
+from empg_lite.rewards.spec import Part
+from empg_lite.rewards.verdict import Case
 
 #: Characters of a prediction that are read at all: several times what a model writes in one answer.
 MAX_TEXT = 200_000
@@ -21,31 +21,45 @@ MAX_TEXT = 200_000
 MAX_ANSWER = 2_000
 
 
+#: What a worker that compares mathematics has to load.
+ALGEBRA: Mapping[str, Any] = MappingProxyType({"kind": "algebra"})
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A verdict without its time."""
+    """What was found out about one prediction.
+
+    Attributes:
+        score: correctness in [0, 1]; None is 1 where the reason is ``equal`` and 0 elsewhere.
+        terms: shaping terms that the reward itself gave, each in [0, 1].
+        error: what a crash said.
+    """
 
     reason: str
     answer: Answer | None = None
+    score: float | None = None
+    terms: Mapping[str, float] = field(default_factory=dict)
+    error: str | None = None
 
     @property
-    def reward(self) -> float:
-        return 1.0 if self.reason == "equal" else 0.0
+    def correct(self) -> float:
+        return self.score if self.score is not None else float(self.reason == "equal")
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What only the worker can decide: the request, and how its reply is read."""
+    """What only a worker can decide: the request, how its reply is read, and what the worker has to load."""
 
     request: Mapping[str, Any]
     read: Callable[[Mapping[str, Any]], Outcome]
     answer: Answer | None = None
+    setup: Mapping[str, Any] = field(default_factory=lambda: ALGEBRA)
 
 
 class Reward(Protocol):
-    """A reward function: decides at once, or says what to ask the worker."""
+    """A reward function: decides at once, or says what to ask a worker."""
 
-    def __call__(self, gold: str, prediction: str, question: str | None) -> Outcome | Question: ...
+    def __call__(self, case: Case) -> Outcome | Question: ...
 
 
 def _gold_answer(gold: str, *, numeric: bool) -> str:
@@ -78,28 +92,28 @@ def _equivalent(gold: str, answer: Answer, question: str | None) -> Outcome | Qu
 
 
 def _mathematical(numeric: bool) -> Reward:
-    def reward(gold: str, prediction: str, question: str | None) -> Outcome | Question:
-        answer = extract(prediction, numeric=numeric)
+    def reward(case: Case) -> Outcome | Question:
+        answer = extract(case.prediction, numeric=numeric)
         if answer is None:
-            return Outcome("no_answer" if prediction.strip() or gold.strip() else "equal")
-        return _equivalent(_gold_answer(gold, numeric=numeric), answer, question)
+            return Outcome("no_answer" if case.prediction.strip() or case.gold.strip() else "equal")
+        return _equivalent(_gold_answer(case.gold, numeric=numeric), answer, case.question)
 
     return reward
 
 
-def _exact(gold: str, prediction: str, question: str | None) -> Outcome:
+def _exact(case: Case) -> Outcome:
     """The whole prediction, or the answer read from it, is the gold to the letter."""
-    whole = prediction.strip()
-    if whole == gold.strip():
+    whole, gold = case.prediction.strip(), case.gold.strip()
+    if whole == gold:
         return Outcome("equal", Answer(whole, "whole")) if whole else Outcome("no_answer")
-    answer = extract(prediction)
+    answer = extract(case.prediction)
     if answer is None:
         return Outcome("no_answer")
-    return Outcome("equal" if answer.text == gold.strip() else "different", answer)
+    return Outcome("equal" if answer.text == gold else "different", answer)
 
 
 def _regex(pattern: str) -> Reward:
-    def reward(gold: str, prediction: str, question: str | None) -> Outcome | Question:
+    def reward(case: Case) -> Outcome | Question:
         def read(result: Mapping[str, Any]) -> Outcome:
             match = result["match"]
             if match is None:
@@ -109,116 +123,82 @@ def _regex(pattern: str) -> Reward:
                 return Outcome("equal", Answer("", "pattern"))
             if group is None or not group.strip():
                 return Outcome("no_answer")
-            same = group.strip() == gold.strip()
+            same = group.strip() == case.gold.strip()
             return Outcome("equal" if same else "different", Answer(group.strip(), "pattern"))
 
-        return Question({"op": "regex", "pattern": pattern, "text": prediction}, read)
+        return Question({"op": "regex", "pattern": pattern, "text": case.prediction}, read)
 
     has_group = re.compile(pattern).groups > 0
     return reward
 
 
-_REWARDS: dict[str, Reward] = {"gsm8k": _mathematical(True), "math": _mathematical(False), "exact": _exact}
+def _python(case: Case) -> Outcome | Question:
+    """The user's function decides; the answer is read for the record only."""
+    answer = extract(case.prediction)
+
+    def read(result: Mapping[str, Any]) -> Outcome:
+        terms = dict(result["terms"])
+        score = terms.pop("correct")
+        return Outcome("equal" if score == 1 else "different", answer, score, terms)
+
+    request = {
+        "op": "call",
+        "completion": case.prediction,
+        "gold": case.gold,
+        "question": case.question or "",
+        "meta": dict(case.meta or {}),
+    }
+    return Question(request, read, answer, {"kind": "python"})
 
 
-def reward_names() -> tuple[str, ...]:
-    """What may be asked for; ``regex`` takes a pattern, as in ``regex:answer: (\\d+)``."""
-    return (*_REWARDS, "regex")
+def _gym(case: Case) -> Outcome | Question:
+    """The scorer of the Reasoning Gym task that the problem comes from decides."""
+    carried = (case.meta or {}).get("gym")
+    if not isinstance(carried, Mapping) or not {"task", "params", "metadata"} <= set(carried):
+        return Outcome(
+            "crash", error="the problem's meta carries no Reasoning Gym entry: see source gym:TASK"
+        )
+    answer = extract(case.prediction)
+    if answer is None:
+        return Outcome("no_answer")
 
+    def read(result: Mapping[str, Any]) -> Outcome:
+        return Outcome("equal" if result["score"] == 1 else "different", answer, result["score"])
 
-def _reward(spec: str) -> Reward:
-    name, _, pattern = spec.partition(":")
-    if name in _REWARDS and name == spec:
-        return _REWARDS[name]
-    if name == "regex" and pattern:
-        try:
-            return _regex(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise ValueError(f"reward {spec!r}: not a regular expression: {error}") from None
-    if name == "regex":
-        raise ValueError(r"reward 'regex' needs a pattern, as in 'regex:answer: (\d+)'")
-    close = difflib.get_close_matches(name, reward_names(), n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(reward_names())}"
-    raise ValueError(f"unknown reward {spec!r}; {hint}")
-
-
-def check_reward(spec: str) -> None:
-    """Raise ValueError, with one line saying what is wrong, unless ``spec`` names a reward."""
-    _reward(spec)
-
-
-class Grader:
-    """Grades predictions; a context manager that owns the worker processes.
-
-    Plain answers are decided here. Workers start when the first answer needs algebra (or a user's regular
-    expression). Usable from any thread, several at once.
-
-    Args:
-        workers: processes at most.
-        time_limit: wall-clock seconds one answer may take in a worker.
-        memory_limit: bytes of address space of a worker.
-    """
-
-    def __init__(self, *, workers: int = 2, time_limit: float = 1.0, memory_limit: int = 1 << 30) -> None:
-        self._pool = WorkerPool(workers=workers, time_limit=time_limit, memory_limit=memory_limit)
-
-    def __enter__(self) -> Grader:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the workers."""
-        self._pool.close()
-
-    def worker_pids(self) -> list[int]:
-        """Process ids of the running workers; empty until one was needed."""
-        return self._pool.pids()
-
-    def grade(self, spec: str, gold: str, prediction: str, question: str | None = None) -> Verdict:
-        """One verdict. See ``grade_many``."""
-        return self.grade_many(spec, [(gold, prediction, question)])[0]
-
-    def grade_many(self, spec: str, items: Sequence[tuple[str, str, str | None]]) -> list[Verdict]:
-        """Verdicts for (gold, prediction, question or None), in order.
-
-        Raises:
-            ValueError: ``spec`` names no reward.
-            GraderUnusable: workers are needed and do not start.
-        """
-        reward = _reward(spec)
-        verdicts: list[Verdict | None] = []
-        waiting: list[tuple[int, Question, float]] = []
-        for gold, prediction, problem in items:
-            start = time.perf_counter()
-            outcome = Outcome("too_long") if len(prediction) > MAX_TEXT else reward(gold, prediction, problem)
-            seconds = time.perf_counter() - start
-            if isinstance(outcome, Question):
-                waiting.append((len(verdicts), outcome, seconds))
-                verdicts.append(None)
-            else:
-                verdicts.append(_verdict(outcome, gold, seconds))
-        if waiting:
-            replies = self._pool.run([question.request for _, question, _ in waiting])
-            for (index, question, seconds), reply in zip(waiting, replies, strict=True):
-                verdicts[index] = _verdict(
-                    _outcome(question, reply), items[index][0], seconds + reply.seconds
-                )
-        return [verdict for verdict in verdicts if verdict is not None]
-
-
-def _outcome(question: Question, reply: Reply) -> Outcome:
-    return Outcome(reply.failure, question.answer) if reply.failure else question.read(reply.result)
-
-
-def _verdict(outcome: Outcome, gold: str, seconds: float) -> Verdict:
-    answer = outcome.answer
-    return Verdict(
-        outcome.reward,
-        outcome.reason,
-        answer.text if answer else None,
-        answer.rule if answer else None,
-        gold,
-        seconds,
+    request = {
+        "op": "score",
+        "answer": answer.text,
+        "gold": case.gold,
+        "question": case.question or "",
+        "metadata": carried["metadata"],
+    }
+    return Question(
+        request, read, answer, {"kind": "gym", "task": carried["task"], "params": carried["params"]}
     )
+
+
+def _choice(case: Case) -> Outcome:
+    """The letter read from the prediction is the gold one."""
+    options = options_of(case.question or "")
+    gold = read_letter(case.gold, options)
+    if gold is None:
+        return Outcome("crash", error=f"the gold answer {case.gold!r} is no letter A-J and no option")
+    answer = read_choice(case.prediction, options)
+    if answer is None:
+        return Outcome("no_answer")
+    return Outcome("equal" if answer.text == gold else "different", answer)
+
+
+_KINDS: dict[str, Reward] = {
+    "gsm8k": _mathematical(True),
+    "math": _mathematical(False),
+    "exact": _exact,
+    "choice": _choice,
+    "gym": _gym,
+    "python": _python,
+}
+
+
+def reward_of(part: Part) -> Reward:
+    """The reward function that a part of a spec names."""
+    return _regex(part.argument) if part.name == "regex" else _KINDS[part.name]

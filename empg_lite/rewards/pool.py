@@ -19,8 +19,10 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from empg_lite.errors import GraderUnusable
@@ -43,17 +45,25 @@ main()
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a worker answered, or how it failed (``timeout``, ``memory``, ``crash``), and after how long."""
+    """What a worker answered, or how it failed (``timeout``, ``memory``, ``crash``), and after how long.
+
+    ``error`` is what a crash said.
+    """
 
     result: Mapping[str, Any]
     failure: str | None
     seconds: float
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
     request: bytes
     future: Future[Reply] = field(default_factory=Future)
+
+
+def _line(message: Mapping[str, Any]) -> bytes:
+    return json.dumps(message).encode("ascii") + b"\n"
 
 
 class _StartFailed(Exception):
@@ -63,7 +73,8 @@ class _StartFailed(Exception):
 class _Worker:
     """One child process and the two pipes to it."""
 
-    def __init__(self, time_limit: float, memory_limit: int) -> None:
+    def __init__(self, time_limit: float, memory_limit: int, setup: bytes) -> None:
+        self._setup = setup
         root = str(Path(__file__).resolve().parents[2])
         self.complaints = tempfile.TemporaryFile()
         # -P: the folder one happens to stand in must not shadow sympy. A session of its own: the
@@ -94,17 +105,23 @@ class _Worker:
         self.ready = False
 
     def wait_ready(self) -> None:
-        """Block until the imports are done."""
+        """Block until the imports are done.
+
+        Raises:
+            _StartFailed: it ended, or kept silent.
+            GraderUnusable: what it was to load is broken; a second try would not help.
+        """
         if self.ready:
             return
-        line = self._receive(b"", time.monotonic() + _START_SECONDS)
+        line = self._receive(self._setup, time.monotonic() + _START_SECONDS)
+        if line is not None and (broken := json.loads(line).get("broken")):
+            self.kill()
+            raise GraderUnusable(broken["what"], broken["where"], broken["todo"])
         if line is None:
             self.complaints.seek(0)
             lines = self.complaints.read()[-4000:].decode(errors="replace").strip().splitlines()
             self.kill()
-            code = self.process.returncode
-            ended = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-            raise _StartFailed(lines[-1] if lines else f"{ended} before it was ready")
+            raise _StartFailed(lines[-1] if lines else f"it {self._how_it_ended()} before it was ready")
         self.ready = True
 
     def ask(self, request: bytes, limit: float) -> Reply:
@@ -115,14 +132,19 @@ class _Worker:
         if line is not None:
             result = json.loads(line)
             if not result.get("memory"):
-                return Reply(result, "crash" if "error" in result else None, seconds)
+                error = result.get("error")
+                return Reply(result, "crash" if error is not None else None, seconds, error)
             self.kill()
             return Reply({}, "memory", seconds)
         out_of_time = seconds >= limit
         self.kill()
         if out_of_time or self.process.returncode == -signal.SIGXCPU:
             return Reply({}, "timeout", seconds)
-        return Reply({}, "crash", seconds)
+        return Reply({}, "crash", seconds, f"the worker {self._how_it_ended()}")
+
+    def _how_it_ended(self) -> str:
+        code = self.process.returncode
+        return f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
 
     def _receive(self, unsent: bytes, deadline: float) -> bytes | None:
         """Send ``unsent`` and read one line; None when the process ended or the deadline passed."""
@@ -153,8 +175,10 @@ class _Worker:
         return self.process.poll() is None
 
     def kill(self) -> None:
-        """End it now; safe to call twice."""
-        self.process.kill()
+        """End it now, and what it started; safe to call twice."""
+        if self.process.returncode is None:  # not reaped: its id, which is its group's, is still its own
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout, self.complaints):
             assert stream is not None
@@ -162,15 +186,24 @@ class _Worker:
 
 
 class WorkerPool:
-    """Killable workers behind one blocking call.
+    """Killable workers behind a queue.
 
     Args:
         workers: processes at most; they start when there is work for them.
         time_limit: wall-clock seconds a request may take.
         memory_limit: bytes of address space of a worker.
+        setup: what a worker loads before its first request: ``worker.main`` has the kinds.
     """
 
-    def __init__(self, *, workers: int, time_limit: float, memory_limit: int) -> None:
+    def __init__(
+        self,
+        *,
+        workers: int,
+        time_limit: float,
+        memory_limit: int,
+        setup: Mapping[str, Any] = MappingProxyType({"kind": "algebra"}),
+    ) -> None:
+        self._setup = _line(dict(setup))
         self._workers, self._time_limit, self._memory_limit = workers, time_limit, memory_limit
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -185,16 +218,24 @@ class WorkerPool:
         Raises:
             GraderUnusable: workers cannot be started, or the pool was closed.
         """
-        jobs = [_Job(json.dumps(request).encode("ascii") + b"\n") for request in requests]
+        futures = [self.submit(request) for request in requests]
+        return [future.result() for future in futures]
+
+    def submit(self, request: Mapping[str, Any]) -> Future[Reply]:
+        """Ask one request; the reply comes later. Callbacks of the future run in a thread of the pool.
+
+        Raises:
+            GraderUnusable: the pool was closed. The future raises it where workers do not start.
+        """
+        job = _Job(_line(request))
         with self._lock:
             if self._broken is not None:
                 raise self._broken
-            self._outstanding += len(jobs)
-            for job in jobs:
-                self._queue.put(job)
-            while len(self._threads) < min(self._workers, self._outstanding):
+            self._outstanding += 1
+            self._queue.put(job)
+            if len(self._threads) < min(self._workers, self._outstanding):
                 self._start_thread()
-        return [job.future.result() for job in jobs]
+        return job.future
 
     def pids(self) -> list[int]:
         """Process ids of the workers that are running."""
@@ -209,17 +250,19 @@ class WorkerPool:
 
     def _break(self, error: GraderUnusable) -> None:
         """Refuse new work, fail what waits, kill what runs, send every thread home."""
+        waiting = []
         with self._lock:
             self._broken = self._broken or error
             for worker in self._running.values():
                 worker.process.kill()
             while not self._queue.empty():
-                job = self._queue.get_nowait()
-                if job is not None:
-                    job.future.set_exception(error)
+                waiting.append(self._queue.get_nowait())
             # Again for every thread: what was just drained may have been another's word to go home.
             for _ in self._threads:
                 self._queue.put(None)
+        for job in waiting:
+            if job is not None:
+                job.future.set_exception(error)  # without the lock: whoever waits may call us
 
     def _start_thread(self) -> None:
         index = len(self._threads)
@@ -240,7 +283,7 @@ class WorkerPool:
                     raise self._broken
                 worker = self._running.get(index)
                 if worker is None or not worker.alive():
-                    worker = self._running[index] = _Worker(self._time_limit, self._memory_limit)
+                    worker = self._running[index] = _Worker(self._time_limit, self._memory_limit, self._setup)
             try:
                 worker.wait_ready()
                 return worker

@@ -1,0 +1,126 @@
+r"""Multiple choice: which letter a text means.
+
+A letter is read from "B", "(B)", "B) 42", "Option B", ``\text{(B)}``; an answer without a letter counts as
+the one option of the question whose text it equals. Two letters are no answer.
+"""
+
+from __future__ import annotations
+
+import re
+
+from empg_lite.rewards.compare import cheap_leaf, compare
+from empg_lite.rewards.extract import Answer, extract
+from empg_lite.rewards.normalize import normalize
+
+#: Rules by which the text itself points to its answer; the others are guesses at the last value.
+_POINTED = frozenset({"boxed", "boxed_unclosed", "hash", "answer_is", "final_answer_is"})
+_MAX = 2_000
+
+_LABEL = re.compile(r"(?<!\w)(?:\(([A-J])\)|([A-J])[.):](?=\s))\s*")
+_WRAPPER = re.compile(r"\\(?:text|textbf|textit|mathbf|mathrm|textrm|mathsf|operatorname)\s*\{([^{}]*)\}")
+_CALLED = r"(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|letter|answer)\s*:?\s*)?"
+_LETTER = r"[(\[]?([A-Ja-j])[)\]]?"
+_ALONE = re.compile(rf"{_CALLED}{_LETTER}[.:]?", re.IGNORECASE)
+_LABELLED = re.compile(
+    rf"{_CALLED}(?:[(\[]([A-J])[)\]]|([A-J])\s*[).:])[.:]?\s*(.*)", re.IGNORECASE | re.DOTALL
+)
+_SEVERAL = re.compile(
+    rf"{_CALLED}{_LETTER}(?:\s*(?:,|;|/|&|\band\b|\bor\b|\s)\s*{_CALLED}{_LETTER})+[.:]?", re.IGNORECASE
+)
+_MENTION = re.compile(r"(?<!\w)\(([A-J])\)|\b(?:option|choice)\s+\(?([A-J])\b", re.IGNORECASE)
+
+
+def options_of(question: str) -> dict[str, str]:
+    """Letter -> text of the options that a question lists, in order from A; empty where it lists none.
+
+    >>> options_of("Which is prime? (A) 4 (B) 7")
+    {'A': '4', 'B': '7'}
+    """
+    found: list[re.Match[str]] = []
+    for label in _LABEL.finditer(question):
+        letter = label[1] or label[2]
+        if letter == "A":
+            found = [label]  # the list begins anew: an earlier A was a word of the question
+        elif found and letter == chr(ord("A") + len(found)):
+            found.append(label)
+    if len(found) < 2:
+        return {}
+    ends = [label.start() for label in found[1:]] + [len(question)]
+    texts = [question[label.end() : end].strip().rstrip(",;") for label, end in zip(found, ends, strict=True)]
+    texts[-1] = texts[-1].partition("\n")[0].strip()
+    return {label[1] or label[2]: text for label, text in zip(found, texts, strict=True)}
+
+
+def read_letter(text: str, options: dict[str, str]) -> str | None:
+    """The one letter that an answer's text means, or None.
+
+    >>> read_letter("(B)", {}), read_letter("B or C", {}), read_letter("7", {"A": "4", "B": "7"})
+    ('B', None, 'B')
+    """
+    text = _unwrapped(text)
+    alone = _ALONE.fullmatch(text)
+    if alone:
+        return alone[1].upper()
+    if _SEVERAL.fullmatch(text):
+        letters = {letter.upper() for letter in re.findall(r"(?<![A-Za-z])[A-Ja-j](?![A-Za-z])", text)}
+        return letters.pop() if len(letters) == 1 else None
+    labelled = _LABELLED.fullmatch(text)
+    if labelled:
+        letter, rest = (labelled[1] or labelled[2]).upper(), labelled[3].strip()
+        others = {(m[1] or m[2]).upper() for m in _LABEL.finditer(rest + " ")} - {letter}
+        alone = _ALONE.fullmatch(re.sub(r"^(?:or|and|,|/|&)\s*", "", rest, flags=re.IGNORECASE))
+        if rest == options.get(letter) or not (others or (alone and alone[1].upper() != letter)):
+            return letter
+        return None
+    return _by_text(text, options)
+
+
+def read_choice(prediction: str, options: dict[str, str]) -> Answer | None:
+    """The letter that a prediction settles on, and the rule that found the text it stands in."""
+    answer = extract(prediction)
+    if answer is not None and answer.rule in _POINTED:
+        letter = read_letter(answer.text, options)
+        return Answer(letter, answer.rule) if letter else None
+    if answer is None and ("boxed" in prediction or "fbox" in prediction):
+        return None  # a box that does not commit itself
+    whole = prediction.strip()
+    letter = read_letter(whole, options) if 0 < len(whole) <= _MAX else None
+    if letter is not None:
+        return Answer(letter, "whole")
+    # Not announced: what the last sentence mentions, before any number in it.
+    sentences = [part for part in re.split(r"\n|(?<=[.!?])\s+", whole[-_MAX:]) if part.strip()]
+    mentioned = {(m[1] or m[2]).upper() for m in _MENTION.finditer(sentences[-1])} if sentences else set()
+    if mentioned:
+        return Answer(mentioned.pop(), "last_letter") if len(mentioned) == 1 else None
+    letter = _by_text(_unwrapped(answer.text), options) if answer else None
+    return Answer(letter, answer.rule) if letter and answer else None
+
+
+def _unwrapped(text: str) -> str:
+    previous = None
+    while previous != text:
+        previous = text
+        text = (
+            _WRAPPER.sub(r"\1", text)
+            .strip()
+            .strip("*_`$\"“”' ")
+            .removeprefix(r"\(")
+            .removesuffix(r"\)")
+            .strip()
+        )
+    return text
+
+
+def _by_text(text: str, options: dict[str, str]) -> str | None:
+    """The option that the text equals, where exactly one does."""
+    if not text or len(text) > _MAX:
+        return None
+    read = normalize(text)
+    same = [
+        letter
+        for letter, option in options.items()
+        if len(option) <= _MAX
+        and option
+        and compare(normalize(_unwrapped(option)), read, cheap_leaf(False)) is True
+    ]
+    return same[0] if len(same) == 1 else None
