@@ -7,7 +7,8 @@ three functions is usable without the others: that is what ``sample``, ``score``
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,9 +17,8 @@ from torch import Tensor
 from empg_lite.em import effective_sample_size, em_weights, group_signal
 from empg_lite.policy.policy import Policy
 from empg_lite.rationale import FAILURES, Group, Problem, Rationale, flatten
-from empg_lite.rewards import Grader
+from empg_lite.rewards import Case, Grader, Verdict
 from empg_lite.sampler import Completion, Decoding, Prompt, Sampler, sample_key
-from empg_lite.sampler.base import StepDone
 
 #: What identifies a completion for the purpose of not grading it twice.
 VerdictKey = tuple[str, str]
@@ -46,29 +46,31 @@ def sample_rationales(
     seed: int,
     step: int,
     policy_step: int,
-    on_done: StepDone | None = None,
+    on_rationale: Callable[[Rationale], None] | None = None,
 ) -> Draw:
     """Draw K = ``samples`` rationales for each of P problems.
 
     Args:
         step: the E-step; with ``seed``, the problem and the sample's index it keys the random numbers.
         policy_step: optimiser steps the policy has seen; goes into the record.
+        on_rationale: told of each rationale as soon as it has ended, in that order.
     """
-    prompts, encoded = [], []
+    prompts, texts = [], []
     for problem in problems:
         text, ids = policy.encode_prompt(problem.question)
         keys = tuple(sample_key(seed, step, problem.id, k) for k in range(samples))
-        encoded.append((text, ids))
+        texts.append(text)
         prompts.append(Prompt(ids, keys))
-    drawn = sampler.sample(prompts, decoding, on_done)
+    rationales: dict[tuple[int, int], Rationale] = {}
 
-    def rationale(problem: Problem, prompt: tuple[str, tuple[int, ...]], k: int, c: Completion) -> Rationale:
-        return Rationale(
+    def on_completion(i: int, k: int, c: Completion) -> None:
+        problem = problems[i]
+        rationales[i, k] = r = Rationale(
             problem_id=problem.id,
             question=problem.question,
             gold=problem.gold,
-            prompt=prompt[0],
-            prompt_ids=prompt[1],
+            prompt=texts[i],
+            prompt_ids=prompts[i].ids,
             completion=c.text,
             completion_ids=c.ids,
             finish_reason=c.finish_reason,
@@ -77,49 +79,86 @@ def sample_rationales(
             sample_index=k,
             meta=problem.meta,
         )
+        if on_rationale:
+            on_rationale(r)
 
+    drawn = sampler.sample(prompts, decoding, on_completion)
     groups = tuple(
-        Group(problem.id, step, tuple(rationale(problem, prompt, k, c) for k, c in enumerate(completions)))
-        for problem, prompt, completions in zip(problems, encoded, drawn, strict=True)
+        Group(problem.id, step, tuple(rationales[i, k] for k in range(samples)))
+        for i, problem in enumerate(problems)
     )
     logprobs = [x for completions in drawn for c in completions for x in c.logprobs]
     return Draw(groups, -sum(logprobs) / max(len(logprobs), 1))
 
 
-def score(
-    rationales: Sequence[Rationale],
-    grader: Grader,
-    reward: str,
-    known: Mapping[VerdictKey, Rationale] | None = None,
-) -> list[Rationale]:
-    """Grade rationales; a truncated one is wrong without being read.
+class Scorer:
+    """Grades rationales while others are still being sampled.
+
+    A plain answer is graded in the time it takes to read it, anything else in the grader's processes: what is
+    left when the last sample ends is short. A truncated rationale is wrong without being read.
 
     Args:
         reward: the reward's name, as in a recipe's ``data.reward``.
         known: verdicts given before, by (problem id, completion): they are not given again.
+        on_done: told of each rationale handed over (progress).
 
-    Raises:
-        GraderUnusable: the grader cannot start.
+    Attributes:
+        error: what the last grader failure said, where it said anything.
     """
-    known = known or {}
-    scored: list[Rationale | None] = [None] * len(rationales)
-    asked: list[int] = []
-    for i, r in enumerate(rationales):
-        before = known.get((r.problem_id, r.completion))
+
+    def __init__(
+        self,
+        grader: Grader,
+        reward: str,
+        known: Mapping[VerdictKey, Rationale] | None = None,
+        on_done: Callable[[int], None] | None = None,
+    ) -> None:
+        self._grader, self._reward, self._known, self._on_done = grader, reward, known or {}, on_done
+        self._submitted: dict[int, tuple[Rationale, Future[Verdict] | None]] = {}  # by id(): not hashable
+        self.error: str | None = None
+
+    def submit(self, r: Rationale) -> None:
+        """Begin to grade a rationale.
+
+        Raises:
+            GraderUnusable: the grader cannot start.
+        """
+        future = None
+        if r.finish_reason != "length" and self._before(r) is None:
+            future = self._grader.submit(self._reward, Case(r.gold, r.completion, r.question or None, r.meta))
+        self._submitted[id(r)] = r, future
+        if self._on_done:
+            self._on_done(1)
+
+    def scored(self, rationales: Sequence[Rationale]) -> list[Rationale]:
+        """The rationales with their verdicts, in order; waits for those that are still out.
+
+        Raises:
+            GraderUnusable: the grader cannot start.
+        """
+        for r in rationales:
+            if id(r) not in self._submitted:
+                self.submit(r)
+        return [self._verdict(r) for r in rationales]
+
+    def _before(self, r: Rationale) -> Rationale | None:
+        before = self._known.get((r.problem_id, r.completion))
+        return None if before is None or before.failed or before.finish_reason != "stop" else before
+
+    def _verdict(self, r: Rationale) -> Rationale:
         if r.finish_reason == "length":
-            scored[i] = replace(r, reward=0.0, reason="truncated", extracted=None, rule=None)
-        elif before is not None and not before.failed and before.finish_reason == "stop":
-            scored[i] = replace(
-                r, reward=before.reward, reason=before.reason, extracted=before.extracted, rule=before.rule
-            )
-        else:
-            asked.append(i)
-    items = [(rationales[i].gold, rationales[i].completion, rationales[i].question or None) for i in asked]
-    for i, v in zip(asked, grader.grade_many(reward, items), strict=True):
-        scored[i] = replace(
-            rationales[i], reward=v.reward, reason=v.reason, extracted=v.extracted, rule=v.rule
-        )
-    return [r for r in scored if r is not None]
+            return replace(r, reward=0.0, reason="truncated", extracted=None, rule=None, terms={})
+        future = self._submitted[id(r)][1]
+        v: Verdict | Rationale | None = future.result() if future else self._before(r)
+        assert v is not None and v.reward is not None
+        if isinstance(v, Verdict):
+            self.error = v.error or self.error
+        return replace(r, reward=v.reward, reason=v.reason, extracted=v.extracted, rule=v.rule, terms=v.terms)
+
+
+def score(rationales: Sequence[Rationale], grader: Grader, reward: str) -> list[Rationale]:
+    """Grade rationales that are all there. See ``Scorer``."""
+    return Scorer(grader, reward).scored(rationales)
 
 
 def reward_matrix(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
@@ -175,6 +214,7 @@ def estep_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "reward_std": float(graded.std()) if len(graded) > 1 else 0.0,
         "frac_reward_zero_std": signal.pop("frac_reward_zero_std"),
         **{f"em/{name}": value for name, value in signal.items()},
+        "em/frac_wrong_paid": _wrong_paid(groups),
         "em/ess": effective_sample_size(torch.tensor([r.weight for r in rows if not r.failed])),
         "completions/mean_length": sum(lengths) / len(lengths),
         "completions/mean_length_right": sum(right) / len(right) if right else 0.0,
@@ -182,3 +222,10 @@ def estep_metrics(groups: Sequence[Group]) -> dict[str, float]:
         **{f"reasons/{name}": count / len(rows) for name, count in sorted(reasons.items()) if name},
         "reasons/failed": sum(reasons[name] for name in FAILURES) / len(rows),
     }
+
+
+def _wrong_paid(groups: Sequence[Group]) -> float:
+    """Share of the problems where no answer is right and rewards differ all the same: shaping gone wrong."""
+    wrong = [[r for r in g.rationales if not r.failed] for g in groups]
+    paid = [rows for rows in wrong if not any(r.correct for r in rows) and len({r.reward for r in rows}) > 1]
+    return len(paid) / len(groups)

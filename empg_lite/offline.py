@@ -15,7 +15,7 @@ from typing import Any
 from empg_lite import store
 from empg_lite.checkpoint import load_checkpoint, newest_valid, require_valid, stored_state
 from empg_lite.control import RESUME, Clock, stop_request
-from empg_lite.data import ProblemStream, drop_long, load_splits
+from empg_lite.data import ProblemStream, load_splits
 from empg_lite.errors import Interrupted, MissingInput, RecipeError, UsageError
 from empg_lite.estep import sample_rationales, score, weigh
 from empg_lite.learner import Learner, build_learner
@@ -97,8 +97,7 @@ def sample(
             checkpoint_of(source), learner.policy, learner.optimizer, learner.scaler
         )
     recipe = learner.recipe
-    lengths = [len(learner.policy.encode_prompt(p.question)[1]) for p in splits.train]
-    problems, _ = drop_long(list(splits.train), lengths, int(recipe.data.max_prompt_tokens or 0))
+    problems, _ = learner.short_enough(splits.train)
     stream = ProblemStream(problems, recipe.run.seed)
 
     p, k = recipe.sampler.problems_per_step, recipe.sampler.samples_per_problem
@@ -116,7 +115,7 @@ def sample(
                 seed=recipe.run.seed,
                 step=learner.state.step + 1 + -(-first // p) + offset // p,
                 policy_step=learner.state.policy_step,
-                on_done=on_done,
+                on_rationale=lambda r: on_done(1),
             )
             rows = flatten(draw.groups)
             store.append_text(out, "".join(rationale_line(r) + "\n" for r in rows))

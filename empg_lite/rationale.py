@@ -94,6 +94,11 @@ class Rationale:
         return self.terms.get("correct", self.reward or 0.0)
 
     @property
+    def right(self) -> bool:
+        """True where the answer earned all that correctness gives."""
+        return self.correct == 1.0
+
+    @property
     def failed(self) -> bool:
         """True where the grader failed: the reward 0 is a placeholder, not a verdict."""
         return self.reason in FAILURES

@@ -11,10 +11,10 @@ from conftest import load_fixture_policy
 from test_rationale import rationale
 
 from empg_lite.errors import OutOfMemory
-from empg_lite.estep import estep_metrics, reward_matrix, sample_rationales, score, weigh
+from empg_lite.estep import Scorer, estep_metrics, reward_matrix, sample_rationales, weigh
 from empg_lite.mstep import FitSettings, m_step
 from empg_lite.policy.policy import collate
-from empg_lite.rationale import Group, Problem, group_rationales
+from empg_lite.rationale import Group, Problem, Rationale, flatten, group_rationales
 from empg_lite.rewards import Grader
 from empg_lite.sampler import Decoding, make_sampler
 
@@ -273,11 +273,13 @@ def test_sampling_leaves_rewards_open_and_records_who_sampled(policy) -> None:  
 class CountingGrader(Grader):
     """Remembers what it was asked."""
 
-    asked: list[str]
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
 
-    def grade_many(self, spec, items):  # type: ignore[no-untyped-def]
-        self.asked = [prediction for _, prediction, _ in items]
-        return super().grade_many(spec, items)
+    def submit(self, spec, case):  # type: ignore[no-untyped-def]
+        self.asked.append(case.prediction)
+        return super().submit(spec, case)
 
 
 def test_scoring_skips_the_truncated_and_the_known() -> None:
@@ -293,15 +295,53 @@ def test_scoring_skips_the_truncated_and_the_known() -> None:
             completion=" #### 4", reward=0.0, reason="timeout"
         ),  # no verdict: ask again
     }
+    done: list[int] = []
     with CountingGrader() as grader:
-        scored = score(given, grader, "gsm8k", known)
-    assert grader.asked == [" #### 2", " #### 4"]
+        scored = Scorer(grader, "gsm8k", known, done.append).scored(given)
+    assert grader.asked == [" #### 2", " #### 4"] and done == [1] * 4
     assert [(r.reward, r.reason) for r in scored] == [
         (1.0, "equal"),
         (0.0, "truncated"),
         (0.25, "different"),
         (0.0, "different"),
     ]
+
+
+def test_grading_begins_while_sampling(policy) -> None:  # type: ignore[no-untyped-def]
+    """Each rationale is handed over as it ends, once, and before the last one has: with both engines."""
+    problems = [Problem(f"p{i}", f"{i} + 1?", "2") for i in range(3)]
+    for engine in ("native", "generate"):
+        ended: list[Rationale] = []
+        sampler = make_sampler(policy, engine, 8)
+        decoding = Decoding(12)
+        draw = sample_rationales(
+            policy,
+            sampler,
+            problems,
+            decoding,
+            samples=4,
+            seed=0,
+            step=1,
+            policy_step=0,
+            on_rationale=ended.append,
+        )
+        rows = flatten(draw.groups)
+        assert sorted(map(id, ended)) == sorted(map(id, rows)) and len(rows) == 12
+        if engine == "native":
+            lengths = [len(r.completion_ids) for r in ended if r.problem_id == ended[0].problem_id]
+            assert lengths == sorted(lengths), "the shortest first"
+        with CountingGrader() as grader:
+            scorer = Scorer(grader, "gsm8k")
+            for r in ended[:7]:
+                scorer.submit(r)
+            early = len(grader.asked)
+            scored = scorer.scored(rows)
+        stopped = [r for r in rows if r.finish_reason == "stop"]
+        assert early == sum(r.finish_reason == "stop" for r in ended[:7])
+        assert len(grader.asked) == len(stopped), "none is graded twice"
+        assert [(r.problem_id, r.sample_index) for r in scored] == [
+            (r.problem_id, r.sample_index) for r in rows
+        ]
 
 
 def groups_of(table: dict[str, list[tuple[float, str]]], **changes: object) -> tuple[Group, ...]:

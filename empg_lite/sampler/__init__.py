@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from empg_lite.policy.policy import Policy
-from empg_lite.sampler.base import Completion, Prompt, Sampler
+from empg_lite.sampler.base import Completion, OnCompletion, Prompt, Sampler
 from empg_lite.sampler.draw import Decoding, sample_key
 from empg_lite.sampler.generate import GenerateSampler
 from empg_lite.sampler.native import NativeSampler
 
-__all__ = ["Completion", "Decoding", "Prompt", "Sampler", "choose_engine", "make_sampler", "sample_key"]
+__all__ = [
+    "Completion",
+    "Decoding",
+    "OnCompletion",
+    "Prompt",
+    "Sampler",
+    "choose_engine",
+    "make_sampler",
+    "sample_key",
+]
 
 ENGINES: dict[str, Callable[[Policy, int | None], Sampler]] = {
     "native": NativeSampler,

@@ -11,9 +11,6 @@ from empg_lite.errors import NumericalStop
 from empg_lite.rationale import FinishReason
 from empg_lite.sampler.draw import Decoding
 
-#: Called with the number of completions that have just ended (progress).
-StepDone = Callable[[int], None]
-
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -42,13 +39,21 @@ class Completion:
     logprobs: tuple[float, ...]
 
 
+#: Called with (index of the prompt, index of the sample, completion) as soon as the sample has ended.
+OnCompletion = Callable[[int, int, Completion], None]
+
+
 class Sampler(Protocol):
     """An engine that draws completions."""
 
     def sample(
-        self, prompts: Sequence[Prompt], decoding: Decoding, on_done: StepDone | None = None
+        self, prompts: Sequence[Prompt], decoding: Decoding, on_completion: OnCompletion | None = None
     ) -> list[list[Completion]]:
         """Draw ``len(prompt.keys)`` completions for each prompt.
+
+        Args:
+            on_completion: told of every completion once, in the order in which they end: grading and
+                progress need not wait for the slowest.
 
         Returns:
             One list for each prompt, in order, with a completion for each of its keys.

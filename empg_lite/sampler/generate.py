@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from empg_lite.policy.policy import Policy
-from empg_lite.sampler.base import Completion, Prompt, StepDone, check_finite
+from empg_lite.sampler.base import Completion, OnCompletion, Prompt, check_finite
 from empg_lite.sampler.draw import Decoding, draw
 from empg_lite.sampler.stops import StopRule
 
@@ -49,17 +49,19 @@ class GenerateSampler:
         self._stop = StopRule(policy.tokenizer, policy.stop_ids, policy.template.stop)
 
     def sample(
-        self, prompts: Sequence[Prompt], decoding: Decoding, on_done: StepDone | None = None
+        self, prompts: Sequence[Prompt], decoding: Decoding, on_completion: OnCompletion | None = None
     ) -> list[list[Completion]]:
-        """See ``base.Sampler``."""
+        """See ``base.Sampler``; completions end with their batch."""
         rows = [(prompt.ids, key) for prompt in prompts for key in prompt.keys]
+        places = [(i, k) for i, prompt in enumerate(prompts) for k in range(len(prompt.keys))]
         size = self.batch_rows or len(rows)
         flat: list[Completion] = []
         with self.policy.sampling():
             for start in range(0, len(rows), size):
-                flat += self._generate(rows[start : start + size], decoding)
-                if on_done:
-                    on_done(len(rows[start : start + size]))
+                for completion in self._generate(rows[start : start + size], decoding):
+                    if on_completion:
+                        on_completion(*places[len(flat)], completion)
+                    flat.append(completion)
         completions = iter(flat)
         return [[next(completions) for _ in prompt.keys] for prompt in prompts]
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from empg_lite.policy.policy import Policy
-from empg_lite.sampler.base import Completion, Prompt, StepDone, check_finite
+from empg_lite.rationale import FinishReason
+from empg_lite.sampler.base import Completion, OnCompletion, Prompt, check_finite
 from empg_lite.sampler.draw import Decoding, draw
 from empg_lite.sampler.stops import StopRule
 
@@ -31,20 +31,20 @@ class NativeSampler:
         self._stop = StopRule(policy.tokenizer, policy.stop_ids, policy.template.stop)
 
     def sample(
-        self, prompts: Sequence[Prompt], decoding: Decoding, on_done: StepDone | None = None
+        self, prompts: Sequence[Prompt], decoding: Decoding, on_completion: OnCompletion | None = None
     ) -> list[list[Completion]]:
         """See ``base.Sampler``."""
-        results: list[list[Completion]] = [[] for _ in prompts]
+        results: dict[tuple[int, int], Completion] = {}
         # Prompts of like length share a batch: less padding. Results come back in the caller's order.
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].ids), i))
         with self.policy.sampling():
             for batch in _batches(order, prompts, self.batch_rows):
-                completions = self._decode([prompts[i] for i in batch], decoding)
-                for i in batch:
-                    results[i] = list(islice(completions, len(prompts[i].keys)))
-                if on_done:
-                    on_done(sum(len(prompts[i].keys) for i in batch))
-        return results
+                places = [(i, k) for i in batch for k in range(len(prompts[i].keys))]
+                for row, completion in self._decode([prompts[i] for i in batch], decoding):
+                    results[places[row]] = completion
+                    if on_completion:
+                        on_completion(*places[row], completion)
+        return [[results[i, k] for k in range(len(prompt.keys))] for i, prompt in enumerate(prompts)]
 
     def _prefill(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor, Any]:
         """Each prompt once: logits after it ``(P, V)``, attention mask ``(P, T)``, cache."""
@@ -62,15 +62,14 @@ class NativeSampler:
         """(B, D) -> (B, V)."""
         return hidden.to(self.policy.head_weight.dtype) @ self.policy.head_weight.T
 
-    def _decode(self, prompts: Sequence[Prompt], decoding: Decoding):  # type: ignore[no-untyped-def]
-        """Completions of one batch, in the order of the prompts and, within each, of its keys."""
+    def _decode(self, prompts: Sequence[Prompt], decoding: Decoding) -> Iterator[tuple[int, Completion]]:
+        """(row, completion) of one batch as they end; rows count the prompts' keys in order."""
         policy = self.policy
         logits, mask, cache = self._prefill(prompts)
         owner = [p for p, prompt in enumerate(prompts) for _ in prompt.keys]
         rows = len(owner)
         ids: list[list[int]] = [[] for _ in range(rows)]
         logprobs: list[list[float]] = [[] for _ in range(rows)]
-        done = [False] * rows
 
         # `slots` says which row sits at each place of the batch; a finished row may stay as a filler.
         slots = list(range(rows)) + [rows - 1] * max(0, MIN_ROWS - rows)
@@ -89,7 +88,9 @@ class NativeSampler:
                 if not filler[place]:
                     ids[row].append(token)
                     logprobs[row].append(logprob)
-                    done[row] = filler[place] = self._stop.stopped(ids[row])
+                    filler[place] = self._stop.stopped(ids[row])
+                    if filler[place]:
+                        yield row, self._completion(ids[row], logprobs[row], "stop")
             alive = [place for place, idle in enumerate(filler) if not idle]
             if not alive or position + 1 == decoding.max_new_tokens:
                 break
@@ -109,11 +110,15 @@ class NativeSampler:
             )
             logits, length = self._head(out.last_hidden_state[:, -1]), length + 1
 
-        check_finite(logprobs)
-        return iter(
-            Completion(tuple(i), self._stop.text(i), "stop" if d else "length", tuple(p))
-            for i, d, p in zip(ids, done, logprobs, strict=True)
-        )
+        for place in alive:
+            row = slots[place]
+            yield row, self._completion(ids[row], logprobs[row], "length")
+
+    def _completion(
+        self, ids: Sequence[int], logprobs: Sequence[float], finish_reason: FinishReason
+    ) -> Completion:
+        check_finite([logprobs])
+        return Completion(tuple(ids), self._stop.text(ids), finish_reason, tuple(logprobs))
 
 
 def _compact(alive: list[int], width: int) -> list[int]:
