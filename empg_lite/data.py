@@ -101,12 +101,6 @@ def load_problems(data: DataSection, split: str) -> list[Problem]:
     return _read(data, split, (data.eval_path if evaluates else None) or data.path)[0]
 
 
-def drop_long(problems: Sequence[Problem], lengths: Sequence[int], limit: int) -> tuple[list[Problem], int]:
-    """The problems whose prompt has at most ``limit`` tokens, and how many had more."""
-    kept = [problem for problem, length in zip(problems, lengths, strict=True) if length <= limit]
-    return kept, len(problems) - len(kept)
-
-
 def subset(problems: Sequence[Problem], limit: int | None) -> list[Problem]:
     """At most ``limit`` problems, in file order: always the same ones, and not the first of a sorted file."""
     return _cut(problems, min(limit, len(problems)), "subset")[1] if limit is not None else list(problems)

@@ -14,10 +14,11 @@ import torch
 
 from empg_lite import plan
 from empg_lite.checkpoint import TrainState
+from empg_lite.errors import DataError
 from empg_lite.mstep import FitSettings, FitStats, m_step
 from empg_lite.policy import load_policy
 from empg_lite.policy.policy import Policy
-from empg_lite.rationale import Rationale, RolloutHeader
+from empg_lite.rationale import Problem, Rationale, RolloutHeader
 from empg_lite.recipe import Recipe
 from empg_lite.sampler import Decoding, Sampler, choose_engine, make_sampler
 
@@ -46,11 +47,39 @@ class Learner:
         rows = self.recipe.sampler.batch_rows
         return make_sampler(self.policy, self.recipe.sampler.engine, int(rows))
 
+    def short_enough(self, problems: Sequence[Problem]) -> tuple[list[Problem], int]:
+        """The problems whose prompt has at most ``data.max_prompt_tokens`` tokens, and how many have more.
+
+        Raises:
+            DataError: nothing is left.
+        """
+        limit = int(self.recipe.data.max_prompt_tokens or 0)
+        lengths = [len(self.policy.encode_prompt(p.question)[1]) for p in problems]
+        kept = [p for p, length in zip(problems, lengths, strict=True) if length <= limit]
+        if not kept:
+            raise DataError(
+                "no problem is short enough", "data.max_prompt_tokens", f"raise it above {min(lengths)}"
+            )
+        return kept, len(problems) - len(kept)
+
     def learning_rate(self) -> float:
         """Rate of the step about to be taken: linear warm-up, then constant, lower for more passes."""
         o, passes = self.recipe.optim, self.recipe.em.passes
         warm = min(1.0, (self.state.step + 1) / o.warmup_steps) if o.warmup_steps else 1.0
         return o.learning_rate * warm * RATE_PER_DOUBLING ** math.log2(passes)
+
+    def fit_settings(self) -> FitSettings:
+        """Settings of the M-step about to be taken."""
+        recipe = self.recipe
+        return FitSettings(
+            learning_rate=self.learning_rate(),
+            max_grad_norm=recipe.optim.max_grad_norm,
+            passes=recipe.em.passes,
+            kl_stop=recipe.em.kl_stop,
+            normalization=recipe.em.normalization,
+            max_new_tokens=recipe.sampler.max_new_tokens,
+            micro_batch_tokens=self.state.micro_batch_tokens or int(recipe.optim.micro_batch_tokens),
+        )
 
     def fit(
         self,
@@ -60,21 +89,12 @@ class Learner:
         on_done: Callable[[int], None] | None = None,
     ) -> FitStats:
         """One M-step on weighted rationales; advances ``state.policy_step`` and the counters."""
-        recipe, state = self.recipe, self.state
-        settings = FitSettings(
-            learning_rate=self.learning_rate(),
-            max_grad_norm=recipe.optim.max_grad_norm,
-            passes=recipe.em.passes,
-            kl_stop=recipe.em.kl_stop,
-            normalization=recipe.em.normalization,
-            max_new_tokens=recipe.sampler.max_new_tokens,
-            micro_batch_tokens=state.micro_batch_tokens or int(recipe.optim.micro_batch_tokens),
-        )
+        state = self.state
         stats = m_step(
             self.policy,
             self.optimizer,
             rationales,
-            settings,
+            self.fit_settings(),
             scaler=self.scaler,
             measure_kl=measure_kl,
             on_done=on_done,

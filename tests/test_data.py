@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from empg_lite.data import (
     ProblemStream,
     Splits,
-    drop_long,
     find_overlap,
     last_boxed,
     load_problems,
@@ -337,13 +336,6 @@ def test_the_bundled_problems() -> None:
 
 
 # --- helpers --------------------------------------------------------------------------------------
-
-
-def test_drop_long() -> None:
-    rows = problems(4)
-    assert drop_long(rows, [5, 6, 4, 5], 5) == ([rows[0], rows[2], rows[3]], 1)
-    with pytest.raises(ValueError):
-        drop_long(rows, [1], 5)
 
 
 def test_overlap_ignores_case_spacing_and_width() -> None:
