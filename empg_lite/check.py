@@ -13,7 +13,7 @@ from typing import Any
 from empg_lite.data import find_overlap, load_splits
 from empg_lite.errors import EmpgError
 from empg_lite.metrics import View
-from empg_lite.policy import load_template, load_tokenizer
+from empg_lite.policy import Template, load_template, load_tokenizer
 from empg_lite.policy.integrity import check_config, resolve_model
 from empg_lite.rationale import Problem
 from empg_lite.recipe import Recipe
@@ -21,6 +21,8 @@ from empg_lite.rewards import Grader
 
 #: Rows graded at once; only the progress bar sees it.
 _CHUNK = 256
+#: Context of a model whose config does not say.
+QWEN2_CONTEXT = 32_768
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +43,13 @@ class CheckReport:
         rows: problems by split.
         dropped: rows left out on loading, by cause.
         gold_failures: None where the reward cannot be asked that way (a regex).
-        too_long: prompts over ``data.max_prompt_tokens``; None where the tokenizer is not at hand.
+        too_long: prompts over ``data.max_prompt_tokens``: left out of training. None where the tokenizer is
+            not at hand.
+        over_context: rows of all splits whose prompt and ``sampler.max_new_tokens`` together exceed the
+            model's ``context``: their answers run out of room. None likewise.
         overlap: training questions that stand among the evaluation rows too, but for case and spacing.
-        prompt: the first prompt as the model sees it.
+        longest: tokens of the longest prompt.
+        prompt: the first prompt as the model sees it, and ``stops``, what ends an answer to it.
         notes: what could not be checked, and why.
     """
 
@@ -51,14 +57,19 @@ class CheckReport:
     dropped: dict[str, int]
     gold_failures: tuple[GoldFailure, ...] | None
     too_long: int | None
+    over_context: int | None
+    context: int | None
+    longest: int | None
     overlap: int
     prompt: str
+    stops: tuple[str, ...]
     notes: tuple[str, ...]
 
     @property
     def ok(self) -> bool:
         """Every gold answer earned 1 and something is left to train on."""
-        return not self.gold_failures and self.rows["train"] > 0 and self.too_long != self.rows["train"]
+        fits = self.too_long != self.rows["train"] and not self.over_context
+        return not self.gold_failures and self.rows["train"] > 0 and fits
 
 
 def written_gold(gold: str, reward: str) -> str | None:
@@ -66,7 +77,7 @@ def written_gold(gold: str, reward: str) -> str | None:
     return {"gsm8k": f"#### {gold}", "math": f"\\boxed{{{gold}}}", "exact": gold}.get(reward)
 
 
-def check(recipe: Recipe, view: View | None = None) -> CheckReport:
+def check(recipe: Recipe, grader: Grader, view: View | None = None) -> CheckReport:
     """Load the data of a recipe and look for what would waste a run.
 
     Raises:
@@ -79,15 +90,20 @@ def check(recipe: Recipe, view: View | None = None) -> CheckReport:
     template = load_template(str(recipe.data.prompt))
     parts = {"train": splits.train, "validation": splits.validation, "evaluation": splits.evaluation}
     notes: list[str] = []
-    failures = _gold_failures([p for part in parts.values() for p in part], str(recipe.data.reward), view)
+    failures = _gold_failures(
+        [p for part in parts.values() for p in part], str(recipe.data.reward), grader, view
+    )
     if failures is None:
         notes.append("gold answers are not checked under a regex reward")
-    too_long = None
+    too_long = over_context = context = longest = None
     try:
-        tokenizer = tokenizer_of(recipe)
+        tokenizer, context = tokenizer_of(recipe)
         limit = int(recipe.data.max_prompt_tokens or 0)
-        prompts = [template.render(p.question) for p in splits.train]
-        too_long = sum(len(ids) > limit for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"])
+        lengths = {name: prompt_lengths(tokenizer, template, part) for name, part in parts.items()}
+        too_long = sum(n > limit for n in lengths["train"])
+        asked = [n for n in lengths["train"] if n <= limit] + lengths["validation"] + lengths["evaluation"]
+        over_context = sum(n + recipe.sampler.max_new_tokens > context for n in asked)
+        longest = max(map(max, filter(None, lengths.values())))
     except EmpgError as error:
         notes.append(f"prompt lengths are not checked: {error.what}")
     return CheckReport(
@@ -95,28 +111,40 @@ def check(recipe: Recipe, view: View | None = None) -> CheckReport:
         dropped=dict(splits.dropped),
         gold_failures=failures,
         too_long=too_long,
+        over_context=over_context,
+        context=context,
+        longest=longest,
         overlap=len(find_overlap([*splits.train, *splits.validation], splits.evaluation)),
         prompt=template.render(splits.train[0].question),
+        stops=(*template.stop, template.end),
         notes=tuple(notes),
     )
 
 
-def tokenizer_of(recipe: Recipe) -> Any:
-    """The recipe's tokenizer, without the weights.
+def tokenizer_of(recipe: Recipe) -> tuple[Any, int]:
+    """The recipe's tokenizer, without the weights, and the model's context in tokens.
 
     Raises:
         MissingInput, DataError: it is not at hand, or broken.
     """
     folder, _ = resolve_model(recipe.model.name, recipe.model.revision, weights=False)
-    check_config(folder)
-    return load_tokenizer(folder)
+    context = int(check_config(folder).get("max_position_embeddings", QWEN2_CONTEXT))
+    return load_tokenizer(folder), context
 
 
-def _gold_failures(problems: Sequence[Problem], reward: str, view: View) -> tuple[GoldFailure, ...] | None:
+def prompt_lengths(tokenizer: Any, template: Template, problems: Sequence[Problem]) -> list[int]:
+    """Tokens of each problem's prompt."""
+    prompts = [template.render(p.question) for p in problems]
+    return [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]] if prompts else []
+
+
+def _gold_failures(
+    problems: Sequence[Problem], reward: str, grader: Grader, view: View
+) -> tuple[GoldFailure, ...] | None:
     if written_gold("", reward) is None:
         return None
     failures = []
-    with Grader() as grader, view.phase("grading gold answers", len(problems)) as on_done:
+    with view.phase("grading gold answers", len(problems)) as on_done:
         for start in range(0, len(problems), _CHUNK):
             chunk = problems[start : start + _CHUNK]
             items = [(p.gold, str(written_gold(p.gold, reward)), p.question) for p in chunk]

@@ -1,175 +1,181 @@
 """Accuracy, honestly: greedy pass@1 with its interval, and what sampling adds.
 
-A truncated answer is wrong. The same prompt and decoding serve base and tuned model.
+The same problems, prompt and decoding serve base and tuned model. Answers are kept as they come, so that an
+evaluation killed anywhere is finished by asking for it again.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from empg_lite import __version__, store
 from empg_lite.data import load_problems, subset
-from empg_lite.estep import sample_rationales, score
-from empg_lite.learner import build_learner
+from empg_lite.estep import Scorer, sample_rationales
+from empg_lite.eval_file import AnswerFile
+from empg_lite.eval_summary import Evaluation, paired
+from empg_lite.learner import Learner, build_learner
 from empg_lite.metrics import View
-from empg_lite.policy.policy import Policy
-from empg_lite.rationale import Problem, Rationale
+from empg_lite.rationale import Problem, Rationale, RolloutHeader, flatten
 from empg_lite.rewards import Grader
+from empg_lite.runs import RUNS
 from empg_lite.sampler import Decoding, Sampler
 from empg_lite.target import Target
 
 #: E-step number of evaluation draws: the same random numbers every time, never those of training.
 EVAL_STEP = -1
-Z_95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Results on n problems. Rates are fractions; lengths are tokens, the stop included.
+class Examiner:
+    """Asks a learner's policy, as it is at that moment; base and tuned are asked alike."""
 
-    Attributes:
-        greedy: one rationale for each problem.
-        sampled: k at temperature 1 for each problem, problem by problem; may be empty.
-    """
+    learner: Learner
+    sampler: Sampler
+    grader: Grader
+    view: View
 
-    greedy: tuple[Rationale, ...]
-    sampled: tuple[tuple[Rationale, ...], ...] = ()
-
-    @property
-    def accuracy(self) -> float:
-        """Greedy pass@1: mean reward."""
-        return sum(r.reward or 0.0 for r in self.greedy) / len(self.greedy)
-
-    def summary(self) -> dict[str, Any]:
-        """The figures as ``eval --json`` prints them."""
-        n = len(self.greedy)
-        low, high = wilson(self.accuracy * n, n)
-        result: dict[str, Any] = {
-            "n": n,
-            "pass@1": self.accuracy,
-            "pass@1_ci95": [low, high],
-            "mean_length": sum(len(r.completion_ids) for r in self.greedy) / n,
-            "truncated": sum(r.finish_reason == "length" for r in self.greedy) / n,
-            "grader_failures": sum(r.failed for r in self.greedy),
+    def header(self, problems: Sequence[Problem]) -> RolloutHeader:
+        """Everything that an answer depends on, and the version of what graded it."""
+        recipe = self.learner.recipe
+        asked = {
+            "problems": hashlib.sha256("".join(p.id for p in problems).encode()).hexdigest(),
+            "max_new_tokens": recipe.sampler.max_new_tokens,
+            "dtype": recipe.model.dtype,
+            "load_in_4bit": recipe.model.load_in_4bit,
+            "batch_rows": int(recipe.sampler.batch_rows),
+            "empg_lite": __version__,
         }
-        if self.sampled:
-            k = len(self.sampled[0])
-            result["t1_accuracy"] = sum(r.reward or 0.0 for rows in self.sampled for r in rows) / (n * k)
-            if k > 1:
-                right = [sum((r.reward or 0.0) == 1.0 for r in rows) for rows in self.sampled]
-                result[f"pass@{k}"] = sum(pass_at_k(k, c, k) for c in right) / n
-                result[f"maj@{k}"] = sum(majority_reward(rows) for rows in self.sampled) / n
-        return result
+        return replace(self.learner.header(recipe.data.reward), sampler=asked)
 
+    def evaluate(
+        self,
+        problems: Sequence[Problem],
+        *,
+        samples: int = 0,
+        label: str = "evaluating",
+        folder: Path | None = None,
+        header: RolloutHeader | None = None,
+        replace_other: bool = False,
+    ) -> Evaluation:
+        """Answer every problem greedily and, with ``samples`` = k > 0, also k times at temperature 1.
 
-def evaluate(
-    policy: Policy,
-    sampler: Sampler,
-    grader: Grader,
-    problems: Sequence[Problem],
-    *,
-    reward: str,
-    max_new_tokens: int,
-    samples: int = 0,
-    seed: int = 0,
-    view: View | None = None,
-    label: str = "evaluating",
-) -> Evaluation:
-    """Answer every problem greedily and, with ``samples`` = k > 0, also k times at temperature 1."""
-    assert problems, "nothing to evaluate on"
-    view = view or View()
+        Args:
+            folder: keeps the answers (``greedy.jsonl``, ``sampled.jsonl``); those it has are not asked again.
+            header: whose answers these are; None: those of the policy with its adapter.
+            replace_other: see ``AnswerFile``.
+        """
+        assert problems, "nothing to evaluate on"
+        header = header or self.header(problems)
+        # Questions of like length share a batch: less padding.
+        order = sorted(problems, key=lambda p: (len(p.question), p.id))
 
-    def answer(decoding: Decoding, k: int) -> list[Rationale]:
-        with view.phase(label, len(problems) * k) as on_done:
-            draw = sample_rationales(
-                policy,
-                sampler,
-                problems,
-                decoding,
-                samples=k,
-                seed=seed,
-                step=EVAL_STEP,
-                policy_step=0,
-                on_done=on_done,
+        def answers(name: str, decoding: Decoding, k: int) -> dict[str, list[Rationale]]:
+            how = {"pass": name, "samples_per_problem": k, "temperature": decoding.temperature}
+            kept = AnswerFile(
+                folder / f"{name}.jsonl" if folder else None,
+                replace(header, sampler={**header.sampler, **how}),
+                total=len(order) * k,
+                k=k,
+                replace_other=replace_other,
             )
-        return score([r for g in draw.groups for r in g.rationales], grader, reward)
+            self._complete(kept, order, decoding, k, label)
+            by_problem: dict[str, list[Rationale]] = {}
+            for r in kept.rows:
+                by_problem.setdefault(r.problem_id, []).append(r)
+            return by_problem
 
-    greedy = answer(Decoding(max_new_tokens, temperature=0.0), 1)
-    sampled: list[tuple[Rationale, ...]] = []
-    if samples:
-        rows = answer(Decoding(max_new_tokens), samples)
-        sampled = [tuple(rows[i : i + samples]) for i in range(0, len(rows), samples)]
-    return Evaluation(tuple(greedy), tuple(sampled))
+        limit = self.learner.recipe.sampler.max_new_tokens
+        greedy = answers("greedy", Decoding(limit, temperature=0.0), 1)
+        sampled = answers("sampled", Decoding(limit), samples) if samples else {}
+        return Evaluation(
+            tuple(greedy[p.id][0] for p in problems),
+            tuple(tuple(sampled[p.id]) for p in problems) if samples else (),
+        )
+
+    def _complete(
+        self, kept: AnswerFile, problems: Sequence[Problem], decoding: Decoding, k: int, label: str
+    ) -> None:
+        """Ask for what is missing, batch by batch."""
+        recipe = self.learner.recipe
+        with self.view.phase(label, len(problems) * k) as on_done:
+            on_done(len(kept.rows))
+            for start in range(len(kept.rows) // k, len(problems), kept.batch):
+                scorer = Scorer(self.grader, str(recipe.data.reward), on_done=on_done)
+                draw = sample_rationales(
+                    self.learner.policy,
+                    self.sampler,
+                    problems[start : start + kept.batch],
+                    decoding,
+                    samples=k,
+                    seed=recipe.run.seed,
+                    step=EVAL_STEP,
+                    policy_step=0,
+                    on_rationale=scorer.submit,
+                )
+                kept.add(scorer.scored(flatten(draw.groups)))
 
 
 def evaluate_target(
     target: Target,
+    grader: Grader,
     *,
     split: str | None = None,
     limit: int | None = None,
     k: int = 0,
     base: bool = False,
+    out: Path | None = None,
     view: View | None = None,
 ) -> dict[str, Any]:
     """Load a model and evaluate it, with ``base`` also with its adapter off: the same in all else.
 
+    Args:
+        out: folder of the answers; None: ``RUN/eval``, or ``runs/eval`` for what is no run. What an earlier,
+            equal evaluation left there is taken over.
+
     Returns:
-        ``split`` and the figures of ``Evaluation.summary``; with ``base`` also an object ``base`` of them.
+        ``split``, ``answers`` (the folder), the figures of ``Evaluation.summary``; with ``base`` also an
+        object ``base`` of them, and ``paired``: base first, tuned second.
 
     Raises:
         EmpgError: model or data are unusable.
+        RunInUse: the same evaluation is going on elsewhere.
     """
     recipe = target.recipe
-    problems = subset(
-        load_problems(recipe.data, split or recipe.data.eval_split), limit or recipe.run.eval_limit
-    )
+    split = split or recipe.data.eval_split
+    problems = subset(load_problems(recipe.data, split), limit or recipe.run.eval_limit)
     learner = build_learner(recipe)
-    sampler = learner.sampler()
+    examiner = Examiner(learner, learner.sampler(), grader, view or View())
+    out = out or (target.run / "eval" if target.run else RUNS / "eval")
+    tuned_header = examiner.header(problems)
 
-    def run(label: str) -> Evaluation:
-        return evaluate(
-            learner.policy,
-            sampler,
-            grader,
-            problems,
-            reward=str(recipe.data.reward),
-            max_new_tokens=recipe.sampler.max_new_tokens,
-            samples=k,
-            seed=recipe.run.seed,
-            view=view,
-            label=label,
-        )
+    def run(label: str, header: RolloutHeader) -> tuple[Path, Evaluation, dict[str, Any]]:
+        folder = out / f"{label}-{split}-{_digest(header)}"
+        with store.run_lock(folder):
+            evaluation = examiner.evaluate(
+                problems, samples=k, label=f"evaluating {label}", folder=folder, header=header
+            )
+            summary = evaluation.summary()
+            store.write_file(folder / "figures.json", json.dumps({"split": split, **summary}, indent=1))
+        return folder, evaluation, summary
 
-    with Grader() as grader:
-        result = {"split": split or recipe.data.eval_split, **run("tuned").summary()}
-        if base:
-            with learner.policy.reference():
-                result["base"] = run("base").summary()
+    folder, tuned, figures = run(Path(target.label).name, tuned_header)
+    result: dict[str, Any] = {"split": split, "answers": str(folder), **figures}
+    if base:
+        with learner.policy.reference():
+            folder, reference, figures = run("base", replace(tuned_header, adapter=None))
+        result["base"] = {"answers": str(folder), **figures}
+        result["paired"] = paired(reference.greedy, tuned.greedy)
     return result
 
 
-def wilson(successes: float, n: int, z: float = Z_95) -> tuple[float, float]:
-    """Wilson score interval of a proportion (JASA 1927): sound near 0 and 1, where accuracy often is."""
-    assert n > 0 and 0 <= successes <= n
-    p = successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def pass_at_k(n: int, right: int, k: int) -> float:
-    """Chance that k of n samples, drawn without replacement, hold a right one (Chen et al. 2021, eq. 1)."""
-    assert 0 <= right <= n and 1 <= k <= n
-    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
-
-
-def majority_reward(rows: Sequence[Rationale]) -> float:
-    """Reward of the answer given most often (the first given among equals); 0 where none was read."""
-    answers = [r.extracted for r in rows if r.extracted is not None and r.finish_reason == "stop"]
-    if not answers:
-        return 0.0
-    winner = Counter(answers).most_common(1)[0][0]
-    return next(r.reward or 0.0 for r in rows if r.extracted == winner)
+def _digest(header: RolloutHeader) -> str:
+    """A short name for an evaluation's settings."""
+    facts = {**header.sampler, "batch_rows": None}
+    identity = (header.model, header.revision, header.adapter, header.tokenizer, header.template, header.seed)
+    text = json.dumps([identity, header.reward_name, facts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

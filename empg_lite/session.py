@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,22 @@ import torch
 from empg_lite import store
 from empg_lite.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
 from empg_lite.control import Clock
-from empg_lite.errors import NoSignal, NumericalStop
+from empg_lite.errors import GraderUnusable, NoSignal, NumericalStop
 from empg_lite.estep import estep_metrics
-from empg_lite.evaluate import Evaluation
+from empg_lite.health import FAILURES_STOP, Finding, diagnose, graded_failures
 from empg_lite.learner import Learner, build_learner
-from empg_lite.metrics import Journal, View
+from empg_lite.metrics import Journal, View, read_metrics
 from empg_lite.policy.adapter import WEIGHTS, adapter_files
 from empg_lite.policy.card import tokenizer_files
 from empg_lite.rationale import Group, encode_rollouts, flatten
 from empg_lite.recipe import Recipe
-from empg_lite.runs import Opened, rollout_path, write_run_files
+from empg_lite.runs import METRICS, Opened, rollout_path, write_run_files
 
 #: Steps in a row without any signal, or with a non-finite gradient, after which going on is pointless.
 DEAD_STEPS = 10
 NONFINITE_STEPS = 5
+#: Steps within which the same finding is not said again.
+SILENCE = 10
 
 
 class Session:
@@ -48,6 +51,7 @@ class Session:
         self.run, self.journal, self.view = run, journal, view
         self.learner: Learner = build_learner(opened.recipe)
         self.recipe: Recipe = self.learner.recipe
+        self.grader_error: str | None = None  # what the last grader failure said
         if opened.checkpoint is None:
             journal.cut_back({})
             if source is not None:
@@ -58,6 +62,7 @@ class Session:
             journal.cut_back(self._restore(opened.checkpoint))
             journal.event("resumed", step=self.learner.state.step, checkpoint=opened.checkpoint.name)
             view.note(f"resumed from {opened.checkpoint.name}")
+        self._recent: deque[Mapping[str, Any]] = deque(read_metrics(run / METRICS)[-SILENCE:], SILENCE)
         for event in opened.events:
             journal.event(**event)
         write_run_files(run, self.recipe, command)
@@ -116,13 +121,26 @@ class Session:
         }
 
     def record(self, record: Mapping[str, Any]) -> None:
-        """Log a step's metrics and show them; a step without signal is said in words."""
+        """Log a step's metrics and show them; what keeps it from teaching is said in words."""
+        step, rows = record["step"], record["em/rows_fitted"] + record["em/rows_skipped"]
+        findings = diagnose(record, rows=rows, max_new_tokens=self.recipe.sampler.max_new_tokens)
+        record = {**record, "health": [f.kind for f in findings]}
         self.journal.metrics(record)
         self.view.step(record, self.recipe.run.steps)
         if record["em/updates"] == 0:
             why = "no signal: every weight is 0" if record["em/rows_fitted"] == 0 else "gradient not finite"
-            self.journal.event("no_update", step=record["step"], why=why)
-            self.view.warn(f"step {record['step']}: {why}; nothing was learned ({_wrongness(record)})")
+            self.journal.event("no_update", step=step, why=why)
+            if record["em/rows_fitted"]:
+                self.view.warn(f"step {step}: {why}; nothing was learned")
+        for finding in findings:
+            self._say(step, finding)
+        self._recent.append(record)
+
+    def _say(self, step: int, finding: Finding) -> None:
+        """Once in ``SILENCE`` steps, also across a resumption."""
+        if not any(finding.kind in record.get("health", ()) for record in self._recent):
+            self.journal.event("health", step=step, kind=finding.kind, what=finding.what, todo=finding.todo)
+            self.view.warn(f"step {step}: {finding}")
 
     def stop_if_hopeless(self, *, force: bool) -> None:
         """End a run that cannot learn.
@@ -130,8 +148,17 @@ class Session:
         Raises:
             NoSignal: no rationale has earned anything for ``DEAD_STEPS`` steps (passed over by ``force``).
             NumericalStop: ``NONFINITE_STEPS`` gradients in a row were not finite.
+            GraderUnusable: the grader failed on most answers, two steps in a row.
         """
         state = self.learner.state
+        failing = [graded_failures(r) for r in self._recent if "reasons/failed" in r][-2:]
+        if len(failing) == 2 and min(failing) > FAILURES_STOP:
+            self.checkpoint()
+            raise GraderUnusable(
+                f"the grader failed on {failing[0]:.0%} and {failing[1]:.0%} of the answers of two steps",
+                f"{self.run}, step {state.step}",
+                self.grader_error or "events.jsonl and `empg-lite inspect` say on what; then --resume",
+            )
         if state.nonfinite_in_a_row >= NONFINITE_STEPS:
             self.checkpoint()
             raise NumericalStop(
@@ -179,26 +206,14 @@ class Session:
             adapter_files(policy) | tokenizer_files(policy) | {"README.md": card.encode()},
         )
 
-    def save_evaluation(self, name: str, evaluation: Evaluation, split: str) -> dict[str, Any]:
-        """``eval/NAME.json`` (figures) and ``eval/NAME.jsonl`` (every answer)."""
-        figures = {"step": self.learner.state.step, "split": split, **evaluation.summary()}
-        rows = [*evaluation.greedy, *(r for group in evaluation.sampled for r in group)]
-        header = self.learner.header(self.recipe.data.reward)
-        store.write_file(self.run / "eval" / f"{name}.jsonl", encode_rollouts(header, rows))
-        store.write_file(self.run / "eval" / f"{name}.json", json.dumps(figures, indent=1))
-        return figures
-
-
-def _wrongness(record: Mapping[str, Any]) -> str:
-    """What became of the step's rationales, most frequent first: ``100% truncated``."""
-    shares = {k.removeprefix("reasons/"): v for k, v in record.items() if k.startswith("reasons/") and v}
-    shares.pop("failed", None)
-    return ", ".join(f"{v:.0%} {k}" for k, v in sorted(shares.items(), key=lambda item: -item[1]))
+    def save_figures(self, name: str, figures: Mapping[str, Any]) -> None:
+        """``eval/NAME/figures.json``; the answers lie beside it."""
+        store.write_file(self.run / "eval" / name / "figures.json", json.dumps(figures, indent=1))
 
 
 def read_figures(run: Path, name: str) -> dict[str, Any] | None:
-    """What ``eval/NAME.json`` says, or None."""
-    path = run / "eval" / f"{name}.json"
+    """What ``eval/NAME/figures.json`` says, or None."""
+    path = run / "eval" / name / "figures.json"
     return json.loads(path.read_text("utf-8")) if path.is_file() else None
 
 

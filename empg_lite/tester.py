@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from empg_lite.data import Splits, subset
-from empg_lite.evaluate import Evaluation, evaluate
-from empg_lite.rationale import Problem
+from empg_lite.evaluate import Examiner
 from empg_lite.rewards import Grader
 from empg_lite.sampler import Sampler
 from empg_lite.session import Session
@@ -17,7 +15,8 @@ class Tester:
     """Measures the policy of a session. ``run.eval_every`` 0 switches all of it off."""
 
     def __init__(self, session: Session, sampler: Sampler, grader: Grader, splits: Splits) -> None:
-        self.session, self.sampler, self.grader = session, sampler, grader
+        self.session = session
+        self.examiner = Examiner(session.learner, sampler, grader, session.view)
         self.every = session.recipe.run.eval_every
         self.validation = splits.validation
         self.evaluation = subset(splits.evaluation, session.recipe.run.eval_limit)
@@ -31,48 +30,45 @@ class Tester:
         if not self.every or self.session.learner.state.step:
             return
         figures = self._report("before")
-        self.session.journal.metrics(
-            {"step": 0, **{f"eval/{k}": v for k, v in figures.items() if k != "step"}}
-        )
+        scalars = {k: v for k, v in figures.items() if k != "step" and not isinstance(v, dict)}
+        self.session.journal.metrics({"step": 0, **{f"eval/{k}": v for k, v in scalars.items()}})
 
     def validate(self, *, force: bool) -> dict[str, Any]:
         """Greedy accuracy on held-out training rows, where due; the best adapter so far goes to ``best/``."""
         state = self.session.learner.state
         if not self.validation or not (self.due(state.step) or (force and self.every)):
             return {}
-        figures = self._evaluate(self.validation, "validating", samples=0).summary()
+        figures = self.examiner.evaluate(self.validation, label="validating").summary()
         accuracy = figures["pass@1"]
         if state.best_accuracy is None or accuracy > state.best_accuracy:
             state.best_accuracy, state.best_step = accuracy, state.step
             self.session.publish_adapter("best", {"validation accuracy": accuracy})
-        return {"eval/accuracy": accuracy, "eval/mean_length": figures["mean_length"]}
+        behaviors = {f"eval/behavior/{name}": share for name, share in figures["behaviors"].items()}
+        return {"eval/accuracy": accuracy, "eval/mean_length": figures["mean_length"], **behaviors}
 
     def after(self) -> dict[str, Any]:
         """Accuracy of the trained policy on the same rows as before; {} without evaluation."""
         return self._report("after") if self.every else {}
 
     def _report(self, name: str) -> dict[str, Any]:
-        split = self.session.recipe.data.eval_split
-        evaluation = self._evaluate(self.evaluation, f"evaluating {name} training", samples=1)
-        figures = self.session.save_evaluation(name, evaluation, split)
+        session = self.session
+        folder = session.run / "eval" / name
+        evaluation = self.examiner.evaluate(
+            self.evaluation,
+            samples=1,
+            label=f"evaluating {name} training",
+            folder=folder,
+            replace_other=True,  # of a shorter run that is being extended
+        )
+        figures = {
+            "step": session.learner.state.step,
+            "split": session.recipe.data.eval_split,
+            **evaluation.summary(),
+        }
+        session.save_figures(name, figures)
         low, high = figures["pass@1_ci95"]
-        self.session.view.note(
+        session.view.note(
             f"{name} training: greedy accuracy {figures['pass@1']:.1%} [{low:.1%}, {high:.1%}] "
             f"of {figures['n']}, T=1 {figures['t1_accuracy']:.1%}, length {figures['mean_length']:.0f}"
         )
         return figures
-
-    def _evaluate(self, problems: Sequence[Problem], label: str, samples: int) -> Evaluation:
-        recipe = self.session.recipe
-        return evaluate(
-            self.session.learner.policy,
-            self.sampler,
-            self.grader,
-            problems,
-            reward=str(recipe.data.reward),
-            max_new_tokens=recipe.sampler.max_new_tokens,
-            samples=samples,
-            seed=recipe.run.seed,
-            view=self.session.view,
-            label=label,
-        )

@@ -8,6 +8,7 @@ log-probability: for weights >= 0 the M-step ascends a lower bound of log E[R] w
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +18,11 @@ from typing import Any
 from empg_lite import store
 from empg_lite.checkpoint import stored_state
 from empg_lite.control import RESUME, Clock, stop_request
-from empg_lite.data import ProblemStream, Splits, drop_long, load_splits
+from empg_lite.data import ProblemStream, load_splits
 from empg_lite.errors import DataError, Interrupted, RecipeError
-from empg_lite.estep import VerdictKey, sample_rationales, score, weigh
+from empg_lite.estep import Scorer, VerdictKey, sample_rationales, weigh
 from empg_lite.metrics import Journal, View
-from empg_lite.policy.policy import Policy
+from empg_lite.preflight import first_problems, preflight, refuse_hopeless
 from empg_lite.rationale import Group, Problem, Rationale, flatten, group_rationales, read_rollouts
 from empg_lite.recipe import Recipe, refused_sampling
 from empg_lite.rewards import Grader
@@ -66,13 +67,16 @@ def train(
             view.note(f"{run} is finished: nothing to do")
             return summarise(run, opened.recipe, stored_state(opened.checkpoint), clock)
 
+        grader.self_test(str(opened.recipe.data.reward))
         splits = load_splits(opened.recipe)
         session = Session(run, opened, journal, view, options.command)
         learner, state, recipe = session.learner, session.learner.state, session.recipe
-        problems = fitting_problems(splits, learner.policy, recipe, session)
+        problems = fitting_problems(session, splits.train)
         stream = ProblemStream(problems, recipe.run.seed)
         sampler = learner.sampler()
         tester = Tester(session, sampler, grader, splits)
+        if not state.step:
+            fly_first(session, sampler, grader, first_problems(problems, recipe.run.seed), options.force)
         tester.before()
 
         while state.step < recipe.run.steps:
@@ -113,7 +117,10 @@ def e_step(
     learner, state, recipe = session.learner, session.learner.state, session.recipe
     rows = len(problems) * recipe.sampler.samples_per_problem
     started = time.perf_counter()
+    reward = str(recipe.data.reward)
+    known = known_verdicts(rollout_path(session.run, state.step + 1), reward)
     with session.view.phase("sampling", rows) as on_done:
+        scorer = Scorer(grader, reward, known, on_done)  # grades what has ended while the rest is sampled
         draw = sample_rationales(
             learner.policy,
             sampler,
@@ -123,16 +130,34 @@ def e_step(
             seed=recipe.run.seed,
             step=state.step + 1,
             policy_step=state.policy_step,
-            on_done=on_done,
+            on_rationale=scorer.submit,
         )
     sampled = time.perf_counter()
-    reward = str(recipe.data.reward)
-    known = known_verdicts(rollout_path(session.run, state.step + 1), reward)
-    scored = score(flatten(draw.groups), grader, reward, known)
+    scored = scorer.scored(flatten(draw.groups))
+    session.grader_error = scorer.error
     groups = weigh(group_rationales(scored), weighting=recipe.em.weighting, baseline=recipe.em.baseline)
     times = {"sample": sampled - started, "score": time.perf_counter() - sampled}
     tokens = sum(len(r.completion_ids) for r in scored)
     return groups, times, {"entropy": draw.entropy, "time/tokens_per_second": tokens / times["sample"]}
+
+
+def fly_first(
+    session: Session, sampler: Sampler, grader: Grader, problems: Sequence[Problem], force: bool
+) -> None:
+    """Preflight; what it found stays in ``preflight.json``.
+
+    Raises:
+        NoSignal: training cannot learn anything, and ``force`` was not said.
+        GraderUnusable: the grader does not work.
+    """
+    found = preflight(session.learner, sampler, grader, problems, session.view)
+    store.write_file(session.run / "preflight.json", json.dumps(found.facts(), indent=1))
+    seen, *advice = found.lines()
+    session.view.note(seen)
+    for line in advice:
+        session.view.warn(line)
+    if not force:
+        refuse_hopeless(found, str(session.run))
 
 
 def known_verdicts(path: Path, reward: str) -> dict[VerdictKey, Rationale]:
@@ -148,22 +173,11 @@ def known_verdicts(path: Path, reward: str) -> dict[VerdictKey, Rationale]:
     return {(r.problem_id, r.completion): r for r in segment.rationales if r.reward is not None}
 
 
-def fitting_problems(splits: Splits, policy: Policy, recipe: Recipe, session: Session) -> list[Problem]:
-    """Training problems whose prompt is within the limit; what is dropped is counted and said.
-
-    Raises:
-        DataError: nothing is left.
-    """
-    limit = int(recipe.data.max_prompt_tokens or 0)
-    lengths = [len(policy.encode_prompt(p.question)[1]) for p in splits.train]
-    problems, dropped = drop_long(list(splits.train), lengths, limit)
+def fitting_problems(session: Session, problems: Sequence[Problem]) -> list[Problem]:
+    """Training problems whose prompt is within the limit; what is dropped is counted and said."""
+    kept, dropped = session.learner.short_enough(problems)
     if dropped:
+        limit = session.recipe.data.max_prompt_tokens
         session.journal.event("dropped_long_prompts", count=dropped, limit=limit)
-        session.view.note(
-            f"{dropped} of {len(splits.train)} problems are longer than {limit} tokens: left out"
-        )
-    if not problems:
-        raise DataError(
-            "no problem is short enough", "data.max_prompt_tokens", f"raise it above {min(lengths)}"
-        )
-    return problems
+        session.view.note(f"{dropped} of {len(problems)} problems are longer than {limit} tokens: left out")
+    return kept

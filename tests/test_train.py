@@ -72,6 +72,7 @@ def test_a_run_directory(straight: Path) -> None:
         "adapter",
         "best",
         "eval",
+        "preflight.json",
     } - ({"events.jsonl"} if not (run / "events.jsonl").exists() else set())
     assert [p.name for p in list_checkpoints(run)] == ["step-000005", "step-000006"]  # keep 2
     recipe = load_recipe(str(run / "recipe.yaml"))
@@ -118,19 +119,25 @@ def test_it_learns(recipe_file: Path, tmp_path: Path) -> None:
 def test_without_signal_nothing_moves(recipe_file: Path, tmp_path: Path) -> None:
     changes = ["data.reward='regex:never this'", "run.eval_every=0", "run.steps=2"]
     recipe = load_recipe(str(recipe_file), changes)
-    train(recipe, tmp_path / "run")
+    train(recipe, tmp_path / "run", TrainOptions(force=True))
     first, last = (p / "adapter_model.safetensors" for p in list_checkpoints(tmp_path / "run"))
     assert first.read_bytes() == last.read_bytes()
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [(r["loss"], r["em/updates"], r["em/frac_all_wrong"]) for r in records] == [(None, 0, 1.0)] * 2
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
-    assert [(e["event"], e["step"]) for e in events] == [("no_update", 1), ("no_update", 2)]
+    assert [(e["event"], e["step"]) for e in events if e["event"] != "health"] == [
+        ("no_update", 1),
+        ("no_update", 2),
+    ]
+    said = {e["kind"]: e["step"] for e in events if e["event"] == "health"}
+    assert said["all_wrong"] == 1, "said once, not at every step"
 
 
 def test_a_dead_signal_stops_the_run_unless_forced(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("empg_lite.session.DEAD_STEPS", 2)
+    monkeypatch.setattr("empg_lite.train.fly_first", lambda *_: None)  # it would stop the run before step 1
     recipe = load_recipe(str(recipe_file), ["data.reward='regex:never this'", "run.eval_every=0"])
     with pytest.raises(NoSignal, match="no signal in 2 steps") as raised:
         train(recipe, tmp_path / "a")
@@ -323,16 +330,22 @@ def test_verdicts_are_not_asked_for_twice(
     with pytest.raises(KeyboardInterrupt):
         train(recipe, run)  # dies after step 1, before any checkpoint
     monkeypatch.undo()
+    monkeypatch.setattr(module, "fly_first", lambda *_: None)  # this and the self-test grade too
+    monkeypatch.setattr(module.Grader, "self_test", lambda *_: None)
     stored = run / "rollouts" / "step-000001.jsonl"
     assert stored.is_file() and not list_checkpoints(run)
-    asked: list[int] = []
-    real = module.Grader.grade_many
+    asked: list[str] = []
+    real = module.Grader.submit
     monkeypatch.setattr(
-        module.Grader, "grade_many", lambda s, r, items: asked.append(len(items)) or real(s, r, items)
+        module.Grader, "submit", lambda s, r, case: asked.append(case.prediction) or real(s, r, case)
     )
     train(recipe, run, TrainOptions(resume=True))
-    assert sum(r.finish_reason == "stop" for r in read_rollouts(stored)[0].rationales) > 4
-    assert asked[0] == 0 and asked[1] > 4
+
+    def ended(step: int) -> int:
+        rows = read_rollouts(run / "rollouts" / f"step-{step:06d}.jsonl")[0].rationales
+        return sum(r.finish_reason == "stop" for r in rows)
+
+    assert ended(1) > 4 and len(asked) == ended(2) + ended(3)
 
 
 def test_the_optimiser_is_stored_by_name(straight: Path) -> None:

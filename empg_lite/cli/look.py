@@ -17,6 +17,7 @@ from empg_lite.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from empg_lite.check import CheckReport
     from empg_lite.rationale import Rationale
 
 
@@ -143,6 +144,9 @@ def _show_recipe(out: Output, name: str) -> None:
 
 def check(
     recipe: RecipeOption = None,
+    preflight: Annotated[
+        bool, typer.Option("--preflight", help="Also load the model and sample 16 problems.")
+    ] = False,
     overrides: SetOption = None,
     seed: SeedOption = None,
     as_json: JsonOption = False,
@@ -151,33 +155,52 @@ def check(
     """Data, prompts, and every gold answer against its own reward. Exit code 1 if something is wrong."""
     from dataclasses import asdict
 
-    from empg_lite.check import check as run_check
     from empg_lite.recipe_file import load_recipe
+    from empg_lite.rewards import Grader
     from empg_lite.safe_text import safe
 
     out = Output(as_json)
     plan = load_recipe(recipe or "tiny", overrides or [], seed)
-    with out.guarded():
-        report = run_check(plan, out.view())
-        out.line({"ok": report.ok, **asdict(report)})
-        rows = ", ".join(f"{n} {name}" for name, n in report.rows.items())
-        dropped = ", ".join(f"{n} {cause}" for cause, n in report.dropped.items() if n) or "none"
-        lines = [f"rows: {rows} · left out: {dropped} · in both train and evaluation: {report.overlap}"]
-        if report.too_long is not None:
-            lines.append(f"prompts over data.max_prompt_tokens: {report.too_long}")
-        if report.gold_failures is not None:
-            total = sum(report.rows.values())
-            lines.append(f"gold answers that score 1: {total - len(report.gold_failures)} of {total}")
-            lines += [
-                f"  {f.problem_id}: gold {f.gold!r} -> {f.reason}, read {f.extracted!r}"
-                for f in report.gold_failures
-            ]
-        lines += [f"note: {note}" for note in report.notes]
-        lines += ["first prompt as the model sees it:", "-" * 60, report.prompt, "-" * 60]
-        lines.append("ok" if report.ok else "something is wrong: see above")
+    from empg_lite.check import check as run_check
+
+    with out.guarded(), Grader() as grader:
+        report = run_check(plan, grader, out.view())
+        flight = None
+        if preflight:
+            from empg_lite.preflight import preflight_recipe
+
+            flight = preflight_recipe(plan, grader, out.view())
+        ok = report.ok and not (flight and flight.hopeless)
+        out.line({"ok": ok, **asdict(report), "preflight": flight and flight.facts()})
+        lines = [*_findings(report), *(flight.lines() if flight else [])]
+        lines.append("ok" if ok else "something is wrong: see above")
         for line in lines:
             out.print(safe(line), markup=False, highlight=False)
-    raise typer.Exit(0 if report.ok else 1)
+    raise typer.Exit(0 if ok else 1)
+
+
+def _findings(report: CheckReport) -> list[str]:
+    """A check's report, line by line."""
+    total = sum(report.rows.values())
+    rows = ", ".join(f"{n} {name}" for name, n in report.rows.items())
+    dropped = ", ".join(f"{n} {cause}" for cause, n in report.dropped.items() if n) or "none"
+    lines = [f"rows: {rows} · left out: {dropped} · in both train and evaluation: {report.overlap}"]
+    if report.too_long is not None:
+        lines.append(f"training prompts over data.max_prompt_tokens, left out: {report.too_long}")
+        lines.append(
+            f"longest prompt: {report.longest} tokens; prompts that leave no room for sampler.max_new_tokens "
+            f"in the context of {report.context}: {report.over_context}"
+        )
+    if report.gold_failures is not None:
+        lines.append(f"gold answers that score 1: {total - len(report.gold_failures)} of {total}")
+        lines += [
+            f"  {f.problem_id}: gold {f.gold!r} -> {f.reason}, read {f.extracted!r}"
+            for f in report.gold_failures
+        ]
+    lines += [f"note: {note}" for note in report.notes]
+    lines += ["first prompt as the model sees it:", "-" * 60, report.prompt, "-" * 60]
+    lines.append("an answer ends at " + " or ".join(map(repr, report.stops)))
+    return lines
 
 
 def doctor(as_json: JsonOption = False, debug: DebugOption = False) -> None:

@@ -213,46 +213,32 @@ def evaluate(
         int | None, typer.Option(min=1, help="At most so many problems.", show_default=False)
     ] = None,
     k: Annotated[int, typer.Option("--k", min=0, help="Also draw k samples at T=1: pass@k, maj@k.")] = 0,
-    base: Annotated[bool, typer.Option("--base", help="Also evaluate with the adapter off.")] = False,
+    base: Annotated[
+        bool, typer.Option("--base", help="Also evaluate with the adapter off, and compare.")
+    ] = False,
+    out_dir: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder of the answers; default RUN/eval.", show_default=False),
+    ] = None,
     overrides: SetOption = None,
     seed: SeedOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Greedy accuracy with a 95% interval, on held-out problems."""
+    """Greedy accuracy with a 95% interval, on held-out problems. Interrupted: repeat the command to go on."""
     from empg_lite.target import resolve_target
 
     out = Output(as_json)
     chosen = resolve_target(target, recipe, overrides or [], seed)
     from empg_lite.evaluate import evaluate_target
+    from empg_lite.rewards import Grader
 
-    with out.guarded():
-        result = evaluate_target(chosen, split=split, limit=limit, k=k, base=base, view=out.view())
+    with out.guarded(), Grader() as grader:
+        result = evaluate_target(
+            chosen, grader, split=split, limit=limit, k=k, base=base, out=out_dir, view=out.view()
+        )
         out.line(result)
         if not out.as_json:
-            out.print(_table(chosen.label, result))
+            from empg_lite.cli.eval_table import show_evaluation
 
-
-def _table(label: str, result: dict[str, Any]) -> Any:
-    from rich.table import Table
-
-    base = result.get("base")
-    table = Table(title=f"{label} on {result['split']} ({result['n']} problems)")
-    table.add_column("")
-    table.add_column("tuned", justify="right")
-    if isinstance(base, dict):
-        table.add_column("base", justify="right")
-    for name, value in result.items():
-        if name in ("base", "split", "n"):
-            continue
-        cells = [_cell(name, value)] + ([_cell(name, base.get(name))] if isinstance(base, dict) else [])
-        table.add_row(name, *cells)
-    return table
-
-
-def _cell(name: str, value: object) -> str:
-    if isinstance(value, list):
-        return "[" + ", ".join(f"{v:.1%}" for v in value) + "]"
-    if name in ("mean_length",):
-        return f"{value:.1f}"
-    return f"{value:.1%}" if isinstance(value, float) else str(value)
+            show_evaluation(out, chosen.label, result)
