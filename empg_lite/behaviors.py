@@ -1,0 +1,370 @@
+"""Which ways of reasoning a rationale shows: a reader's aid, not a reward.
+
+Four behaviours, each found sentence by sentence by patterns on the words (English only):
+
+* ``decomposition``: the task is split into named parts, steps, cases or sub-goals;
+* ``verification``: a result that is already there is checked;
+* ``backtracking``: an error is noticed, or an approach is left for another;
+* ``backward_chaining``: from what is wanted to what is needed for it.
+
+The definitions, the labelled sentences and the measured precision and recall are in ``docs/behaviors.md``.
+The four are those of Gandhi et al., Cognitive Behaviors that Enable Self-Improving Reasoners (arXiv 2503.01307).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+BEHAVIORS: tuple[str, ...] = ("decomposition", "verification", "backtracking", "backward_chaining")
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A sentence that shows a behaviour: ``text[start:end]``. Spans of several behaviours may coincide."""
+
+    start: int
+    end: int
+    behaviour: str
+
+
+def detect(sentence: str) -> frozenset[str]:
+    """The behaviours that one sentence shows; see ``sentences`` for what a sentence is.
+
+    >>> sorted(detect("Wait, that is wrong."))
+    ['backtracking']
+    """
+    plain = _plain(sentence)
+    return frozenset(name for name, pattern in _COMPILED.items() if pattern.search(plain))
+
+
+def spans(text: str) -> tuple[Span, ...]:
+    """Every sentence of ``text`` that shows a behaviour, once a behaviour, in reading order."""
+    return tuple(
+        Span(start, end, name)
+        for start, end in _bounds(text)
+        if (found := detect(text[start:end]))
+        for name in BEHAVIORS
+        if name in found
+    )
+
+
+def behavior_counts(text: str) -> dict[str, int]:
+    """How many sentences of one rationale show each behaviour; every behaviour has an entry."""
+    found = [span.behaviour for span in spans(text)]
+    return {name: found.count(name) for name in BEHAVIORS}
+
+
+def behavior_rates(texts: Sequence[str]) -> dict[str, float]:
+    """The share of rationales, in [0, 1], that show each behaviour at least once; 0 for no rationales."""
+    counts = [behavior_counts(text) for text in texts]
+    return {name: sum(c[name] > 0 for c in counts) / max(1, len(counts)) for name in BEHAVIORS}
+
+
+# --- sentences ------------------------------------------------------------------------------------
+
+#: Where text may end a sentence, and the openings of blocks whose inside is never cut.
+_CUT = re.compile(
+    r"(?P<open>\\\[|\$\$|\[asy\]|\\begin\{(?P<env>[a-z]{1,20}\*?)\})"
+    r"|(?P<newline>[\r\n\v\f\x85\u2028\u2029])"
+    r"|(?P<wide>[。！？])"
+    r"|(?P<mark>(?<![.!?…])[.!?…]++(?:[\"'”’)*$]|\\\))*+)(?=\s|\\\[|\Z)"
+)
+_CLOSE = {"\\[": "\\]", "$$": "$$", "[asy]": "[/asy]"}
+_LONGEST_BLOCK = 2000
+#: What a full stop belongs to without ending the sentence. Read backwards from the stop.
+_ABBREVIATION = re.compile(
+    r"\b(?:mrs?|ms|dr|st|prof|jr|vs|no|nos|fig|eq|approx|cf|resp|sq|ft|oz|lbs?|hrs?|mins?|secs?|e\.g|i\.e)$",
+    re.IGNORECASE,
+)
+_DOTTED = re.compile(r"(?:\b[a-z](?:\.[a-z])+|\betc)$", re.IGNORECASE)
+#: The number of a list item: "2." or "Step 2." or "(b)." and nothing before it.
+_ITEM = re.compile(r"[\s*#_>(-]*(?:(?:step|case|part|method)\s+)?(?:\d{1,3}|[a-z]|[ivx]{1,4})\Z", re.IGNORECASE)
+#: A formula runs on after a factorial or an abbreviation.
+_RUNS_ON = re.compile(r"\s*(?:[=+/<>,;:)\]}^|-]|\*(?!\*)|\\(?:times|cdot|div|le|ge|ne|equiv)\b)")
+_LOWER = re.compile(r"\s*[a-z]")
+
+
+def sentences(text: str) -> list[str]:
+    return [text[start:end] for start, end in _bounds(text)]
+
+
+def _bounds(text: str) -> Iterator[tuple[int, int]]:
+    """Start and end of each sentence, blanks around it left out."""
+    start = 0
+    for end in _ends(text):
+        piece = text[start:end]
+        if stripped := piece.strip():
+            first = start + piece.index(stripped[0])
+            yield first, first + len(stripped)
+        start = end
+
+
+def _ends(text: str) -> Iterator[int]:
+    start = position = 0
+    while match := _CUT.search(text, position):
+        position = match.end()
+        if match["open"]:
+            close = _CLOSE.get(match["open"]) or f"\\end{{{match['env']}}}"
+            found = text.find(close, position, position + _LONGEST_BLOCK)
+            if found < 0:
+                continue
+            stop, position = text[position:found].rstrip()[-1:], found + len(close)
+            ends = stop in (".", "!", "?") and not _LOWER.match(text, position)
+        else:
+            ends = not match["mark"] or _ends_sentence(text, start, match)
+        if ends:
+            yield position
+            start = position
+    yield len(text)
+
+
+def _ends_sentence(text: str, start: int, match: re.Match[str]) -> bool:
+    """Whether a full stop, question or exclamation mark ends the sentence that began at ``start``."""
+    mark, stop = match["mark"], match.start()
+    before = text[max(start, stop - 24) : stop]
+    if _RUNS_ON.match(text, match.end()):
+        return False
+    if mark[0] in "!?":
+        return True
+    if mark.startswith(("..", "…")) or _DOTTED.search(before):
+        return not _LOWER.match(text, match.end())
+    if _ABBREVIATION.search(before):
+        return False
+    return stop - start > 24 or not _ITEM.match(before)
+
+
+# --- patterns -------------------------------------------------------------------------------------
+#
+# They are matched against a sentence in lower case in which formulas are "@", markup is gone and look-alikes
+# are erased. Gaps are bounded and no repetition holds another unbounded one: the time is linear in the text.
+
+_FORMULA = re.compile(
+    r"\$\$[^$]*\$\$"
+    r"|\$(?!\s)[^$]*(?<!\s)\$(?!\d)"  # a dollar sign before an amount has a blank or a digit on the wrong side
+    r"|\\\((?:[^\\]|\\(?![()]))*\\\)"
+    r"|\\\[(?:[^\\]|\\(?![\[\]]))*\\\]"
+    r"|\\begin\{\w+\*?\}(?:[^\\]|\\(?!begin\b|end\b))*\\end\{\w+\*?\}"
+)
+_MARKUP = re.compile(r"<<[^<>\n]{0,200}>>|[*_#`\s]+")
+_QUOTES = str.maketrans("’‘“”", "''\"\"")
+
+#: Words of the patterns below that have another meaning in a story; they are erased first.
+_LOOK_ALIKES = re.compile(
+    # A person called Wait or Check.
+    r"\b(?:mr|mrs|ms|miss|dr)\.? \w+"
+    # A check as a cheque, a bill, a mark, a pattern; not "as a check" or "a quick check".
+    r"|(?<!\bas )\b(?:a|the|each|every|this|his|her|their|\$?\d[\d.,]*) (?:\$\d[\d.,]* |dinner |rent |pay )?checks?\b(?! that\b)"
+    r"|\bcheck(?:s|ed|ing)? (?:in|out)\b(?= (?:\d|at|of|from|a\b|an\b|the\b|some|more|book|line|by))"
+    # A prompt that is repeated, and the habit of saying so.
+    r"|\bplease\b.*"
+    r"|\b(?:let's|let us) (?:think|reason|solve (?:this|it)) step[- ]by[- ]step"
+    # An instruction to a person of the story.
+    r"|\byou (?:may|must|can) (?:check|verify) your\b"
+)
+
+
+def _plain(sentence: str) -> str:
+    text = _FORMULA.sub(" @ ", sentence.translate(_QUOTES))
+    text = _MARKUP.sub(" ", text).strip().lower()
+    return _LOOK_ALIKES.sub("", text)
+
+
+#: Written {name} in the patterns.
+_WORDS: Mapping[str, str] = {
+    # The beginning of a sentence: its list number and the small words before the point.
+    "start": r"^(?:\(?\d{1,2}[.)])?[^\w@✓]{0,4}"
+    r"(?:(?:so|and|now|but|ok|okay|well|then|also|hmm+|oh|ah|thus|hence|therefore|however|alright|yes)\b[,.:!… -]{1,4}){0,3}",
+    # The one who reasons, and the auxiliary verbs up to the verb proper.
+    "we": r"\b(?:let's|lets|let us|let me|(?:we|i|one)(?:'ll|'d|'ve)?)"
+    r"(?: (?:will|can|could|should|would|may|might|must|need to|needs to|have to|has to|want to|also|now|then|just|"
+    r"easily|quickly|first|still|only|next|try to)){0,4}",
+    # To name a quantity as a goal: "add" and "divide" carry out a step, these announce one.
+    "find": r"(?:find|determine|calculate|compute|figure out|work out|solve|count|evaluate|identify|establish)",
+    "finding": r"(?:finding|determining|calculating|computing|figuring out|working out|solving|counting|evaluating)",
+    # An answer or an intermediate result.
+    "result": r"(?:answers?|results?|solutions?|totals?|sums?|values?|counts?|numbers?|work|working|math|arithmetic|"
+    r"calculations?|computations?|division|multiplication|addition|formulas?|units|equations?|roots?|steps)",
+    # What a check ends with.
+    "fits": r"(?:holds?\b|works\b|checks out|true\b|is (?:right|correct|valid|consistent)|satisf|match|agrees?\b|"
+    r"as (?:required|expected|desired|needed)|✓|✔|good\b|instead of|not equal|≠|sides (?:differ|agree|are equal))",
+}
+
+_PATTERNS: Mapping[str, tuple[str, ...]] = {
+    "decomposition": (
+        # A heading of a step, part or case: "Step 2: ...", "Case 1." Not "part A costs 3 dollars".
+        r"^[^\w@]{0,3}(?:\d{1,2}[.)] )?(?:step|part|stage|phase|case|subcase|task|sub-?(?:problem|goal|task|question))"
+        r" ?(?:\d{1,2}|[a-f]|[ivx]{1,4}|one|two|three|four)\b ?(?:[:.)(–—-]|$)",
+        # An item of a numbered list that tells what to do: "2. Find the speed". Not "2. She has 5 eggs".
+        r"^[^\w@]{0,3}\d{1,2}[.)] (?:(?:first|next|then|finally|now),? )?(?:{find}|add|subtract|multiply|divide|simplify|"
+        r"isolate|set up|convert|choose|substitute|express|write|use|apply|expand|factor|combine|list|get|check)\b",
+        # An item of a numbered list that is a title.
+        r"^[^\w@]{0,3}\d{1,2}[.)] [^.:,=@]{3,60}:",
+        # Breaking up the task; "she breaks the chocolate into 8 pieces" has another subject.
+        r"(?:{start}|{we} )(?:break|split|divide|separate|cut|partition)\b[^.;]{1,80}?"
+        r"(?:\binto\b|\bdown\b|\bup\b|\bfrom\b|\bin (?:two|three|four|\d)\b|\bto (?:two|three|four|\d)\b)",
+        r"(?:{start}|{we} )decompose\b",
+        r"\b(?:problem|question|task|calculation|computation|proof|solution|answer|integral|sum|count)s?"
+        r" (?:naturally )?(?:has|have|breaks?(?: down)?(?: into)?|splits?(?: into)?|falls? into|consists? of|can be \w+ (?:down )?into)"
+        r" (?:two|three|four|five|several|\d|different|smaller|separate|the following)\b",
+        # Parts taken one at a time.
+        r"{we} (?:handle|treat|consider|deal with|tackle|do|take|look at|compute|calculate|count|solve|work on)\b[^.;]{0,80}"
+        r"(?:separately|individually|on (?:its|their) own|one (?:\w+ )?at a time|one by one|case by case)",
+        r"{we} (?:consider|treat|handle) separately",
+        r"\beach of the (?:\w+ )?(?:parts|pieces|cases|stages|legs|subproblems)\b",
+        # Cases, with somebody who distinguishes them; not "cases of soda" or "in this case".
+        r"\bthere are (?:only )?(?:two|three|four|five|several|\d) (?:\w+ )?(?:cases|scenarios|parts to|steps to)\b(?! of\b)",
+        r"\b(?:consider|distinguish|have|examine|analy[sz]e|by) (?:the )?(?:following |two |three |four |several |\d )?(?:\w+ )?cases\b"
+        r"(?! of\b)",
+        r"\bcase-?work\b|\bcase analysis\b|\bsub-?(?:problem|goal|task|question)s?\b",
+        r"\b(?:consider|take|look at|treat|examine|handle) the (?:\w+ )?case\b",
+        r"{start}in the (?:first|second|third|next|last|other|remaining) case\b",
+        r"{start}for the (?:first|second|third|next|last|other|remaining) part\b",
+        # A sub-goal with its place in the order: "First find how many", "Next, we need to figure out".
+        r"{start}(?:first(?:ly| of all)?|second(?:ly)?|third(?:ly)?|to (?:start|begin)(?: with)?),? (?:{we} |need to )?{find}\b",
+        # "Then we find x = 3" tells a result.
+        r"(?:{start}|^)(?:next|then|after that|finally|lastly),? (?:{we} |need to )?{find}\b(?! (?:that\b|@))",
+        r"{start}(?:first|next),? (?:we |let's |let us |let me )?(?:look at|consider|take|handle|treat|assume|suppose) the (?:\w+ )?case",
+        r"\b(?:suppose|assume|consider) first\b",
+        # "we first need the speed", "I will first compute": not "the first number", "he first walked".
+        r"{we} first (?:need|{find})|{we} {find} first\b|\b(?:need|want|have to (?:get|know|find)) first\b|\bfirst (?:need|perform|know)\b",
+        r"{we}(?: \w+){0,2} first,? (?:the|his|her) ",
+        r"\bthe first (?:thing|step|task|goal|quantity) (?:is|to (?:find|do|know|compute))\b",
+        r"{we} (?:start|begin) (?:by|with) {finding}",
+        # Two sub-goals in a row.
+        r"{we}(?: first)?,? \w+\b[^.;]{1,120}\b(?:and|,) then (?:{find}|use|add|subtract|multiply|divide|remove|combine)\b",
+        # A plan in words.
+        r"{start}(?:(?:my|the|our|here is the|here's the) )?(?:plan|strategy|outline|roadmap)(?: is)? ?:",
+        r"\b(?:follow|use|take) (?:these|the following|two|three|four|several) steps\b|\bin (?:two|three|several|\d) (?:steps|stages|parts|phases)\b",
+        r"\b(?:two|three|four|several|\d) (?:things|quantities|unknowns|pieces of information)\b(?=:| (?:\w+ )?(?:to |i |we |needed))",
+    ),
+    "verification": (
+        # A check that is announced. "check" alone is a search as often ("we check the primes"), so it needs
+        # something that is there already.
+        r"{we}(?: (?:like|go back|go) to| want)? ?(?:double|triple|cross|sanity|re)[ -]?check",
+        r"(?:{we}|\byou can|\beasy to|\beasily|\bcan be|\blike to|\bfor checking,?|\bneed(?:s)? to) (?:quickly |easily |also )?check(?:ed)?"
+        r"(?: ?[:,.]| (?:that\b|this\b|these\b|it\b|them\b|my\b|our\b|both\b|again|with\b|by\b|the {result}|back|against|the original|$)|$)",
+        r"(?:{we}|\byou can|\beasy to|\bcan be|\blike to) (?:quickly |easily |also )?(?:verif(?:y|ied)|confirm(?:ed)?|validate)\b",
+        r"{start}(?:to |let's |for )?(?:double[- ]?check|cross-check|sanity[- ]?check|re-?check|verify|verification|confirm|check|proof)(?:ing)?"
+        r"(?: ?[:,]| (?:this\b|our\b|my\b|the {result}|with @|back\b))",
+        r"\b(?:verify|check) ?:? ?[\d@(][\d@(). ]{0,20}[-+*/x×=]",
+        r"\bas a (?:\w+ )?check\b|\b(?:sanity|quick|final|consistency)[- ]check",
+        r"\bto be (?:sure|safe|certain)\b",
+        r"\bmake sure (?:i|we|that (?:this|it|the {result})|this|it|my|our|the {result})\b",
+        # A found value is put in, and the sentence says how it came out. Without that it is an ordinary step.
+        r"\b(?:plug|substitut|put|insert)\w*\b[^;]{1,150}?\b{fits}",
+        r"\b(?:plug|substitut|put|insert)\w*\b[^;]{1,150}?[✓✔≠]",
+        r"\b(?:testing|test) (?:with|@|this|that|our|my|the {result}|it)\b",
+        r"[✓✔]",
+        # Judging a result.
+        r"\bmakes? sense\b",
+        r"\b(?:{result}|this|that|it|which) (?:is|seems?|looks?|sounds?|appears?)(?: quite| very| to be| all)? "
+        r"(?:reasonable|plausible|sensible|consistent|(?:right|correct|fine|good)(?=[.!,]|$))",
+        r"{start}(?:looks|seems|sounds) (?:right|good|correct|reasonable|fine)\b",
+        r"{start}(?:does|do|is|are)\b[^?]{1,60}\b(?:fits?|satisfy|works?|match|hold|add up|make sense|equal|give|correct|right|"
+        r"reasonable|plausible|consistent)\b[^?]{0,40}\?",
+        r"(?:^|, |; |\band |\bso |\bwhich )(?:this |that |it |which )?(?:also )?(?:matches|agrees with|is consistent with|fits) (?:the|what|our|with|all|both)\b",
+        r"\bwhich (?:holds|is (?:true|correct|right)|checks out|works|matches|agrees)\b",
+        r"\b(?:checks? out|adds? up correctly|work(?:s)? out (?:too|as|correctly|fine))\b",
+        r"\bas (?:required|expected|desired|it should)\b[.!,)]",
+        r"\b(?:same (?:answer|result|value|total|number|thing|@|\d)|again, so)\b[^.;]{0,20}$|\b(?:got|get|gives) \S{1,20} again\b",
+        r"\b(?:go|going|went) (?:through|over) (?:the|my|this|our) \w+ (?:again|once more)\b",
+        # Found values against the conditions; "the values that satisfy" describes them, it tests nothing.
+        r"(?<!that )(?<!which )(?<!must )(?<!to )\bsatisf(?:y|ies) (?:both|all|the (?:original|given|required|other)|our|these)\b",
+        r"\bthese (?:values|numbers|solutions|pairs) (?:do |all |indeed )?(?:satisfy|work)\b",
+        r"\b(?:does|do) (?:indeed |really |in fact )?(?:solve|satisfy|equal|make|add up|sum)\b",
+        r"\b(?:{result}|this|it|latter|which) (?:does not|doesn't|do not|don't|fails to) (?:satisfy|match|agree|fit|equal)\b",
+        r"(?:@|\d|\b(?:{result}|it|this|both|these|function))\)? (?:indeed )?works?\b(?=,? (?:since|because|so)\b|[.,:!]|$)",
+        r"\bextraneous\b",
+        r"(?:^|\band |@,? |\d,? )indeed\b(?!,? (?:construct|let|suppose|consider|if)\b)",
+        r"\bindeed (?:@|\d|equal|correct|right|true|satisf)",
+        # What came out is not what should have.
+        r"\bbut (?:it|this|that|we|the \w+) (?:should|was supposed to) (?:be|have)\b",
+    ),
+    "backtracking": (
+        # "Wait" as a call, not as an event or a command; with a mere check after it, it turns nothing back.
+        r"(?:^[^\w@]{0,3}|[.!?,;:…-] ?|\b(?:hmm+|oh|no|but|actually|ah|so|ok|hm) )wait\b"
+        r"(?! ?(?:\d|for\b|until\b|till\b|times?\b|a\b|an\b|at\b|in\b|another\b))"
+        r"(?!,? let (?:me|us) (?:double|check|verify|confirm|make sure))",
+        r"(?:{start}|[,;.] )(?:hold|hang) on\b(?! to\b)",
+        # Own errors: the one who reasons made them. "He made 3 mistakes" and "we counted twice, so halve" are not.
+        r"\b(?:i|we)(?:'ve)? (?:\w+ ){0,4}?(?:mistake|error|slip)s?\b|\bmy (?:mistake|error|bad)\b",
+        r"\b(?:i|we)(?:'ve)? (?:(?:must have|have|had|just|also|previously|accidentally|actually|think i) ){0,3}"
+        r"(?:forgot|forgotten|overlooked|mis(?:read|understood|counted|calculated|took|interpreted|applied|sed)|mixed up|"
+        r"slipped|messed up|missed|confused|neglected|double-counted|left (?:it|that|this) out)\b",
+        r"\bi (?:\w+ )?counted\b[^.;]{0,40}\btwice\b",
+        r"\b(?:i|we) (?:was|were|am|are) wrong\b|\b(?:i|we) (?:shouldn't|should(?: not)?) have\b|\b(?:i|we) used the wrong\b",
+        r"{start}(?:oops|whoops|sorry|correction|apologies)\b",
+        r"\bsomething (?:went|is|must be|must have gone|has gone)(?: \w+)? (?:wrong|off)\b",
+        r"\b(?:my|our)\b[^.;,]{1,50}\b(?:is|was|must be|must have been|are|were) (?:wrong|incorrect|flawed|off|false)\b",
+        # The result is called wrong. "which is impossible, so k is not 0" is an argument.
+        r"\b(?:this|that|it)(?:'s|s| is| was)? (?:\w+ )?(?:wrong|incorrect)\b(?! (?:answer|number|turn))(?<!got it wrong)",
+        r"\b(?:this|that|it)(?:'s| is| was|s)? (?:not|isn't) (?:\w+ )?(?:right|correct|what)\b(?! (?:angle|triangle))",
+        r"\b(?:this|that|it) (?:isn't|wasn't|doesn't (?:look|seem)|does not (?:look|seem)|can't be|cannot be|can not be|couldn't be) (?:right|correct|true)\b",
+        r"\b(?:however|but),? (?:this|that|it) (?:can't|cannot|can not) be\b",
+        r"(?:{start}|hmm,? )not quite\b",
+        r"\b(?:scratch|strike|forget|ignore|undo) (?:that|this|it)\b|\bnever ?mind\b|\bon second thou?ghts?\b",
+        r"{start}no[,.!:]? (?:that|thats|this|wait|it|i|not)\b",
+        # "actually" that corrects, not the filler.
+        r"{start}actually[, ]{1,2}(?:no\b|wait|scratch|that's|that is|this is|it's|(?:i|we) (?:need|should|have|forgot|must|can't|cannot|think))",
+        # Going back or over it again.
+        r"\bstart(?:ing)? (?:all )?(?:over|from scratch|again|anew)\b",
+        r"{we} go back (?:and|to (?:the )?(?:start|beginning|step|problem|original|equation|question|where|my|our))\b",
+        r"{we} (?:back up|backtrack|revisit|rethink|reconsider|re-?read|re-?examine|re-?evaluate|re-?do|"
+        r"think (?:about (?:it|this|that) )?(?:again|differently))\b(?!.{0,60}\bto be (?:sure|safe))(?<!safe i will redo)",
+        # Another attempt.
+        r"(?:{start}|{we} |\b(?:so|must|should|to) )(?:try|use|take|need|think of|switch to|move (?:on )?to|consider|find|look for) "
+        r"(?:a |an |some )?(?:different|another|other|better|easier|alternative) (?:approach|way|method|strategy|route|idea|angle|technique|path)",
+        r"{we} try (?:again|something else|some other)\b|{we} (?:move on|switch|turn) to (?:@|the other|another)",
+        r"\b(?:we|i) (?:switch|move on) to\b",
+        r"\b(?:let's|let us|let me)\b[^.;]{1,80}\binstead\b",
+        r"(?:{start}|\bso |\bbut )instead(?: of (?:that|this))?,? (?:let|we|i|note|notice|observe|use|consider|try)\b",
+        # An approach that failed: it has to be left in the same sentence, or be called hopeless.
+        r"\b(?:(?:doesn't|does not|didn't|did not|won't) (?:\w+ (?:to )?)?(?:work|help|lead|fit|apply|resemble|simplify|factor|give)|failed|fails)\b[^.;]{0,40}[,;] ?(?:so |and )?(?:let's|let me|let us|(?:we|i) (?:try|go|need|should|must)|try)\b",
+        r"\b(?:leads? nowhere|(?:not|n't) lead anywhere|dead end|go(?:es|ing) nowhere|(?:gets?|getting) (?:too |very |quite )?(?:messy|complicated|ugly)|got stuck)\b",
+        r"\b(?:we|one|i) (?:could|might|may)\b[^.;]{0,80}\b(?:try|continue|keep)\w*\b[^;]{0,80}\bbut\b",
+        r"\b(?:we|one) (?:might|may|could) try\b[^;]{0,80}\bbut\b|\b(?:you|one) (?:might|may) think\b[^;]{0,120}\bbut\b",
+        r"\b(?:too (?:big|large|small|low|high|many|few)|outside the range)\b[^.;]{0,10}, (?:so|but) (?:we|let|i|try|@)",
+    ),
+    "backward_chaining": (
+        # Named as such; not "drove back" or "the reverse side".
+        r"\bwork(?:s|ed|ing)?(?: \w+)? (?:backwards?\b|in reverse\b|back(?:,| from\b| to\b))",
+        r"\brevers(?:e|ing) (?:the|this|these|that) (?:\w+ )?(?:steps?|operations?|process|order|calculations?|change)\b|\bin reverse order\b",
+        r"\bstart(?:ing)? (?:from|at|with) the (?:end|goal|answer|final|desired)\b",
+        r"\bmust have (?:been|had)\b[^.;]{0,40}\bbefore\b|\bbefore\b[^.;]{0,60}\bmust have (?:been|had)\b",
+        # One goal is exchanged for another that is enough.
+        r"\bsuffic\w+ (?:to|that)\b|\bis sufficient (?:to|for us)\b|\benough (?:to|if we) (?:show|prove|find|know|compute|determine|count|consider)\b",
+        r"\b(?:only|all) (?:we |i |you )?(?:need|have)(?: is)?(?: to)? (?:find|know|show|prove|compute|determine)\b",
+        r"\breduces? to (?:the problem of |the question of )?(?:\w+ing\b|how\b)|\b(?:question|problem|task) (?:then |now )?becomes\b",
+        r"\bequivalent to (?:finding|showing|proving|counting)\b|\bit (?:only )?remains to\b(?! check)|\bfollows if\b",
+        # "To find X, we need Y" with Y a quantity. "To find X, we add" tells the step itself.
+        r"\bto (?!avoid)\w+\b[^;]{1,150}?,? (?:we|i|you|one)(?:'ll)?(?: (?:will|would|also|still|must|should|first))* "
+        r"(?:need|needs|must|have|has|want)(?: to)?(?: first)? (?:first )?(?:{find}|know|get|have (?:the|found)|the\b|its\b|two things|perform)",
+        r"\bbefore (?:we can |i can |{finding}|getting|answering)[^.;]{1,80}\b(?:we|i|one) (?:first )?(?:need|must|should|have to)\b",
+        r"\bwhat (?:do|would|must|should) (?:we|i|you|one) (?:need|have|know)\b",
+        r"\brequires (?:us to|knowing|finding|the (?:number|value|length|price|cost|size|amount|total|area|speed))\b",
+        # What a wish demands: "for x to be an integer, n must ...", "to reach 100, she has to ...".
+        r"\bin order for\b",
+        r"(?:^|[,;(] ?|\b(?:so|that|then|thus|now|similarly|but) )for [^;,]{1,60}? to \w+\b[^;]{0,120}?\b(?:must|needs?|has to|have to|requires?)\b",
+        r"{start}(?:in order )?to (?:reach|get|have|achieve|end up with|earn|average|attain|win|obtain|pay|ensure|afford|finish|break even)\b"
+        r"[^.;]{1,80}, [^.;]{1,60}?\b(?:must|needs?|has to|have to|can \w+ at most)\b",
+        r"\bif (?:\w+ ){1,3}(?:is|are) to \w+\b|\bif (?:we|i|he|she|they) wants?\b[^;]{1,80}\b(?:must|needs?|has to|have to)\b",
+        # The goal, and what follows from wanting it.
+        r"\b(?:(?:we|i)(?: want|'re looking for| are (?:looking|asked|solving) for)|(?:the|our|my) (?:goal|target|aim|objective) is)\b"
+        r"[^;]{1,120}\b(?:so|hence|thus|which means|for (?:that|this)|we want)\b[^;]{0,60}?\b(?:must|needs?|should|has to|have to|want|look for)\b",
+        r"\bsince we(?:'re| are) looking for\b[^;]{1,120}\bwe (?:want|need)\b",
+        r"\bto (?:ensure|guarantee)\b",
+    ),
+}
+
+
+def _compiled(patterns: Sequence[str]) -> re.Pattern[str]:
+    joined = "|".join(f"(?:{pattern})" for pattern in patterns)
+    for _ in range(2):  # words may use words
+        for name, words in _WORDS.items():
+            joined = joined.replace(f"{{{name}}}", words)
+    return re.compile(joined)
+
+
+_COMPILED: Mapping[str, re.Pattern[str]] = {name: _compiled(_PATTERNS[name]) for name in BEHAVIORS}
