@@ -17,7 +17,8 @@ from empg_lite.policy import load_template, load_tokenizer
 from empg_lite.policy.integrity import check_config, resolve_model
 from empg_lite.rationale import Problem
 from empg_lite.recipe import Recipe
-from empg_lite.rewards import Grader
+from empg_lite.rewards import Case, Grader, UserCode
+from empg_lite.rewards.spec import parse_spec
 
 #: Rows graded at once; only the progress bar sees it.
 _CHUNK = 256
@@ -40,7 +41,7 @@ class CheckReport:
     Attributes:
         rows: problems by split.
         dropped: rows left out on loading, by cause.
-        gold_failures: None where the reward cannot be asked that way (a regex).
+        gold_failures: None where the reward cannot be asked that way (a pattern, your own function).
         too_long: prompts over ``data.max_prompt_tokens``; None where the tokenizer is not at hand.
         overlap: training questions that stand among the evaluation rows too, but for case and spacing.
         prompt: the first prompt as the model sees it.
@@ -62,12 +63,17 @@ class CheckReport:
 
 
 def written_gold(gold: str, reward: str) -> str | None:
-    """The gold answer as the end of a solution, as ``reward`` expects it; None for a pattern."""
-    return {"gsm8k": f"#### {gold}", "math": f"\\boxed{{{gold}}}", "exact": gold}.get(reward)
+    """The gold answer as the end of a solution, as ``reward`` reads it; None for a pattern or a function."""
+    boxed = f"\\boxed{{{gold}}}"
+    written = {"gsm8k": f"#### {gold}", "math": boxed, "choice": boxed, "gym": boxed, "exact": gold}
+    return written.get(parse_spec(reward).correctness.name)
 
 
-def check(recipe: Recipe, view: View | None = None) -> CheckReport:
+def check(recipe: Recipe, view: View | None = None, code: UserCode | None = None) -> CheckReport:
     """Load the data of a recipe and look for what would waste a run.
+
+    Args:
+        code: the user's reward function, where it may run.
 
     Raises:
         MissingInput, DataError: the data cannot be read.
@@ -79,9 +85,12 @@ def check(recipe: Recipe, view: View | None = None) -> CheckReport:
     template = load_template(str(recipe.data.prompt))
     parts = {"train": splits.train, "validation": splits.validation, "evaluation": splits.evaluation}
     notes: list[str] = []
-    failures = _gold_failures([p for part in parts.values() for p in part], str(recipe.data.reward), view)
+    with Grader(code=code) as grader:
+        grader.self_test(str(recipe.data.reward))
+        everything = [p for part in parts.values() for p in part]
+        failures = _gold_failures(grader, everything, str(recipe.data.reward), view)
     if failures is None:
-        notes.append("gold answers are not checked under a regex reward")
+        notes.append("gold answers are not checked: only the reward knows how a right answer is written")
     too_long = None
     try:
         tokenizer = tokenizer_of(recipe)
@@ -112,16 +121,18 @@ def tokenizer_of(recipe: Recipe) -> Any:
     return load_tokenizer(folder)
 
 
-def _gold_failures(problems: Sequence[Problem], reward: str, view: View) -> tuple[GoldFailure, ...] | None:
+def _gold_failures(
+    grader: Grader, problems: Sequence[Problem], reward: str, view: View
+) -> tuple[GoldFailure, ...] | None:
     if written_gold("", reward) is None:
         return None
     failures = []
-    with Grader() as grader, view.phase("grading gold answers", len(problems)) as on_done:
+    with view.phase("grading gold answers", len(problems)) as on_done:
         for start in range(0, len(problems), _CHUNK):
             chunk = problems[start : start + _CHUNK]
-            items = [(p.gold, str(written_gold(p.gold, reward)), p.question) for p in chunk]
-            for problem, verdict in zip(chunk, grader.grade_many(reward, items), strict=True):
-                if verdict.reward != 1.0:
+            cases = [Case(p.gold, str(written_gold(p.gold, reward)), p.question, p.meta) for p in chunk]
+            for problem, verdict in zip(chunk, grader.grade_many(reward, cases), strict=True):
+                if verdict.reason != "equal":
                     failures.append(GoldFailure(problem.id, problem.gold, verdict.reason, verdict.extracted))
             on_done(len(chunk))
     return tuple(failures)

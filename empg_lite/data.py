@@ -20,8 +20,9 @@ from typing import Any
 
 from empg_lite.data_files import Row, find_file, read_rows
 from empg_lite.errors import DataError, MissingInput
+from empg_lite.gym_tasks import gym_problems
 from empg_lite.rationale import Problem, problem_id
-from empg_lite.recipe import DataSection, Recipe
+from empg_lite.recipe import GYM, DataSection, Recipe
 
 _MATH = ("DigitalLearningGmbH/MATH-lighteval", None)
 _HUB = {"gsm8k": ("openai/gsm8k", "main"), "math": _MATH, "math-hard": _MATH}
@@ -178,6 +179,9 @@ def _read(data: DataSection, split: str, path: str | None) -> tuple[list[Problem
     """The problems of a split, each text once, and how many rows were dropped for which reason."""
     if data.source == "tiny":
         return _tiny(split), Counter()
+    if data.source.startswith(GYM):
+        problems, left_out = gym_problems(data.source, split)
+        return problems, Counter(left_out)
     rows = (
         read_rows(find_file(Path(path), split, _file_stem(data.source))) if path else _hub_rows(data, split)
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 from empg_lite.em import effective_sample_size, em_weights, group_signal
 from empg_lite.policy.policy import Policy
 from empg_lite.rationale import FAILURES, Group, Problem, Rationale, flatten
-from empg_lite.rewards import Grader
+from empg_lite.rewards import Case, Grader
 from empg_lite.sampler import Completion, Decoding, Prompt, Sampler, sample_key
 from empg_lite.sampler.base import StepDone
 
@@ -107,17 +107,27 @@ def score(
     for i, r in enumerate(rationales):
         before = known.get((r.problem_id, r.completion))
         if r.finish_reason == "length":
-            scored[i] = replace(r, reward=0.0, reason="truncated", extracted=None, rule=None)
+            scored[i] = replace(r, reward=0.0, reason="truncated", extracted=None, rule=None, terms={})
         elif before is not None and not before.failed and before.finish_reason == "stop":
             scored[i] = replace(
-                r, reward=before.reward, reason=before.reason, extracted=before.extracted, rule=before.rule
+                r,
+                reward=before.reward,
+                reason=before.reason,
+                extracted=before.extracted,
+                rule=before.rule,
+                terms=before.terms,
             )
         else:
             asked.append(i)
-    items = [(rationales[i].gold, rationales[i].completion, rationales[i].question or None) for i in asked]
+    items = [Case(r.gold, r.completion, r.question or None, r.meta) for r in (rationales[i] for i in asked)]
     for i, v in zip(asked, grader.grade_many(reward, items), strict=True):
         scored[i] = replace(
-            rationales[i], reward=v.reward, reason=v.reason, extracted=v.extracted, rule=v.rule
+            rationales[i],
+            reward=v.reward,
+            reason=v.reason,
+            extracted=v.extracted,
+            rule=v.rule,
+            terms=v.terms,
         )
     return [r for r in scored if r is not None]
 

@@ -17,7 +17,7 @@ from empg_lite.learner import build_learner
 from empg_lite.metrics import View
 from empg_lite.policy.policy import Policy
 from empg_lite.rationale import Problem, Rationale
-from empg_lite.rewards import Grader
+from empg_lite.rewards import Grader, UserCode
 from empg_lite.sampler import Decoding, Sampler
 from empg_lite.target import Target
 
@@ -113,6 +113,7 @@ def evaluate_target(
     k: int = 0,
     base: bool = False,
     view: View | None = None,
+    code: UserCode | None = None,
 ) -> dict[str, Any]:
     """Load a model and evaluate it, with ``base`` also with its adapter off: the same in all else.
 
@@ -143,7 +144,7 @@ def evaluate_target(
             label=label,
         )
 
-    with Grader() as grader:
+    with Grader(code=code) as grader:
         result = {"split": split or recipe.data.eval_split, **run("tuned").summary()}
         if base:
             with learner.policy.reference():

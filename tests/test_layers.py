@@ -26,7 +26,7 @@ FLOORS = [
         "tiny",
         "control",
     },
-    {"data", "data_files", "policy", "plan", "metrics"},
+    {"data", "data_files", "gym_tasks", "policy", "plan", "metrics"},
     {"sampler", "checkpoint", "runs", "target"},
     {"estep", "mstep", "learner", "evaluate"},
     {"session", "tester", "train", "offline"},

@@ -276,7 +276,7 @@ class CountingGrader(Grader):
     asked: list[str]
 
     def grade_many(self, spec, items):  # type: ignore[no-untyped-def]
-        self.asked = [prediction for _, prediction, _ in items]
+        self.asked = [case[1] for case in items]
         return super().grade_many(spec, items)
 
 

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from empg_lite.cli.options import (
+    AllowCodeOption,
     DebugOption,
     JsonOption,
     Output,
     RecipeOption,
     SeedOption,
     SetOption,
+    with_code,
 )
 
 if TYPE_CHECKING:
@@ -143,6 +145,7 @@ def _show_recipe(out: Output, name: str) -> None:
 
 def check(
     recipe: RecipeOption = None,
+    allow_code: AllowCodeOption = False,
     overrides: SetOption = None,
     seed: SeedOption = None,
     as_json: JsonOption = False,
@@ -157,8 +160,9 @@ def check(
 
     out = Output(as_json)
     plan = load_recipe(recipe or "tiny", overrides or [], seed)
+    plan, code = with_code(plan, allow_code)
     with out.guarded():
-        report = run_check(plan, out.view())
+        report = run_check(plan, out.view(), code)
         out.line({"ok": report.ok, **asdict(report)})
         rows = ", ".join(f"{n} {name}" for name, n in report.rows.items())
         dropped = ", ".join(f"{n} {cause}" for cause, n in report.dropped.items() if n) or "none"
