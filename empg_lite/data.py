@@ -8,6 +8,7 @@ under every ``run.seed``: seeds can be compared, and no adapter is tested on wha
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import re
@@ -253,7 +254,19 @@ def _problem(row: Row, data: DataSection) -> Problem | None:
         return None
     subject = row.fields.get("subject", row.fields.get("type"))
     meta = {"level": _level(row), "subject": subject if isinstance(subject, str) else None}
-    return Problem(problem_id(question), question, gold, {k: v for k, v in meta.items() if v})
+    known = {k: v for k, v in meta.items() if v}
+    if data.source == "local":  # what else your rows say is for your own reward function
+        others = {k: v for k, v in row.fields.items() if k not in (asked, answered) and _is_json(v)}
+        known = others | known
+    return Problem(problem_id(question), question, gold, known)
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def _column(row: Row, named: str | None, known: tuple[str, ...], what: str) -> str:

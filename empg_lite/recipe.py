@@ -100,7 +100,7 @@ class DataSection(Section):
     eval_split: Text = key("test", "split that accuracy is reported on")
     validation: CountOrZero | None = key(None, "rows held out of the training rows; null: min(100, 10%)")
     prompt: Text | None = key(None, f"template: {', '.join(PROMPTS)}, or a file; null: by source")
-    reward: Text | None = key(None, f"reward: {REWARDS}, terms as in math * concise:600; null: by source")
+    reward: Text | None = key(None, f"reward: {REWARDS}; null: by source")
     max_prompt_tokens: Tokens | None = key(None, "longer prompts are dropped and counted; null: by source")
     hub_config: Text | None = key(None, "configuration (subset) of a hub dataset")
     question_column: Text | None = key(None, "column of the question; null: question, problem or prompt")
