@@ -17,7 +17,8 @@ from empg_lite.policy import Template, load_template, load_tokenizer
 from empg_lite.policy.integrity import check_config, resolve_model
 from empg_lite.rationale import Problem
 from empg_lite.recipe import Recipe
-from empg_lite.rewards import Grader
+from empg_lite.rewards import Case, Grader
+from empg_lite.rewards.spec import parse_spec
 
 #: Rows graded at once; only the progress bar sees it.
 _CHUNK = 256
@@ -42,7 +43,7 @@ class CheckReport:
     Attributes:
         rows: problems by split.
         dropped: rows left out on loading, by cause.
-        gold_failures: None where the reward cannot be asked that way (a regex).
+        gold_failures: None where the reward cannot be asked that way (a pattern, your own function).
         too_long: prompts over ``data.max_prompt_tokens``: left out of training. None where the tokenizer is
             not at hand.
         over_context: rows of all splits whose prompt and ``sampler.max_new_tokens`` together exceed the
@@ -73,8 +74,10 @@ class CheckReport:
 
 
 def written_gold(gold: str, reward: str) -> str | None:
-    """The gold answer as the end of a solution, as ``reward`` expects it; None for a pattern."""
-    return {"gsm8k": f"#### {gold}", "math": f"\\boxed{{{gold}}}", "exact": gold}.get(reward)
+    """The gold answer as the end of a solution, as ``reward`` reads it; None for a pattern or a function."""
+    boxed = f"\\boxed{{{gold}}}"
+    written = {"gsm8k": f"#### {gold}", "math": boxed, "choice": boxed, "gym": boxed, "exact": gold}
+    return written.get(parse_spec(reward).correctness.name)
 
 
 def check(recipe: Recipe, grader: Grader, view: View | None = None) -> CheckReport:
@@ -90,11 +93,11 @@ def check(recipe: Recipe, grader: Grader, view: View | None = None) -> CheckRepo
     template = load_template(str(recipe.data.prompt))
     parts = {"train": splits.train, "validation": splits.validation, "evaluation": splits.evaluation}
     notes: list[str] = []
-    failures = _gold_failures(
-        [p for part in parts.values() for p in part], str(recipe.data.reward), grader, view
-    )
+    reward = str(recipe.data.reward)
+    grader.self_test(reward)
+    failures = _gold_failures(grader, [p for part in parts.values() for p in part], reward, view)
     if failures is None:
-        notes.append("gold answers are not checked under a regex reward")
+        notes.append("gold answers are not checked: only the reward knows how a right answer is written")
     too_long = over_context = context = longest = None
     try:
         tokenizer, context = tokenizer_of(recipe)
@@ -139,7 +142,7 @@ def prompt_lengths(tokenizer: Any, template: Template, problems: Sequence[Proble
 
 
 def _gold_failures(
-    problems: Sequence[Problem], reward: str, grader: Grader, view: View
+    grader: Grader, problems: Sequence[Problem], reward: str, view: View
 ) -> tuple[GoldFailure, ...] | None:
     if written_gold("", reward) is None:
         return None
@@ -147,9 +150,9 @@ def _gold_failures(
     with view.phase("grading gold answers", len(problems)) as on_done:
         for start in range(0, len(problems), _CHUNK):
             chunk = problems[start : start + _CHUNK]
-            items = [(p.gold, str(written_gold(p.gold, reward)), p.question) for p in chunk]
-            for problem, verdict in zip(chunk, grader.grade_many(reward, items), strict=True):
-                if verdict.reward != 1.0:
+            cases = [Case(p.gold, str(written_gold(p.gold, reward)), p.question, p.meta) for p in chunk]
+            for problem, verdict in zip(chunk, grader.grade_many(reward, cases), strict=True):
+                if verdict.reason != "equal":
                     failures.append(GoldFailure(problem.id, problem.gold, verdict.reason, verdict.extracted))
             on_done(len(chunk))
     return tuple(failures)

@@ -8,6 +8,7 @@ under every ``run.seed``: seeds can be compared, and no adapter is tested on wha
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import re
@@ -20,8 +21,9 @@ from typing import Any
 
 from empg_lite.data_files import Row, find_file, read_rows
 from empg_lite.errors import DataError, MissingInput
+from empg_lite.gym_tasks import gym_problems
 from empg_lite.rationale import Problem, problem_id
-from empg_lite.recipe import DataSection, Recipe
+from empg_lite.recipe import GYM, DataSection, Recipe
 
 _MATH = ("DigitalLearningGmbH/MATH-lighteval", None)
 _HUB = {"gsm8k": ("openai/gsm8k", "main"), "math": _MATH, "math-hard": _MATH}
@@ -172,6 +174,9 @@ def _read(data: DataSection, split: str, path: str | None) -> tuple[list[Problem
     """The problems of a split, each text once, and how many rows were dropped for which reason."""
     if data.source == "tiny":
         return _tiny(split), Counter()
+    if data.source.startswith(GYM):
+        problems, left_out = gym_problems(data.source, split)
+        return problems, Counter(left_out)
     rows = (
         read_rows(find_file(Path(path), split, _file_stem(data.source))) if path else _hub_rows(data, split)
     )
@@ -243,7 +248,19 @@ def _problem(row: Row, data: DataSection) -> Problem | None:
         return None
     subject = row.fields.get("subject", row.fields.get("type"))
     meta = {"level": _level(row), "subject": subject if isinstance(subject, str) else None}
-    return Problem(problem_id(question), question, gold, {k: v for k, v in meta.items() if v})
+    known = {k: v for k, v in meta.items() if v}
+    if data.source == "local":  # what else your rows say is for your own reward function
+        others = {k: v for k, v in row.fields.items() if k not in (asked, answered) and _is_json(v)}
+        known = others | known
+    return Problem(problem_id(question), question, gold, known)
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def _column(row: Row, named: str | None, known: tuple[str, ...], what: str) -> str:

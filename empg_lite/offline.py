@@ -34,7 +34,7 @@ from empg_lite.rationale import (
     read_rollouts,
 )
 from empg_lite.recipe import Recipe, refused_sampling
-from empg_lite.rewards import Grader
+from empg_lite.rewards import Grader, UserCode, pin, refuse_code
 from empg_lite.runs import is_run, open_run
 from empg_lite.session import Session, finished, summarise
 from empg_lite.train import TrainOptions
@@ -166,23 +166,27 @@ def _whole_problems(segment: Segment, learner: Learner, wanted: int) -> int:
     return problems if problems >= wanted else problems // s.problems_per_step * s.problems_per_step
 
 
-def score_file(path: Path, reward: str | None, view: View | None = None) -> dict[str, Any]:
+def score_file(
+    path: Path, reward: str | None, view: View | None = None, *, allow_code: bool = False
+) -> dict[str, Any]:
     """Grade, or grade again under another reward, what a rollout file holds; in place, in one step.
 
     Args:
         reward: a reward's name; None: the one in the file's header.
+        allow_code: run the user's own function, where the reward is one.
 
     Raises:
-        UsageError: no reward is named anywhere.
+        UsageError: no reward is named anywhere, or it is a function that was not allowed.
     """
     view = view or View()
     segments = read_rollouts(path)
+    names, code = _rewards_of(segments, reward, path, allow_code)
     graded, reasons = [], Counter[str]()
-    with Grader() as grader, view.phase("grading", sum(len(s.rationales) for s in segments)) as on_done:
-        for segment in segments:
-            name = reward or segment.header.reward_name
-            if name is None:
-                raise UsageError("no reward is named", str(path), "add --reward NAME")
+    with (
+        Grader(code=code) as grader,
+        view.phase("grading", sum(len(s.rationales) for s in segments)) as on_done,
+    ):
+        for segment, name in zip(segments, names, strict=True):
             rows = score(segment.rationales, grader, name)
             on_done(len(rows))
             reasons.update(str(r.reason) for r in rows)
@@ -197,6 +201,26 @@ def score_file(path: Path, reward: str | None, view: View | None = None) -> dict
         "reward": mean,
         "reasons": dict(sorted(reasons.items())),
     }
+
+
+def _rewards_of(
+    segments: Sequence[Segment], reward: str | None, path: Path, allow_code: bool
+) -> tuple[list[str], UserCode | None]:
+    """The reward of each segment, pinned, and the one function among them."""
+    names, codes = [], dict[str, UserCode]()
+    for segment in segments:
+        name = reward or segment.header.reward_name
+        if name is None:
+            raise UsageError("no reward is named", str(path), "add --reward NAME")
+        name, code = pin(name)
+        if code is not None and not allow_code:
+            raise refuse_code(code.ref, str(path))
+        if code is not None:
+            codes[str(code.ref)] = code
+        names.append(name)
+    if len(codes) > 1:
+        raise UsageError("its parts name different functions", str(path), "say which with --reward")
+    return names, next(iter(codes.values()), None)
 
 
 def fit(

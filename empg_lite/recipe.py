@@ -20,13 +20,17 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 SOURCES = ("gsm8k", "math", "math-hard", "tiny", "local")
+#: A Reasoning Gym task is a source of its own: gym:TASK, with its parameters as a query.
+GYM = "gym:"
 PROMPTS = ("qwen-boxed", "gsm8k", "plain")
+REWARDS = "gsm8k, math, exact, choice, gym, python:FILE.py, regex:PATTERN"
 #: prompt, reward, max_prompt_tokens where the recipe leaves them open.
 _DEFAULTS_BY_SOURCE = {
     "gsm8k": ("qwen-boxed", "gsm8k", 512),
     "math": ("qwen-boxed", "math", 1024),
     "math-hard": ("qwen-boxed", "math", 1024),
     "tiny": ("plain", "gsm8k", 128),
+    GYM: ("qwen-boxed", "gym", 1024),
 }
 _OTHER_DEFAULTS = ("qwen-boxed", "math", 1024)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -89,14 +93,14 @@ class ModelSection(Section):
 class DataSection(Section):
     """Which problems, how they are asked and how answers are graded."""
 
-    source: Text = key(description=f"{', '.join(SOURCES)}, or a hub dataset id with a slash")
+    source: Text = key(description=f"{', '.join(SOURCES)}, gym:TASK, or a hub dataset id with a slash")
     path: Text | None = key(None, "file or folder read instead of the hub (.jsonl, .json, .csv, .parquet)")
     split: Text = key("train", "split to train on")
     eval_path: Text | None = key(None, "file or folder of the evaluation rows; null: as the training rows")
     eval_split: Text = key("test", "split that accuracy is reported on")
     validation: CountOrZero | None = key(None, "rows held out of the training rows; null: min(100, 10%)")
     prompt: Text | None = key(None, f"template: {', '.join(PROMPTS)}, or a file; null: by source")
-    reward: Text | None = key(None, "reward: gsm8k, math, exact, regex:PATTERN; null: by source")
+    reward: Text | None = key(None, f"reward: {REWARDS}; null: by source")
     max_prompt_tokens: Tokens | None = key(None, "longer prompts are dropped and counted; null: by source")
     hub_config: Text | None = key(None, "configuration (subset) of a hub dataset")
     question_column: Text | None = key(None, "column of the question; null: question, problem or prompt")
@@ -105,7 +109,11 @@ class DataSection(Section):
     @field_validator("source")
     @classmethod
     def _known_source(cls, source: str) -> str:
-        if source in SOURCES or (_HUB_ID.fullmatch(source) and not _DATA_FILE.search(source)):
+        if (
+            source in SOURCES
+            or source.startswith(GYM)
+            or (_HUB_ID.fullmatch(source) and not _DATA_FILE.search(source))
+        ):
             return source
         if "/" in source or _DATA_FILE.search(source):
             what = f"{source!r} is a path, not a source"
@@ -128,7 +136,7 @@ class DataSection(Section):
             try:
                 check_reward(reward)
             except ValueError as error:
-                raise refusal(str(error), "known: gsm8k, math, exact, regex:PATTERN") from error
+                raise refusal(str(error), f"known: {REWARDS}") from error
         return reward
 
 
@@ -210,7 +218,8 @@ class Recipe(Section):
 
     def resolved(self) -> Recipe:
         """The recipe with everything filled in that depends on the data source."""
-        prompt, reward, tokens = _DEFAULTS_BY_SOURCE.get(self.data.source, _OTHER_DEFAULTS)
+        kind = GYM if self.data.source.startswith(GYM) else self.data.source
+        prompt, reward, tokens = _DEFAULTS_BY_SOURCE.get(kind, _OTHER_DEFAULTS)
         filled = {
             "prompt": self.data.prompt or prompt,
             "reward": self.data.reward or reward,
@@ -235,16 +244,26 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
         yield "em.baseline", what, "set em.baseline to 0, or em.weighting to posterior"
     if data.source == "local" and not data.path:
         yield "data.path", "source local has no path", "set data.path to a file or a folder"
-    if data.source == "tiny" and (data.path or data.eval_path):
+    made = {"tiny": "bundled", GYM: "generated"}.get(GYM if data.source.startswith(GYM) else data.source)
+    if made and (data.path or data.eval_path):
         field = "data.path" if data.path else "data.eval_path"
-        yield field, "the tiny problems are bundled, no file is read", "set data.source to local"
-    if data.hub_config and "/" not in data.source:
+        yield field, f"the {data.source} problems are {made}, no file is read", "set data.source to local"
+    if data.hub_config and (made or "/" not in data.source):
         what = f"source {data.source} has no configurations"
         yield "data.hub_config", what, "remove it, or name a hub dataset id"
+    if data.reward and _correctness(data.reward) == "gym" and not data.source.startswith(GYM):
+        what = "reward gym asks the scorer of a Reasoning Gym task"
+        yield "data.reward", what, "set data.source to gym:TASK, or name another reward"
     if data.split == data.eval_split and not data.eval_path:
         yield "data.eval_split", "training and evaluation rows would be the same", "name another split"
     if data.question_column and data.question_column == data.answer_column:
         yield "data.answer_column", "question and answer are the same column", "name another column"
+
+
+def _correctness(reward: str) -> str:
+    from empg_lite.rewards.spec import parse_spec
+
+    return parse_spec(reward).correctness.name
 
 
 def refused_sampling(recipe: Recipe) -> str | None:

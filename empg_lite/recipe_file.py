@@ -167,6 +167,10 @@ def _takes_text(section: str, name: str) -> bool:
 
 def _absolute(key: str, value: Any, base: Path) -> Any:
     """The value, or its absolute path where the key holds one."""
+    if key == "data.reward" and isinstance(value, str) and "python:" in value:
+        from empg_lite.rewards.spec import with_absolute_file
+
+        return with_absolute_file(value, base)
     if isinstance(value, str) and _is_path(key, value, base):
         return os.path.abspath(base / os.path.expanduser(value))
     return value

@@ -25,7 +25,7 @@ from empg_lite.metrics import Journal, View
 from empg_lite.preflight import first_problems, preflight, refuse_hopeless
 from empg_lite.rationale import Group, Problem, Rationale, flatten, group_rationales, read_rollouts
 from empg_lite.recipe import Recipe, refused_sampling
-from empg_lite.rewards import Grader
+from empg_lite.rewards import Grader, UserCode
 from empg_lite.runs import open_run, rollout_path
 from empg_lite.sampler import Sampler
 from empg_lite.session import Session, finished, summarise
@@ -41,6 +41,7 @@ class TrainOptions:
     max_minutes: float | None = None
     allow_change: tuple[str, ...] = ()
     command: str = ""
+    code: UserCode | None = None
 
 
 def train(
@@ -60,7 +61,7 @@ def train(
     refusal = refused_sampling(recipe)
     if refusal and not options.force:
         raise RecipeError(refusal, "sampler", "set it back, or say --force")
-    with store.run_lock(run), stop_request() as stop, Grader() as grader:
+    with store.run_lock(run), stop_request() as stop, Grader(code=options.code) as grader:
         journal = Journal(run)
         opened = open_run(run, recipe, resume=options.resume, allow_change=options.allow_change)
         if opened.checkpoint is not None and finished(run, opened.recipe):

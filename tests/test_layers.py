@@ -28,7 +28,7 @@ FLOORS = [
         "health",
         "stats",
     },
-    {"data", "data_files", "policy", "plan", "metrics", "eval_file", "eval_summary"},
+    {"data", "data_files", "gym_tasks", "policy", "plan", "metrics", "eval_file", "eval_summary"},
     {"sampler", "checkpoint", "runs", "target"},
     {"estep", "mstep", "learner", "evaluate", "preflight"},
     {"session", "tester", "train", "offline"},

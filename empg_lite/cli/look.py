@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from empg_lite.cli.options import (
+    AllowCodeOption,
     DebugOption,
     JsonOption,
     Output,
     RecipeOption,
     SeedOption,
     SetOption,
+    with_code,
 )
 
 if TYPE_CHECKING:
@@ -147,6 +149,7 @@ def check(
     preflight: Annotated[
         bool, typer.Option("--preflight", help="Also load the model and sample 16 problems.")
     ] = False,
+    allow_code: AllowCodeOption = False,
     overrides: SetOption = None,
     seed: SeedOption = None,
     as_json: JsonOption = False,
@@ -161,9 +164,10 @@ def check(
 
     out = Output(as_json)
     plan = load_recipe(recipe or "tiny", overrides or [], seed)
+    plan, code = with_code(plan, allow_code)
     from empg_lite.check import check as run_check
 
-    with out.guarded(), Grader() as grader:
+    with out.guarded(), Grader(code=code) as grader:
         report = run_check(plan, grader, out.view())
         flight = None
         if preflight:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from empg_lite.metrics import View
+    from empg_lite.recipe import Recipe
+    from empg_lite.rewards import UserCode
 
 RecipeOption = Annotated[
     str | None, typer.Option("--recipe", "-r", help="Built-in recipe or a YAML file.", show_default=False)
@@ -50,6 +52,12 @@ MaxMinutesOption = Annotated[
         "--max-minutes", min=0.0, help="Stop with a checkpoint after M minutes.", show_default=False
     ),
 ]
+AllowCodeOption = Annotated[
+    bool,
+    typer.Option("--allow-code", help="Let a python:FILE.py reward run that file. It is not a sandbox."),
+]
+#: What --reward takes, for the help texts.
+REWARDS = "gsm8k, math, exact, choice, gym, python:FILE.py, regex:PATTERN, or terms: math * concise:600"
 TargetArgument = Annotated[
     str | None,
     typer.Argument(metavar="[RUN|ADAPTER|MODEL]", help="Default: the newest run.", show_default=False),
@@ -108,14 +116,41 @@ def command_line() -> str:
     return shlex.join(["empg-lite", *sys.argv[1:]])
 
 
-def check_reward_option(reward: str | None) -> None:
-    """Refuse an unknown reward before any work."""
+def reward_option(reward: str, allow_code: bool) -> tuple[str, UserCode | None]:
+    """The reward of ``--reward`` and the file it runs, pinned. An unknown one is refused before any work."""
     from empg_lite.errors import UsageError
-    from empg_lite.rewards import check_reward
+    from empg_lite.rewards import pin, refuse_code
+    from empg_lite.rewards.spec import with_absolute_file
 
-    if reward is None:
-        return
     try:
-        check_reward(reward)
+        spec, code = pin(with_absolute_file(reward, Path.cwd()))
     except ValueError as error:
         raise UsageError(str(error), "--reward") from error
+    if code is not None and not allow_code:
+        raise refuse_code(code.ref, "--reward")
+    return spec, code
+
+
+def with_code(
+    recipe: Recipe, allow_code: bool, *, repin: bool = False, runs: bool = True
+) -> tuple[Recipe, UserCode | None]:
+    """The recipe with its reward pinned, and the file that the reward runs, if it is one.
+
+    Args:
+        repin: take a file that is not the one recorded.
+        runs: the command will run the file, and has to be allowed to.
+
+    Raises:
+        UsageError: it would run a file without ``--allow-code``.
+        MissingInput, DataError: the file is not there, or not the one recorded.
+    """
+    from empg_lite.rewards import pin, refuse_code
+
+    if recipe.data.reward is None:
+        return recipe, None
+    spec, code = pin(recipe.data.reward, repin=repin)
+    if code is None:
+        return recipe, None
+    if runs and not allow_code:
+        raise refuse_code(code.ref, "data.reward")
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"reward": spec})}), code

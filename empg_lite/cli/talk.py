@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from empg_lite.cli.options import (
+    REWARDS,
+    AllowCodeOption,
     DebugOption,
     JsonOption,
     Output,
@@ -16,7 +19,8 @@ from empg_lite.cli.options import (
     SeedOption,
     SetOption,
     TargetArgument,
-    check_reward_option,
+    reward_option,
+    with_code,
 )
 
 if TYPE_CHECKING:
@@ -48,6 +52,7 @@ def chat(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Default: the recipe's.", show_default=False)
     ] = None,
+    allow_code: AllowCodeOption = False,
     overrides: SetOption = None,
     seed: SeedOption = None,
     as_json: JsonOption = False,
@@ -58,10 +63,12 @@ def chat(
 
     out = Output(as_json)
     chosen = resolve_target(target, recipe, overrides or [], seed)
+    plan, code = with_code(chosen.recipe, allow_code)
+    chosen = replace(chosen, recipe=plan)
     from empg_lite.chat import Chat
     from empg_lite.rewards import Grader
 
-    with out.guarded(), Grader() as grader:
+    with out.guarded(), Grader(code=code) as grader:
         talk = Chat(chosen, temperature=temperature, max_new_tokens=max_new_tokens)
         if prompt is not None:
             question = sys.stdin.read().strip() if prompt == "-" else prompt
@@ -146,7 +153,11 @@ def grade(
         Path | None,
         typer.Option(help="JSONL with `gold` and `prediction`; one verdict a line.", show_default=False),
     ] = None,
-    reward: Annotated[str, typer.Option(help="gsm8k, math, exact, regex:PATTERN.")] = "math",
+    question: Annotated[
+        str | None, typer.Option(help="The problem's text: its options, its percent.", show_default=False)
+    ] = None,
+    reward: Annotated[str, typer.Option(help=f"{REWARDS}.")] = "math",
+    allow_code: AllowCodeOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -155,17 +166,17 @@ def grade(
     from empg_lite.rewards import Grader
 
     out = Output(as_json)
-    check_reward_option(reward)
-    with Grader() as grader:
+    reward, code = reward_option(reward, allow_code)
+    with Grader(code=code) as grader:
         if cases is not None:
-            if gold is not None or prediction is not None:
-                raise UsageError("--cases comes alone", "grade", "leave out --gold and --prediction")
+            if gold is not None or prediction is not None or question is not None:
+                raise UsageError("--cases comes alone", "grade", "leave out --gold, --prediction, --question")
             _grade_cases(out, grader, cases, reward)
             return
         if gold is None or prediction is None:
             raise UsageError("give --gold and --prediction, or --cases FILE", "grade")
         text = sys.stdin.read() if prediction == "-" else prediction
-        verdict = grader.grade(reward, gold, text)
+        verdict = grader.grade(reward, gold, text, question)
         if as_json:
             out.raw(_verdict_record(verdict))
         else:
@@ -180,6 +191,8 @@ def _verdict_record(v: Verdict) -> dict[str, Any]:
         "rule": v.rule,
         "gold": v.gold,
         "seconds": v.seconds,
+        **({"terms": dict(v.terms)} if v.terms else {}),
+        **({"error": v.error} if v.error else {}),
     }
 
 
@@ -215,5 +228,10 @@ def _say_verdict(out: Output, v: Verdict, reward: str) -> None:
         highlight=False,
     )
     out.print(safe(f"read    {read}"), markup=False, highlight=False)
+    if v.terms:
+        terms = " · ".join(f"{name} {value:.3g}" for name, value in v.terms.items())
+        out.print(safe(f"terms   {terms}"), markup=False, highlight=False)
+    if v.error:
+        out.print(safe(f"error   {v.error}"), markup=False, highlight=False)
     out.print(safe(f"gold    {v.gold!r}"), markup=False, highlight=False)
     out.print(f"by      {reward}, in {v.seconds * 1000:.2f} ms", markup=False, highlight=False)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from empg_lite.cli.options import (
+    REWARDS,
     AllowChangeOption,
+    AllowCodeOption,
     DebugOption,
     ForceOption,
     JsonOption,
@@ -20,8 +23,9 @@ from empg_lite.cli.options import (
     SeedOption,
     SetOption,
     TargetArgument,
-    check_reward_option,
     command_line,
+    reward_option,
+    with_code,
 )
 
 if TYPE_CHECKING:
@@ -48,6 +52,7 @@ def train(
     overrides: SetOption = None,
     seed: SeedOption = None,
     allow_change: AllowChangeOption = None,
+    allow_code: AllowCodeOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -61,6 +66,8 @@ def train(
     if recipe is None and resume and output_dir is not None and is_run(output_dir):
         name = str(output_dir / RECIPE)  # the run knows its own recipe
     plan = load_recipe(name or "tiny", changes, seed)
+    repin = "data.reward" in (allow_change or ())
+    plan, code = with_code(plan, allow_code, repin=repin, runs=not dry_run)
     if dry_run:
         resolved = plan.resolved()
         if as_json:
@@ -72,7 +79,7 @@ def train(
     from empg_lite.train import TrainOptions
     from empg_lite.train import train as run_training
 
-    options = TrainOptions(resume, force, max_minutes, tuple(allow_change or ()), command_line())
+    options = TrainOptions(resume, force, max_minutes, tuple(allow_change or ()), command_line(), code)
     with out.guarded():
         out.print(f"run: {run}", markup=False, highlight=False)
         result = run_training(plan, run, options, out.view())
@@ -153,8 +160,9 @@ def score(
     file: Annotated[Path, typer.Argument(help="Rollout file; graded in place.", show_default=False)],
     reward: Annotated[
         str | None,
-        typer.Option(help="gsm8k, math, exact, regex:PATTERN; default: the file's own.", show_default=False),
+        typer.Option(help=f"{REWARDS}; default: the file's own.", show_default=False),
     ] = None,
+    allow_code: AllowCodeOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -162,9 +170,10 @@ def score(
     from empg_lite.offline import score_file
 
     out = Output(as_json)
-    check_reward_option(reward)
+    if reward is not None:
+        reward, _ = reward_option(reward, allow_code)
     with out.guarded():
-        result = score_file(file, reward, out.view())
+        result = score_file(file, reward, out.view(), allow_code=allow_code)
         out.line(result)
         mean = "none could be graded" if result["reward"] is None else f"mean reward {result['reward']:.1%}"
         reasons = ", ".join(f"{n} {reason}" for reason, n in result["reasons"].items())
@@ -220,6 +229,7 @@ def evaluate(
         Path | None,
         typer.Option("--out", help="Folder of the answers; default RUN/eval.", show_default=False),
     ] = None,
+    allow_code: AllowCodeOption = False,
     overrides: SetOption = None,
     seed: SeedOption = None,
     as_json: JsonOption = False,
@@ -230,10 +240,12 @@ def evaluate(
 
     out = Output(as_json)
     chosen = resolve_target(target, recipe, overrides or [], seed)
+    plan, code = with_code(chosen.recipe, allow_code)
+    chosen = replace(chosen, recipe=plan)
     from empg_lite.evaluate import evaluate_target
     from empg_lite.rewards import Grader
 
-    with out.guarded(), Grader() as grader:
+    with out.guarded(), Grader(code=code) as grader:
         result = evaluate_target(
             chosen, grader, split=split, limit=limit, k=k, base=base, out=out_dir, view=out.view()
         )

@@ -2,6 +2,16 @@
 
 from empg_lite.rewards.grader import Grader
 from empg_lite.rewards.spec import check_reward, reward_names
+from empg_lite.rewards.usercode import UserCode, pin, refuse_code
 from empg_lite.rewards.verdict import Case, Verdict
 
-__all__ = ["Case", "Grader", "Verdict", "check_reward", "reward_names"]
+__all__ = [
+    "Case",
+    "Grader",
+    "UserCode",
+    "Verdict",
+    "check_reward",
+    "pin",
+    "refuse_code",
+    "reward_names",
+]

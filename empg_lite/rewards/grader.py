@@ -17,6 +17,7 @@ from empg_lite.rationale import FAILURES
 from empg_lite.rewards.extract import extract
 from empg_lite.rewards.functions import ALGEBRA, MAX_TEXT, Outcome, Question, Reward, reward_of
 from empg_lite.rewards.pool import Reply, WorkerPool
+from empg_lite.rewards.self_test import self_test
 from empg_lite.rewards.spec import Part, Spec, parse_spec
 from empg_lite.rewards.usercode import UserCode, refuse_code, worker_setup
 from empg_lite.rewards.verdict import Case, Verdict
@@ -155,43 +156,16 @@ class Grader:
 
         Raises:
             ValueError: ``spec`` names no reward.
+            UsageError: ``spec`` is a function that this grader was not given.
             GraderUnusable: a verdict is wrong, or a worker does not start; it names what failed.
         """
-        kind = parse_spec(spec).correctness.name
-        name = kind if kind in _KNOWN else "exact"
-        pairs = _KNOWN[name]
-        verdicts = self.grade_many(name, [Case(gold, prediction) for gold, prediction, _ in pairs])
-        for (gold, prediction, reason), verdict in zip(pairs, verdicts, strict=True):
-            if verdict.reason != reason:
-                raise GraderUnusable(
-                    f"the grader fails its self-test: {verdict.reason} instead of {reason}",
-                    f"{name}: gold {gold!r}, prediction {prediction!r}",
-                    "reinstall math-verify and sympy",
-                )
+        rule = _rule(spec)
+        self._check_code(rule.spec)
 
+        def ask(setup: Mapping[str, Any], request: Mapping[str, Any]) -> Reply:
+            return self._pool_for(setup).submit(request).result()
 
-_MATH_PAIRS = [
-    ("18", "so 18.\n#### 18", "equal"),
-    ("18", "#### 17", "different"),
-    ("1,234", r"The total is \boxed{1234}.", "equal"),
-    ("-3", r"\boxed{3}", "different"),
-    ("0.5", r"\boxed{\frac{1}{2}}", "equal"),
-    ("18", "", "no_answer"),
-    (r"3\sqrt{5}", r"\boxed{\sqrt{45}}", "equal"),
-    (r"3\sqrt{5}", r"\boxed{\sqrt{46}}", "different"),
-    (r"\frac{\sqrt{3}}{3}", r"\boxed{\frac{1}{\sqrt{3}}}", "equal"),
-    ("x^2+2x+1", r"\boxed{(x+1)^2}", "equal"),
-]
-#: (gold, prediction, reason) that every sound installation agrees on.
-_KNOWN = {
-    "gsm8k": _MATH_PAIRS,
-    "math": _MATH_PAIRS,
-    "exact": [
-        ("olive", r"\boxed{olive}", "equal"),
-        ("olive", r"\boxed{oil}", "different"),
-        ("olive", "", "no_answer"),
-    ],
-}
+        self_test(rule.spec, self.grade_many, ask)
 
 
 def _outcome(question: Question, reply: Reply) -> Outcome:

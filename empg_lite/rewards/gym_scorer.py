@@ -11,8 +11,11 @@ import builtins
 import difflib
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+
+import numpy
 
 _SAFE_NODES = (
     ast.Expression,
@@ -57,9 +60,7 @@ class Task:
             ) from None
         if name not in DATASETS:
             close = difflib.get_close_matches(name, sorted(DATASETS), n=3)
-            hint = (
-                f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(sorted(DATASETS))}"
-            )
+            hint = f"did you mean {' or '.join(close)}?" if close else "docs/rewards.md lists them"
             raise TaskUnusable(f"Reasoning Gym has no task {name!r}", hint)
         try:
             self._dataset = create_dataset(name, seed=seed, size=size, **params)
@@ -68,12 +69,11 @@ class Task:
             raise TaskUnusable(
                 f"the task {name} refuses its parameters: {text}", "see the task's configuration"
             ) from None
-        guard_evaluator()
 
     def entry(self, index: int) -> dict[str, Any]:
         """Entry ``index`` as JSON, or why it cannot be used: ``{"entry": ...}`` or ``{"refused": why}``."""
         random.seed(index)  # some tasks draw from the shared generators too
-        _seed_numpy(index)
+        numpy.random.seed(index)
         made = self._dataset[index]
         entry = {key: made[key] for key in ("question", "answer", "metadata")}
         if not isinstance(entry["answer"], str) or not entry["answer"].strip():
@@ -82,7 +82,7 @@ class Task:
             entry = json.loads(json.dumps(entry, allow_nan=False))
         except (TypeError, ValueError) as error:
             return {"refused": f"its entries cannot be carried as JSON ({error})"}
-        score = float(self._dataset.score_answer(entry["answer"], entry))
+        score = self._score(entry["answer"], entry)
         if score != 1.0:
             return {"refused": f"its own answer scores {score:g} once carried as JSON"}
         return {"entry": entry}
@@ -90,37 +90,41 @@ class Task:
     def score(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The task's own verdict on an answer, in [0, 1]."""
         entry = {"question": request["question"], "answer": request["gold"], "metadata": request["metadata"]}
-        score = float(self._dataset.score_answer(request["answer"], entry))
+        score = self._score(request["answer"], entry)
         if not 0.0 <= score <= 1.0:
             return {"error": f"the task's scorer returned {score!r}, which is outside [0, 1]"}
         return {"score": score}
+
+    def _score(self, answer: str, entry: dict[str, Any]) -> float:
+        with guarded_evaluator():
+            return float(self._dataset.score_answer(answer, entry))
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The reply to one request."""
         return self.entry(request["index"]) if request["op"] == "entry" else self.score(request)
 
 
-def guard_evaluator() -> None:
-    """From now on Python's evaluator refuses, in this process, what is more than a calculator's input."""
+@contextmanager
+def guarded_evaluator() -> Iterator[None]:
+    """Python's evaluator refuses, in here, what is more than a calculator's input."""
     evaluate = builtins.eval
-    if not getattr(evaluate, "guarded", False):
-        builtins.eval = _guarded(evaluate)
 
-
-def _guarded(evaluate: Callable[..., Any]) -> Callable[..., Any]:
-    def guarded(source: object, *namespaces: Any, **named: Any) -> Any:
+    def guarded(source: object, *namespaces: Any) -> Any:
         if not isinstance(source, str) or not harmless(source):
-            raise ValueError("refused to run text as a program")
-        return evaluate(source, *namespaces, **named)
+            raise ValueError("refused to run an answer as a program")
+        return evaluate(source, *namespaces)
 
-    guarded.guarded = True  # type: ignore[attr-defined]
-    return guarded
+    builtins.eval = guarded
+    try:
+        yield
+    finally:
+        builtins.eval = evaluate
 
 
 def harmless(source: str) -> bool:
     """Whether a text is an expression of literals, names, arithmetic and calls of known functions.
 
-    >>> harmless("[1, 2 * x]"), harmless("sqrt(x)/2"), harmless("open('x')"), harmless("x.y")
+    >>> harmless("[1, 2 * x]"), harmless("sqrt(x)/2"), harmless("print(x)"), harmless("x.y")
     (True, True, False, False)
     """
     try:
@@ -134,11 +138,3 @@ def harmless(source: str) -> bool:
         elif not isinstance(node, _SAFE_NODES):
             return False
     return True
-
-
-def _seed_numpy(seed: int) -> None:
-    try:
-        import numpy
-    except ImportError:
-        return
-    numpy.random.seed(seed)

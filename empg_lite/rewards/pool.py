@@ -67,7 +67,7 @@ def _line(message: Mapping[str, Any]) -> bytes:
 
 
 class _StartFailed(Exception):
-    """A worker ended, or kept silent, before it was ready."""
+    """A worker ended before it was ready."""
 
 
 class _Worker:
@@ -108,8 +108,8 @@ class _Worker:
         """Block until the imports are done.
 
         Raises:
-            _StartFailed: it ended, or kept silent.
-            GraderUnusable: what it was to load is broken; a second try would not help.
+            _StartFailed: it ended.
+            GraderUnusable: what it was to load is broken or takes for ever; a second try would not help.
         """
         if self.ready:
             return
@@ -117,6 +117,9 @@ class _Worker:
         if line is not None and (broken := json.loads(line).get("broken")):
             self.kill()
             raise GraderUnusable(broken["what"], broken["where"], broken["todo"])
+        if line is None and self.process.poll() is None:
+            self.kill()
+            raise GraderUnusable(f"the grading worker is not ready after {_START_SECONDS:g} s", "", _TODO)
         if line is None:
             self.complaints.seek(0)
             lines = self.complaints.read()[-4000:].decode(errors="replace").strip().splitlines()
@@ -174,11 +177,15 @@ class _Worker:
     def alive(self) -> bool:
         return self.process.poll() is None
 
-    def kill(self) -> None:
-        """End it now, and what it started; safe to call twice."""
+    def kill_group(self) -> None:
+        """Send it and what it started the signal that nothing survives."""
         if self.process.returncode is None:  # not reaped: its id, which is its group's, is still its own
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
+
+    def kill(self) -> None:
+        """End it now, and what it started; safe to call twice."""
+        self.kill_group()
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout, self.complaints):
             assert stream is not None
@@ -254,7 +261,7 @@ class WorkerPool:
         with self._lock:
             self._broken = self._broken or error
             for worker in self._running.values():
-                worker.process.kill()
+                worker.kill_group()
             while not self._queue.empty():
                 waiting.append(self._queue.get_nowait())
             # Again for every thread: what was just drained may have been another's word to go home.

@@ -13,8 +13,10 @@ Adding pays for wrong answers, and has to be asked for in words.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 CORRECTNESS = ("gsm8k", "math", "exact", "choice", "gym", "python", "regex")
 SHAPING = ("concise", "boxed")
@@ -157,6 +159,18 @@ def _arranged(parts: list[Part], text: str, *, added: bool) -> Spec:
         if sum(other.name == part.name for other in shaping) > 1:
             raise ValueError(f"reward {text!r} names {part.name} twice")
     return Spec(right[0], tuple(shaping), added)
+
+
+def with_absolute_file(text: str, base: Path) -> str:
+    """The spec with the path of the user's file made absolute, seen from ``base``; others as they are."""
+    try:
+        spec = parse_spec(text)
+    except ValueError:
+        return text  # validation says what is wrong with it
+    if spec.python is None:
+        return text
+    path = os.path.abspath(base / os.path.expanduser(spec.python.file))
+    return str(spec.with_python(replace(spec.python, file=path)))
 
 
 def check_reward(spec: str) -> None:

@@ -22,7 +22,7 @@ from types import CodeType
 from typing import Any
 
 from empg_lite.errors import DataError, MissingInput, UsageError
-from empg_lite.rewards.spec import PythonRef
+from empg_lite.rewards.spec import PythonRef, parse_spec
 
 MODULE = "empg_user_reward"
 
@@ -75,6 +75,20 @@ def worker_setup(code: UserCode) -> dict[str, str]:
     """What a worker is told before its first request; JSON carries no bytes."""
     source = base64.b64encode(code.source).decode("ascii")
     return {"path": code.ref.file, "function": code.ref.function, "source": source}
+
+
+def pin(text: str, *, repin: bool = False) -> tuple[str, UserCode | None]:
+    """A spec with the hash of the user's file in it, and the file; other specs as they are, and None.
+
+    Raises:
+        ValueError: it names no reward.
+        MissingInput, DataError: see ``read_code``.
+    """
+    spec = parse_spec(text)
+    if spec.python is None:
+        return text, None
+    code = read_code(spec.python, repin=repin)
+    return str(spec.with_python(code.ref)), code
 
 
 def refuse_code(ref: PythonRef, where: str) -> UsageError:
