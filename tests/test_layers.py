@@ -25,6 +25,7 @@ FLOORS = [
         "store",
         "tiny",
         "control",
+        "behaviors",
         "health",
         "stats",
     },

@@ -106,7 +106,7 @@ def test_score_in_place_and_again(recipe: Recipe, tmp_path: Path, monkeypatch: p
     def broken(*_: object) -> list[object]:
         raise RuntimeError("grader fell over")
 
-    monkeypatch.setattr(Grader, "grade_many", broken)
+    monkeypatch.setattr(Grader, "submit", broken)
     with pytest.raises(RuntimeError):
         score_file(file, "exact")
     assert file.read_bytes() == data

@@ -10,17 +10,27 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import write_recipe
 
 from empg_lite.checkpoint import list_checkpoints
-from empg_lite.errors import CheckpointError, Interrupted, NoSignal, RecipeError, UsageError
+from empg_lite.errors import (
+    CheckpointError,
+    GraderUnusable,
+    Interrupted,
+    NoSignal,
+    RecipeError,
+    UsageError,
+)
 from empg_lite.metrics import View, read_metrics, stable
 from empg_lite.rationale import read_rollouts
 from empg_lite.recipe_file import load_recipe
+from empg_lite.rewards import Verdict
 from empg_lite.train import TrainOptions, train
 
 
@@ -144,6 +154,50 @@ def test_a_dead_signal_stops_the_run_unless_forced(
     assert raised.value.exit_code == 77
     assert list_checkpoints(tmp_path / "a")[-1].name == "step-000002"
     assert train(recipe, tmp_path / "b", TrainOptions(force=True))["steps"] == 3
+
+
+def test_a_broken_grader_is_found_before_step_1(
+    cli: Any, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sympy.py").write_text("raise ImportError('half installed')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for reward in ("math", "gsm8k", "regex:[a-m]"):
+        run = tmp_path / reward[:4]
+        code, _, err = cli("train", "-r", recipe_file, "-o", run, "--set", f"data.reward='{reward}'")
+        assert code == 69 and "half installed" in err.strip().splitlines()[-1], (reward, err)
+        assert read_metrics(run / "metrics.jsonl") == [] and not (run / "rollouts").exists()
+
+
+def test_a_grader_that_fails_stops_the_run(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps in a row with most answers ungraded: exit 69, the checkpoint stays."""
+    from empg_lite import train as module
+
+    recipe = load_recipe(str(recipe_file), ["run.eval_every=0", "run.steps=6", "run.save_every=100"])
+    real, run = module.e_step, tmp_path / "run"
+
+    def failing(session: Any, *rest: Any) -> Any:
+        if session.learner.state.step >= 2:
+            crashed = Verdict(0.0, "crash", None, None, "", 0.0, error="no such module")
+            future: Future[Verdict] = Future()
+            future.set_result(crashed)
+            monkeypatch.setattr(module.Grader, "submit", lambda *_: future)
+        return real(session, *rest)
+
+    monkeypatch.setattr(module, "e_step", failing)
+    with pytest.raises(
+        GraderUnusable, match="failed on 100% and 100% of the answers.*no such module"
+    ) as raised:
+        train(recipe, run)
+    assert raised.value.exit_code == 69
+    assert list_checkpoints(run)[-1].name == "step-000004"
+    records = read_metrics(run / "metrics.jsonl")
+    assert [r["em/updates"] for r in records] == [1, 1, 0, 0]
+    assert [r["reasons/crash"] > 0 for r in records[2:]] == [True, True]
+    assert ["grader_failures" in r["health"] for r in records] == [False, False, True, True]
+    monkeypatch.undo()
+    assert train(recipe, run, TrainOptions(resume=True))["steps"] == 6
 
 
 def test_eval_every_0_evaluates_nothing(recipe_file: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ when the clock runs out. Nothing here uses signals or timers, so any thread may 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -113,14 +114,17 @@ class _Worker:
         """
         if self.ready:
             return
-        line = self._receive(self._setup, time.monotonic() + _START_SECONDS)
+        deadline = time.monotonic() + _START_SECONDS
+        line = self._receive(self._setup, deadline)
         if line is not None and (broken := json.loads(line).get("broken")):
             self.kill()
             raise GraderUnusable(broken["what"], broken["where"], broken["todo"])
-        if line is None and self.process.poll() is None:
+        if line is None and time.monotonic() >= deadline:
             self.kill()
             raise GraderUnusable(f"the grading worker is not ready after {_START_SECONDS:g} s", "", _TODO)
         if line is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it has closed its pipe and is ending
+                self.process.wait(_START_SECONDS)
             self.complaints.seek(0)
             lines = self.complaints.read()[-4000:].decode(errors="replace").strip().splitlines()
             self.kill()
