@@ -37,7 +37,7 @@ class Finding:
     hopeless: bool = False
 
     def __str__(self) -> str:
-        return f"{self.what}: {self.todo}"
+        return f"{self.what} · {self.todo}"
 
 
 def graded_failures(record: Mapping[str, Any]) -> float:
@@ -59,7 +59,7 @@ def diagnose(record: Mapping[str, Any], *, rows: int, max_new_tokens: int) -> tu
         what = f"{truncated:.0%} of the rationales were cut off at {max_new_tokens} tokens, which earns 0"
         todo = f"raise sampler.max_new_tokens, to {2 * max_new_tokens} for a start"
         found.append(Finding("truncated", what, todo, hopeless=truncated > TRUNCATED_STOP))
-    if failures < 1:  # else nothing is known of the answers
+    if failures < 1 and truncated <= TRUNCATED_STOP:  # else hardly an answer is known
         found += _signal(record, rows, said=bool(found))
     if failures > FAILURES_WARN:
         what = f"the grader failed on {failures:.0%} of the answers; those are left out"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from empg_lite.health import FAILURES_STOP, Finding, diagnose, graded_failures
 from empg_lite.learner import Learner, build_learner
 from empg_lite.metrics import View
 from empg_lite.mstep import m_step
-from empg_lite.rationale import Problem, Rationale, flatten, group_rationales
+from empg_lite.rationale import Group, Problem, Rationale, flatten, group_rationales
 from empg_lite.recipe import Recipe
 from empg_lite.rewards import Grader
 from empg_lite.sampler import Sampler
@@ -46,6 +46,7 @@ class Preflight:
             right, for nothing could be fitted.
         minutes: of the recipe's steps, without evaluation.
         findings: what to change, worst first; empty where all is well.
+        groups: the rationales themselves, graded and weighed.
     """
 
     problems: int
@@ -59,6 +60,7 @@ class Preflight:
     seconds_a_step: float
     minutes: float
     findings: tuple[Finding, ...]
+    groups: tuple[Group, ...] = field(repr=False)
 
     @property
     def hopeless(self) -> Finding | None:
@@ -66,19 +68,20 @@ class Preflight:
         return next((f for f in self.findings if f.hopeless), None)
 
     def facts(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return asdict(self)
+        """The figures and findings as plain JSON types."""
+        figures = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "groups"}
+        return {**figures, "findings": [asdict(finding) for finding in self.findings]}
 
-    def lines(self) -> list[str]:
-        """For people: what was seen, then what would help."""
+    @property
+    def seen(self) -> str:
+        """What was seen, in one line."""
         duration = f"{self.minutes:.0f} minutes" if self.minutes >= 2 else f"{60 * self.minutes:.0f} seconds"
-        seen = (
+        return (
             f"preflight: {self.rationales} rationales of {self.problems} problems: {self.reward:.0%} right, "
             f"{self.truncated:.0%} cut off, {self.mixed:.0%} of the problems with both right and wrong ones; "
             f"{self.mean_length:.0f} tokens each, {self.tokens_per_second:.0f} tokens/s; "
             f"training will take about {duration}"
         )
-        return [seen, *map(str, self.findings)]
 
 
 def preflight(
@@ -129,6 +132,7 @@ def preflight(
         seconds_a_step=step,
         minutes=step * recipe.run.steps / 60,
         findings=diagnose(record, rows=len(rows), max_new_tokens=recipe.sampler.max_new_tokens),
+        groups=groups,
     )
 
 

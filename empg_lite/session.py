@@ -10,6 +10,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from empg_lite.learner import Learner, build_learner
 from empg_lite.metrics import Journal, View, read_metrics
 from empg_lite.policy.adapter import WEIGHTS, adapter_files
 from empg_lite.policy.card import tokenizer_files
-from empg_lite.rationale import Group, encode_rollouts, flatten
+from empg_lite.rationale import Group, Rationale, encode_rollouts, flatten
 from empg_lite.recipe import Recipe
 from empg_lite.runs import METRICS, Opened, rollout_path, write_run_files
 
@@ -87,7 +88,7 @@ class Session:
         learner, state = self.learner, self.learner.state
         rows = flatten(groups)
         rate, step = learner.learning_rate(), state.step + 1
-        store.write_file(rollout_path(self.run, step), encode_rollouts(learner.header(reward), rows))
+        self.keep_rollouts(step, rows, reward)
         started = time.perf_counter()
         budget = state.micro_batch_tokens or self.recipe.optim.micro_batch_tokens
         with self.view.phase("fitting", sum(r.weight != 0 for r in rows) * self.recipe.em.passes) as on_done:
@@ -120,6 +121,11 @@ class Session:
             **_memory(),
         }
 
+    def keep_rollouts(self, step: int, rows: Sequence[Rationale], reward: str | None) -> None:
+        """The rationales of a step, by the policy as it is, before they are fitted."""
+        header = self.learner.header(reward)
+        store.write_file(rollout_path(self.run, step), encode_rollouts(header, rows))
+
     def record(self, record: Mapping[str, Any]) -> None:
         """Log a step's metrics and show them; what keeps it from teaching is said in words."""
         step, rows = record["step"], record["em/rows_fitted"] + record["em/rows_skipped"]
@@ -132,15 +138,17 @@ class Session:
             self.journal.event("no_update", step=step, why=why)
             if record["em/rows_fitted"]:
                 self.view.warn(f"step {step}: {why}; nothing was learned")
-        for finding in findings:
-            self._say(step, finding)
+        self.say(step, findings)
         self._recent.append(record)
 
-    def _say(self, step: int, finding: Finding) -> None:
-        """Once in ``SILENCE`` steps, also across a resumption."""
-        if not any(finding.kind in record.get("health", ()) for record in self._recent):
-            self.journal.event("health", step=step, kind=finding.kind, what=finding.what, todo=finding.todo)
-            self.view.warn(f"step {step}: {finding}")
+    def say(self, step: int, findings: Sequence[Finding]) -> None:
+        """Each finding once in ``SILENCE`` steps, also across a resumption; step 0 is the preflight."""
+        for finding in findings:
+            if not any(finding.kind in record.get("health", ()) for record in self._recent):
+                self.journal.event("health", step=step, **asdict(finding))
+                self.view.warn(f"step {step}: {finding}" if step else str(finding))
+        if not step:
+            self._recent.append({"health": [f.kind for f in findings]})
 
     def stop_if_hopeless(self, *, force: bool) -> None:
         """End a run that cannot learn.

@@ -22,7 +22,7 @@ from empg_lite.data import ProblemStream, load_splits
 from empg_lite.errors import DataError, Interrupted, RecipeError
 from empg_lite.estep import Scorer, VerdictKey, sample_rationales, weigh
 from empg_lite.metrics import Journal, View
-from empg_lite.preflight import first_problems, preflight, refuse_hopeless
+from empg_lite.preflight import PREFLIGHT_STEP, first_problems, preflight, refuse_hopeless
 from empg_lite.rationale import Group, Problem, Rationale, flatten, group_rationales, read_rollouts
 from empg_lite.recipe import Recipe, refused_sampling
 from empg_lite.rewards import Grader, UserCode
@@ -145,7 +145,7 @@ def e_step(
 def fly_first(
     session: Session, sampler: Sampler, grader: Grader, problems: Sequence[Problem], force: bool
 ) -> None:
-    """Preflight; what it found stays in ``preflight.json``.
+    """Preflight; its figures stay in ``preflight.json``, its rationales are those of step 0.
 
     Raises:
         NoSignal: training cannot learn anything, and ``force`` was not said.
@@ -153,10 +153,9 @@ def fly_first(
     """
     found = preflight(session.learner, sampler, grader, problems, session.view)
     store.write_file(session.run / "preflight.json", json.dumps(found.facts(), indent=1))
-    seen, *advice = found.lines()
-    session.view.note(seen)
-    for line in advice:
-        session.view.warn(line)
+    session.keep_rollouts(PREFLIGHT_STEP, flatten(found.groups), str(session.recipe.data.reward))
+    session.view.note(found.seen)
+    session.say(PREFLIGHT_STEP, found.findings)
     if not force:
         refuse_hopeless(found, str(session.run))
 

@@ -176,7 +176,7 @@ def check(
             flight = preflight_recipe(plan, grader, out.view())
         ok = report.ok and not (flight and flight.hopeless)
         out.line({"ok": ok, **asdict(report), "preflight": flight and flight.facts()})
-        lines = [*_findings(report), *(flight.lines() if flight else [])]
+        lines = [*_findings(report), *([flight.seen, *map(str, flight.findings)] if flight else [])]
         lines.append("ok" if ok else "something is wrong: see above")
         for line in lines:
             out.print(safe(line), markup=False, highlight=False)
