@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from empg_lite.data import Splits, subset
+from empg_lite.eval_summary import Evaluation, paired
 from empg_lite.evaluate import Examiner
+from empg_lite.rationale import Rationale, read_rollouts
 from empg_lite.rewards import Grader
 from empg_lite.sampler import Sampler
 from empg_lite.session import Session
@@ -65,6 +67,8 @@ class Tester:
             "split": session.recipe.data.eval_split,
             **evaluation.summary(),
         }
+        if name == "after" and (before := self._before(evaluation)):
+            figures["paired"] = paired(before, evaluation.greedy)
         session.save_figures(name, figures)
         low, high = figures["pass@1_ci95"]
         session.view.note(
@@ -72,3 +76,10 @@ class Tester:
             f"of {figures['n']}, T=1 {figures['t1_accuracy']:.1%}, length {figures['mean_length']:.0f}"
         )
         return figures
+
+    def _before(self, after: Evaluation) -> list[Rationale]:
+        """The greedy answers to the same problems before training, in the same order; [] without them."""
+        path = self.session.run / "eval" / "before" / "greedy.jsonl"
+        found = {r.problem_id: r for r in read_rollouts(path)[0].rationales} if path.is_file() else {}
+        same = found.keys() >= {r.problem_id for r in after.greedy}  # other rows where run.eval_limit changed
+        return [found[r.problem_id] for r in after.greedy] if same else []

@@ -69,6 +69,8 @@ def test_training_keeps_its_answers_too(trained: Trained) -> None:
         assert said["pass@1"] == result[f"accuracy_{name}"]
         rows = read_rollouts(run / "eval" / name / "greedy.jsonl")[0].rationales
         assert sum(r.right for r in rows) / len(rows) == said["pass@1"] and len(rows) == said["n"]
+    gain = result["accuracy_after"] - result["accuracy_before"]
+    assert said["paired"]["gain"] == pytest.approx(gain) and 0 < said["paired"]["p_value"] <= 1
 
 
 class Counting(View):

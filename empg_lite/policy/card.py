@@ -26,7 +26,7 @@ def tokenizer_files(policy: Policy) -> dict[str, bytes]:
 
 def model_card(recipe: Any, policy: Policy, figures: Mapping[str, Any]) -> str:
     """A Markdown card: base, data, method, figures as measured."""
-    rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
+    rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items() if not isinstance(value, dict))
     return f"""---
 base_model: {policy.name}
 library_name: peft
