@@ -59,7 +59,7 @@ _THINKING_ENDS = re.compile(
     r"|<\|end_of_thought\|>",
     re.IGNORECASE,
 )
-_BRACES = re.compile(r"\\+(?:boxed|fbox)(?![a-zA-Z])|\\[{}]|[{}]")
+_BRACES = re.compile(r"(?<!\\)\\++(?:boxed|fbox)(?![a-zA-Z])|\\[{}]|[{}]")
 _OPENED = re.compile(r"\s*\{")
 _UNBRACED = re.compile(r"[ \t]?(\\?[^\s$,;\\]{0,100})")
 _SENTENCE_END = re.compile(r"[.?](?=[\s$\\)\]*\"'”]|$)|(?<=[A-Za-z])!(?=\s|$)|\n\s*\n")

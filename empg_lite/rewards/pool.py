@@ -137,7 +137,11 @@ class _Worker:
         line = self._receive(request, start + limit)
         seconds = time.monotonic() - start
         if line is not None:
-            result = json.loads(line)
+            try:
+                result = dict(json.loads(line))
+            except (ValueError, TypeError):  # not one object on one line: no later reply can be trusted
+                self.kill()
+                return Reply({}, "crash", seconds)
             if not result.get("memory"):
                 error = result.get("error")
                 return Reply(result, "crash" if error is not None else None, seconds, error)

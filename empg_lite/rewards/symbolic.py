@@ -106,13 +106,17 @@ def _points(names: Iterable[str]) -> Iterator[dict[str, sympy.Rational]]:
 def _value(expression: sympy.Expr, point: dict[str, sympy.Rational]) -> sympy.Expr | None:
     """A finite complex number to 40 digits, or None where there is none."""
     values = {symbol: point[symbol.name] for symbol in expression.free_symbols}
-    if expression.has(*_UNEVALUATED):
-        number = expression.subs(values).doit().evalf(_DIGITS)
-    else:
-        number = expression.evalf(_DIGITS, subs=values)
-    if not number.is_number or not number.is_finite:
+    try:
+        if expression.has(*_UNEVALUATED):
+            number = expression.subs(values).doit().evalf(_DIGITS)
+        else:
+            number = expression.evalf(_DIGITS, subs=values)
+        finite = number.is_number and number.is_finite
+        return number if finite and all(part.is_Number for part in number.as_real_imag()) else None
+    except (RecursionError, MemoryError):
+        raise
+    except Exception:  # a pole, a sum that diverges: sympy and mpmath raise what they like
         return None
-    return number
 
 
 def _nothing(number: sympy.Expr) -> bool:
@@ -166,13 +170,11 @@ def expressions_equal(gold: str, prediction: str) -> bool:
 
 def _ratio(gold: Shape, prediction: Shape) -> sympy.Expr | None:
     """f/g where gold says f = 0 and the prediction g = 0 (or f < 0, g < 0); None where not constant."""
-    f = parse(gold.items[0].text) - parse(gold.items[1].text)
-    g = parse(prediction.items[0].text) - parse(prediction.items[1].text)
-    if (
-        not (isinstance(f, sympy.Expr) and isinstance(g, sympy.Expr))
-        or _names(f) != _names(g)
-        or not _names(f)
-    ):
+    sides = [parse(item.text) for shape in (gold, prediction) for item in shape.items]
+    if not all(isinstance(side, sympy.Expr) for side in sides):
+        return None
+    f, g = sides[0] - sides[1], sides[2] - sides[3]
+    if not _names(f) or _names(f) != _names(g):
         return None
     ratio = None
     for point in _points(_names(f)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _ATTACHED = "cm|mm|km|kg|mg|ml|kl|ft|in|lbs?|oz|yd|mi|mph|kph|hrs?|mins?|secs?|sq|usd|eur|gb|mb|kb|hz|khz"
 _LETTERS = "m|g|s|h|l|L"
 _NOT_UNITS = re.compile(
@@ -12,6 +12,12 @@ _NOT_UNITS = re.compile(
     r"|percent|pct|percentage)",
     re.IGNORECASE,
 )
+#: Words that change the number before them, or take it back.
+_CHANGES = re.compile(
+    r"squared|cubed|factorial|times|plus|minus|over|modulo|remainder|point|into|but|unless|is", re.IGNORECASE
+)
+#: More words than these are a sentence.
+_MAX_WORDS = 8
 _CLOCK = re.compile(r"[ap]\.?\s?m\.?", re.IGNORECASE)
 _TEXT_TAIL = re.compile(
     r"(?<=[\d})\]a-zA-Z%!])\s*\\text\{([^{}]*)\}\s*(?:\^\s*(?:\{\s*[23]\s*\}|[23]))?(?:/\\text\{[^{}]*\})?$"
@@ -25,7 +31,7 @@ def _is_unit(words: str, spaced: bool) -> bool:
     if not words or _CLOCK.fullmatch(words):
         return False
     first = re.split(r"[\s./-]+", words)[0]
-    if _NOT_UNITS.fullmatch(first):
+    if _NOT_UNITS.fullmatch(first) or _CHANGES.fullmatch(first) or len(words.split()) > _MAX_WORDS:
         return False
     if re.fullmatch(_ATTACHED, first, re.IGNORECASE):
         return True
@@ -46,7 +52,7 @@ def strip_units(text: str) -> str:
     text = _LEADING.sub("", text)
     while (tail := _TEXT_TAIL.search(text)) is not None:
         words = tail.group(1).strip()
-        if _CLOCK.fullmatch(words) or _NOT_UNITS.fullmatch(words):
+        if _CLOCK.fullmatch(words) or _NOT_UNITS.fullmatch(words) or _CHANGES.fullmatch(words):
             return text
         text = _scaled(text[: tail.start()].strip(), words)
     tail = _WORDS_TAIL.search(text)
