@@ -16,8 +16,9 @@ _CLOCK = re.compile(r"[ap]\.?\s?m\.?", re.IGNORECASE)
 _TEXT_TAIL = re.compile(
     r"(?<=[\d})\]a-zA-Z%!])\s*\\text\{([^{}]*)\}\s*(?:\^\s*(?:\{\s*[23]\s*\}|[23]))?(?:/\\text\{[^{}]*\})?$"
 )
-_WORDS_TAIL = re.compile(r"(?<=[\d})%])(\s*)([A-Za-z][A-Za-z./\s-]*)(?:\^\s*(?:\{\s*[23]\s*\}|[23])|[23])?$")
-_LEADING = re.compile(r"^\\text\{[^{}]*\}\s*(?=[-+\d.\\(])")
+_WORDS_TAIL = re.compile(r"(?:(?<=[\d})%!])|(?<=\\pi))(\s*)([A-Za-z][A-Za-z./\s-]*)(?:\^\s*(?:\{\s*[23]\s*\}|[23])|[23])?$")
+_QUOTIENT_TAIL = re.compile(r"(?<=[\d})])\s*\\frac\{\s*\\text\{[^{}]*\}\s*\}\{\s*\\text\{[^{}]*\}(?:\^\{?[23]\}?)?\s*\}$")
+_LEADING = re.compile(r"^(?:\\text\{[^{}]*\}\s*(?=[-+\d.\\(])|(?:USD|EUR|GBP|US|Rs\.?)\s*(?=[\d.]))")
 
 
 def _is_unit(words: str, spaced: bool) -> bool:
@@ -43,7 +44,7 @@ def _scaled(value: str, words: str) -> str:
 
 def strip_units(text: str) -> str:
     r"""A normalised answer without trailing unit (``15 cm^2``) or leading remark (``\text{about } 5``)."""
-    text = _LEADING.sub("", text)
+    text = _QUOTIENT_TAIL.sub("", _LEADING.sub("", text))
     while (tail := _TEXT_TAIL.search(text)) is not None:
         words = tail.group(1).strip()
         if _CLOCK.fullmatch(words) or _NOT_UNITS.fullmatch(words):
