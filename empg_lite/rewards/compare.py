@@ -14,7 +14,7 @@ from empg_lite.rewards.exact import read_exact
 from empg_lite.rewards.real_line import read_conditions
 from empg_lite.rewards.shapes import Shape, as_intervals, parse_shape
 from empg_lite.rewards.units import strip_units
-from empg_lite.rewards.words import as_words, choice, numeral
+from empg_lite.rewards.words import as_words, choice, numeral, plain
 
 #: Compares two shapes that structure cannot decide: (what, gold, prediction), ``what`` one of
 #: ``expression``, ``equation``, ``relation``, ``other``.
@@ -115,6 +115,8 @@ def _choices_equal(gold: str, prediction: str) -> bool | None:
 def _compare_plain(gold: str, prediction: str, percent_asked: bool) -> bool | None:
     """Two normalised expressions without structure, by text and exact value."""
     if _squeezed(gold) == _squeezed(prediction):
+        return True
+    if r"\text" in gold + prediction and plain(gold).replace(" ", "") == plain(prediction).replace(" ", ""):
         return True
     chosen = _choices_equal(gold, prediction)
     if chosen is not None:
@@ -267,6 +269,16 @@ def same(gold: Shape, prediction: Shape, leaf: Leaf) -> bool | None:
     return False
 
 
+def read_shape(normalized: str) -> Shape:
+    """The structure of an answer: conditions read together, and ``3/4, or 0.75`` as the one value it is."""
+    shape = read_conditions(parse_shape(normalized))
+    if shape.kind != "bag" or not re.search(r"\bor\b", shape.source):
+        return shape
+    exact = [read_exact(item.text) if item.kind == "leaf" else None for item in shape.items]
+    values = {number.value if number else None for number in exact}
+    return shape.items[0] if len(values) == 1 and None not in values else shape
+
+
 def is_empty(normalized: str) -> bool:
     """True where nothing was said: no letter, digit or symbol, "not a number", a bare infinity."""
     if not re.search(r"\w|\\", normalized):
@@ -278,4 +290,4 @@ def compare(gold: str, prediction: str, leaf: Leaf) -> bool | None:
     """Compare two normalised answers; None where ``leaf`` left a needed part undecided."""
     if _squeezed(gold) == _squeezed(prediction):
         return True
-    return same(read_conditions(parse_shape(gold)), read_conditions(parse_shape(prediction)), leaf)
+    return same(read_shape(gold), read_shape(prediction), leaf)

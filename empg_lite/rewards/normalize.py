@@ -110,10 +110,12 @@ _EATEN = re.compile(
     r"\\?(?:(?P<f>\x0c)(?=rac(?![a-z])|box)|(?P<b>\x08)(?=oxed|egin|inom|ar(?![a-z]))"
     r"|(?P<t>\t)(?=ext\s*\{|imes(?![a-z])|frac|heta(?![a-z])))"
 )
+_BARE_COMMAND = re.compile(r"(?<![\\a-zA-Z])([dt]?frac|boxed)(?=\s?\{)")
 
 
 def restore_escapes(text: str) -> str:
-    r"""``\frac``, ``\boxed``, ``\text`` where a form feed, a backspace or a tab stands for their beginning."""
+    r"""``\frac``, ``\boxed``, ``\text`` where the backslash is lost, or with their first letter an escape."""
+    text = _BARE_COMMAND.sub(r"\\\1", text)
     if not re.search(r"[\x08\x0c\t]", text):
         return text
     return _EATEN.sub(lambda match: "\\" + str(match.lastgroup), text)
@@ -162,6 +164,7 @@ _DOTTED = re.compile(r"(?<=[\d.])\\dot\s*\{?\s*(\d)\s*\}?(?:(\d*)\\dot\s*\{?\s*(
 _ASCII_NAME = re.compile(r"(?<![\\a-zA-Z])(pi|infty|infinity|inf|oo)(?![a-zA-Z])", re.IGNORECASE)
 _POWER = re.compile(r"(?<=[\w)}\]])\s*\*\*\s*(?=[\w({\\-])")
 _DECIMAL_COMMA = re.compile(r"[-+]?0,\d{3,}")  # no thousands group begins with a lone zero
+_CONTINENTAL = re.compile(r"([-+]?)(\d{1,3}(?:[. ]\d{3})+),(\d{1,2}|\d{4,})|([-+]?\d{1,3}(?:\.\d{3}){2,})")
 _FACTORIAL_EQUALS = re.compile(r"(?<!\d)!=")
 
 _SAME = {
@@ -334,6 +337,19 @@ def _ascii(text: str) -> str:
     return _UNION.sub(r"\\cup ", _TIMES_TEN.sub(r"\\cdot ", text))
 
 
+def _decimal_point(text: str) -> str:
+    """``0,125``, ``1.234,56`` and ``1.234.567`` with the separators of English, where no other reading is left."""
+    if _DECIMAL_COMMA.fullmatch(text):
+        return text.replace(",", ".")
+    match = _CONTINENTAL.fullmatch(text)
+    if match is None:
+        return text
+    sign, whole, decimals, grouped = match.groups()
+    if grouped:
+        return grouped.replace(".", "")
+    return f"{sign}{re.sub('[. ]', '', whole)}.{decimals}"
+
+
 def normalize(answer: str) -> str:
     r"""One spelling of an answer: ``\dfrac12`` and ``½`` become ``\frac{1}{2}``, ``１０`` becomes ``10``.
 
@@ -353,4 +369,4 @@ def normalize(answer: str) -> str:
     text = _ASCII_NAME.sub(lambda m: r"\pi " if m.group().lower() == "pi" else r"\infty ", text)
     text = _WHITE.sub(" ", text).strip().rstrip(".,;: ").lstrip(",;:= ")
     text = text.removeprefix("+").lstrip()
-    return text.replace(",", ".") if _DECIMAL_COMMA.fullmatch(text) else text
+    return _decimal_point(text)

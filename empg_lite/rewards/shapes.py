@@ -186,7 +186,8 @@ def _matrix(text: str) -> Shape | None:
 
 def _bracketed(text: str, depth: int) -> Shape | None:
     """Sets, tuples, intervals, vectors, and groups that only hold something."""
-    enclosed = _enclosed(text)
+    name = re.match(r"[A-Z]\s*(?=\([^()]*,)", text)  # a named point, as in A(1,2)
+    enclosed = _enclosed(text[name.end() :] if name else text)
     if enclosed is None:
         return None
     opener, inner, closer = enclosed
