@@ -6,6 +6,7 @@ compared by the leaf function handed in: the cheap one of this module, or the wo
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -21,7 +22,7 @@ from empg_lite.rewards.words import as_words, choice, numeral, plain
 Leaf = Callable[[str, Shape, Shape], bool | None]
 
 _INFINITE = {r"\infty", r"+\infty", r"-\infty"}
-_CLOCK = re.compile(r"\d{1,2}:\d{2}")
+_CLOCK = re.compile(r"(\d{1,2}):(\d{2})", re.ASCII)
 _RATIO_MARK = re.compile(r":|(?<=\d)\s*(?:\\text\{\s*to\s*\}|\bto\b)\s*(?=\d)")
 _MODULUS = re.compile(
     r"(?P<value>.+?)[\s,(]*(?:\\pmod|\\text\{\s*\(?mod\s*\}|\bmod\b)\s*\{?\s*(?P<modulus>\w+)\s*\}?\s*\)?"
@@ -51,14 +52,18 @@ def _ratio(text: str) -> tuple[Fraction, ...] | None:
         return None
     exact = [read_exact(part.strip()) for part in parts]
     values = [number.value for number in exact if number is not None]
-    if len(values) < len(parts) or not values[0]:
+    if len(values) < len(parts) or min(values) < 0 or not values[0]:
         return None
     return tuple(value / values[0] for value in values)
 
 
 def _ratios_equal(gold: str, prediction: str) -> bool | None:
-    """Ratios of the same shares; two parts are also a quotient. Times of day are no ratios."""
-    if _CLOCK.fullmatch(gold) and _CLOCK.fullmatch(prediction):
+    """Ratios of the same shares; two parts are also a quotient.
+
+    A time of day is no ratio: two of its form, or one that is not in lowest terms, are compared as written.
+    """
+    clocks = [_CLOCK.fullmatch(text) for text in (gold, prediction)]
+    if all(clocks) or any(clock and math.gcd(*map(int, clock.groups())) > 1 for clock in clocks):
         return gold.lstrip("0") == prediction.lstrip("0")
     one, other = _ratio(gold), _ratio(prediction)
     if one and other:
@@ -184,7 +189,7 @@ def _unordered(gold: Sequence[Shape], prediction: Sequence[Shape], leaf: Leaf) -
 
 
 def _named(shape: Shape) -> dict[str, Shape] | None:
-    """Values by name: of ``a = 1, b = 2``, and of ``(a,b) = (1,2)``; None where not all have one of their own."""
+    """Values by name: of ``a = 1, b = 2``, and of ``(a,b) = (1,2)``; None where some have none."""
     if shape.kind == "bag":
         labels = [item.label for item in shape.items]
     else:
@@ -255,7 +260,11 @@ def same(gold: Shape, prediction: Shape, leaf: Leaf) -> bool | None:
     if _plain_label(gold.label) and _plain_label(prediction.label) and gold.label != prediction.label:
         one, other = _as_equation(gold), _as_equation(prediction)
         return leaf("equation", one, other) if one and other else False  # the lines x = 5 and y = 5
-    if _function(gold.label) and _function(prediction.label) and _function(gold.label) != _function(prediction.label):
+    if (
+        _function(gold.label)
+        and _function(prediction.label)
+        and _function(gold.label) != _function(prediction.label)
+    ):
         return False  # f(x) = ... and g(x) = ...
     if kinds == {"leaf"}:
         return leaf("expression", gold, prediction)

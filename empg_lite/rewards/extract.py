@@ -100,6 +100,10 @@ _VALUES = re.compile(
     r"\b(?:solutions?|roots?|zeros|values?|numbers|pairs|points|factors)\b[^\n.:=\\]{0,60}?\b(?:is|are)\b:?\s*",
     re.IGNORECASE,
 )
+_DENIED = re.compile(
+    r"\banswers?\b[^\n.:=$\\]{0,30}?\b(?:is|are)(?:n't| not)\s+[-$\\\d][^\n]{0,80}?(?:[.,;](?=\s|$)|$)",
+    re.IGNORECASE | re.MULTILINE,
+)
 _PHRASE_START = re.compile(r"[\s*:_]*")
 _HEADING = re.compile(r"(?:step|part|case|question|problem)\b|\d+[.):]\s|final answer", re.IGNORECASE)
 _FENCE = re.compile(r"(?:\$\$?|\\[(\[])\s*")
@@ -108,7 +112,8 @@ _PHRASE_END = re.compile(r"[.?](?=[\s*\"'”<]|$)|\n")
 _MATH = re.compile(
     r"\$\$(?P<a>[^$]+)\$\$|(?<!\\)\$(?P<b>(?:\\\$|[^$])+?)(?<!\\)\$"
     r"|\\\((?P<c>(?:[^\\]|\\[^()\[\]])+)\\\)|(?<!\\)\\\[(?P<d>(?:[^\\]|\\[^()\[\]])+)\\\]"
-    r"|(?P<e>\\begin\{(?:align|gather|equation)\*?\}(?:[^\\]|\\(?!begin|end))+\\end\{(?:align|gather|equation)\*?\})",
+    r"|(?P<e>\\begin\{(?:align|gather|equation)\*?\}(?:[^\\]|\\(?!begin|end))+"
+    r"\\end\{(?:align|gather|equation)\*?\})",
     re.DOTALL,
 )
 _NUMBER = re.compile(
@@ -283,7 +288,10 @@ def _bare(text: str) -> bool:
         return True
     if _MATH.search(text):
         return False
-    return _LABELLED.match(text) is not None or not re.search(r"[\d$\\]", text)
+    label = _LABELLED.match(text)
+    return (label is not None and len(_WORD.findall(unset, label.end())) < 2) or not re.search(
+        r"[\d$\\]", text
+    )
 
 
 def _last_unfenced(text: str) -> tuple[str, int]:
@@ -318,11 +326,10 @@ def _last_value(text: str, *, numeric: bool = False) -> Answer | None:
 
 def _listed(text: str) -> Answer | None:
     """What "the solutions are" lists, where no value follows its sentence."""
-    match = None
-    for match in _VALUES.finditer(text):
-        pass
-    if match is None:
+    matches = list(_VALUES.finditer(text))
+    if not matches:
         return None
+    match = matches[-1]
     end = _phrase_end(text, match.end())
     content = _tidy(_without_remark(text[match.end() : end]))
     if not re.search(r"\d|\$|\\", content) or re.search(r"[\d$\\]", text[end:]) or not _bare(content):
@@ -403,4 +410,5 @@ def extract(text: str, *, numeric: bool = False) -> Answer | None:
         return None
     if _bare(bare):
         return Answer(_unfenced(bare), "whole")
+    stripped = _DENIED.sub("", stripped)
     return (None if numeric else _listed(stripped)) or _last_value(stripped, numeric=numeric)

@@ -137,12 +137,15 @@ _FENCE = re.compile(r"(?<!\\)\\[()\[\]]")
 _DEGREE = re.compile(r"\^\s*(?:\\circ(?![a-zA-Z])|\{\s*\\circ\s*\})|\\degrees?(?![a-zA-Z])|\\deg(?![a-zA-Z])")
 _TEMPERATURE = re.compile(rf"(?:{_DEGREE.pattern})\s*(?:\\text\{{\s*[CF]\s*\}}|[CF](?![A-Za-z]))")
 _TRIGONOMETRY = re.compile(r"(?<!arc)\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
-_ANGLE = re.compile(rf"(\d+(?:\.\d+)?|(?<![\\a-zA-Z])[a-zA-Z]|\\(?:alpha|beta|theta))\s*(?:{_DEGREE.pattern})")
+_ANGLE = re.compile(
+    rf"(\d+(?:\.\d+)?|(?<![\\a-zA-Z])[a-zA-Z]|\\(?:alpha|beta|theta))\s*(?:{_DEGREE.pattern})"
+)
 _ORDINAL = re.compile(r"\^?\s*\{?\s*\\text\{\s*(?:st|nd|rd|th)\s*\}\s*\}?|(?<=\d)(?:st|nd|rd|th)(?![a-zA-Z])")
 _DOUBLED = re.compile(r"\\\\(?=[a-zA-Z{}%$])")
 _PERCENT = re.compile(
     r"\\%|\\text\{\s*(?:percent|percentage|pct|%)\s*\}|(?<![a-zA-Z])(?:percent|pct)(?![a-zA-Z])"
 )
+_PERCENT_INSIDE = re.compile(r"\\text\{\s*%\s*")
 _ROOT = re.compile(r"(?:(?<![\\a-zA-Z])sqrt|\\surd(?![a-zA-Z]))\s*(?P<degree>\[\d\])?\s*")
 _UNDER_ROOT = re.compile(r"\d+(?:\.\d+)?|\\[a-z]+|[A-Za-z]")
 _FUNCTION = re.compile(
@@ -305,7 +308,7 @@ def _going_on(match: re.Match[str]) -> str:
 def _latex(text: str) -> str:
     text = _rows(text)
     if r"\begin" not in text:
-        text = _DOUBLED.sub(r"\\", text)
+        text = _DOUBLED.sub(r"\\", text).replace("&=", "=")
     text = _GROUPED.sub("", text)
     text = _NEGATIVE_SPACE.sub("", text)
     text = text.replace(r"\$", " ")
@@ -338,7 +341,7 @@ def _ascii(text: str) -> str:
 
 
 def _decimal_point(text: str) -> str:
-    """``0,125``, ``1.234,56`` and ``1.234.567`` with the separators of English, where no other reading is left."""
+    """``0,125``, ``1.234,56`` and ``1.234.567`` as English writes them, where nothing else can be meant."""
     if _DECIMAL_COMMA.fullmatch(text):
         return text.replace(",", ".")
     match = _CONTINENTAL.fullmatch(text)
@@ -364,6 +367,7 @@ def normalize(answer: str) -> str:
         text = _ORDINAL.sub("", _GROUPED.sub("", text))
     text = re.sub(r'[$"]|\\"', " ", text)
     text = _PERCENT.sub("%", text)
+    text = _PERCENT_INSIDE.sub(r"%\\text{", text)
     text = text.replace("<=", r"\le ").replace(">=", r"\ge ")
     text = _FACTORIAL_EQUALS.sub(r"\\ne ", text).replace("*", r"\cdot ")
     text = _ASCII_NAME.sub(lambda m: r"\pi " if m.group().lower() == "pi" else r"\infty ", text)

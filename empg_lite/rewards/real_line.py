@@ -15,9 +15,11 @@ from empg_lite.rewards.shapes import Shape, as_intervals, parse_shape
 
 _OR = re.compile(r"(?<![A-Za-z])or(?![A-Za-z])|\\cup", re.IGNORECASE)
 _PUNCTURED = re.compile(
-    r"(?:(?:(?P<label>[A-Za-z])\s*\\in\s*)?(?:\\mathbb\s*\{?\s*R\s*\}?|\(-\\infty\s*,\s*\\infty\s*\))\s*(?:\\setminus|\\backslash|-)"
+    r"(?:(?:(?P<label>[A-Za-z])\s*\\in\s*)?(?:\\mathbb\s*\{?\s*R\s*\}?|\(-\\infty\s*,\s*\\infty\s*\))"
+    r"\s*(?:\\setminus|\\backslash|-)"
     r"\s*(?P<set>\\\{[^{}]*\\\})"
-    r"|(?:\\text\{)?\s*all real (?:numbers?|values)(?: (?P<name>[a-z]))?(?:,? )?(?:except|but|other than)(?: for)?\s*\}?"
+    r"|(?:\\text\{)?\s*all real (?:numbers?|values)(?: (?P<name>[a-z]))?(?:,? )?"
+    r"(?:except|but|other than)(?: for)?\s*\}?"
     r"\s*(?P<points>.+))",
     re.IGNORECASE,
 )
@@ -73,6 +75,14 @@ def _place(end: tuple[Fraction | float | None, bool, str]) -> tuple[Fraction | f
 
 def _met(shape: Shape) -> Shape | None:
     """Conditions joined by "and" or a comma: one interval, or several, where all of them hold."""
+    first, *rest = shape.items
+    if (
+        first.kind == "relation"
+        and first.text == r"\ne"
+        and all(i.kind == "leaf" and not i.label for i in rest)
+    ):
+        others = [replace(first, items=(first.items[0], item)) for item in rest]  # x is neither 2 nor 3
+        shape = replace(shape, items=(first, *others))
     sets = [as_intervals(item) if item.kind == "relation" else None for item in shape.items]
     if None in sets or len({item.label for item in sets if item}) != 1:
         return None

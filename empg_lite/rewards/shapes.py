@@ -48,10 +48,11 @@ _RELATIONS = {"=", "<", ">", r"\le", r"\ge", r"\ne", r"\approx", r"\in", r"\equi
 _MIRRORED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 _SINGLE = re.compile(
     r"(?:[A-Za-z]|\\(?!frac|sqrt|pi|sin|cos|tan|log|ln|text)[a-zA-Z]+)"
-    r"(?:_(?:\{[^{}]*\}|\w))?(?:\s*'+)?(?:\s*\((?:[A-Za-z\\,\s]|\d+)+\))?"
+    r"(?:_(?:\{[^{}]*\}|\w))?(?:\s*'+|\^\{-1\})?(?:\s*\((?:[A-Za-z\\,\s]|\d+)+\))?"
 )
 _BUILDER = re.compile(
-    r"\s*[A-Za-z]\s*(?:\\in\s*\\mathbb\s*\{?\s*R\s*\}?|\\in\s*R)?\s*(?:\\mid(?![a-z])|\||:|\\text\{\s*such that\s*\})"
+    r"\s*[A-Za-z]\s*(?:\\in\s*\\mathbb\s*\{?\s*R\s*\}?|\\in\s*R)?"
+    r"\s*(?:\\mid(?![a-z])|\||:|\\text\{\s*such that\s*\})"
 )
 _MATRIX = re.compile(
     r"[(\[]?\s*\\begin\{(?P<env>[pb]?matrix|smallmatrix|array)\}(?:\{[^{}]*\})?(?P<body>.*)\\end\{(?P=env)\}\s*[)\]]?",
@@ -120,7 +121,10 @@ def _label(text: str) -> bool:
         text = text[1:-1].strip()
     if _SINGLE.fullmatch(text) or re.fullmatch(r"\|?\s*[A-Z]{1,4}\s*\|?|[A-Za-z]{3,}(?:\s+[A-Za-z]+)*", text):
         return True
-    if re.fullmatch(r"m?\s*\\(?:angle|overline|overrightarrow|triangle|vec|hat|bar|tilde)\s*\{?\s*[A-Za-z]{1,4}\s*\}?", text):
+    if re.fullmatch(
+        r"m?\s*\\(?:angle|overline|overrightarrow|triangle|vec|hat|bar|tilde)\s*\{?\s*[A-Za-z]{1,4}\s*\}?",
+        text,
+    ):
         return True
     if re.fullmatch(r"\\text\{[^{}]*\}(?:_\{?\w+\}?)?", text):
         return True
@@ -192,7 +196,11 @@ def _bracketed(text: str, depth: int) -> Shape | None:
         return None
     opener, inner, closer = enclosed
     if opener in ("{", r"\text{") and closer == "}":
-        return parse_shape(inner, depth + 1) if opener == "{" or re.search(r"[,;]|\b(?:and|or)\b", inner) else None
+        return (
+            parse_shape(inner, depth + 1)
+            if opener == "{" or re.search(r"[,;]|\b(?:and|or)\b", inner)
+            else None
+        )
     if opener == r"\{":
         built = _BUILDER.match(inner)
         if built is not None:

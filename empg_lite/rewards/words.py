@@ -11,13 +11,17 @@ _SHORT = {"yes", "no", "odd", "red", "dne", "one", "two", "six", "ten", "all", "
 _ARTICLE = re.compile(r"^(?:an?|the)\s+(?=[A-Za-z\d])", re.IGNORECASE)
 _CHOICE_WORD = re.compile(r"^(?:option|choice|answer)\s+(?=\(?[A-Z]\)?$)", re.IGNORECASE)
 _CHOICE = re.compile(r"\(?(?P<letter>[A-J])(?:[).:]+\s*(?P<rest>\S.*)|\)?)", re.DOTALL)
+#: Everything but letters, digits, a leading minus sign and the marks within a number or a time of day.
+_UNSPOKEN = re.compile(r"(?!(?<![^\s(])-(?=[\d.])|(?<=\d)[.:/](?=\d))[^A-Za-z\d]")
 _NOTHING = re.compile(
-    r"(?:there (?:is|are|exists?) )?no (?:real |integer |such |possible |valid )*(?:solutions?|values?|roots?|numbers?)"
+    r"(?:there (?:is|are|exists?) )?no (?:real |integer |such |possible |valid )*"
+    r"(?:solutions?|values?|roots?|numbers?)"
     r"(?: exists?)?|(?:the )?empty set|none",
     re.IGNORECASE,
 )
 _EVERYTHING = re.compile(
-    r"(?:[a-z] is |[a-z] can be )?(?:the set of )?(?:all|any|every)? ?(?:real numbers?|reals?)(?: [a-z])?",
+    r"(?:[a-z] is |[a-z] can be )?(?:the set of )?(?:(?:all|any|every) (?:real numbers?|reals)"
+    r"|real numbers|reals)(?: [a-z])?",
     re.IGNORECASE,
 )
 _NAMES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
@@ -62,7 +66,7 @@ def as_words(text: str, *, surely: bool = False) -> str | None:
     ):
         return None
     bare = _ARTICLE.sub("", _CHOICE_WORD.sub("", bare))
-    return re.sub(r"[^A-Za-z\d]", "", bare).lower()
+    return _UNSPOKEN.sub("", bare).lower()
 
 
 def choice(text: str) -> tuple[str, str] | None:
