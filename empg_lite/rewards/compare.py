@@ -117,34 +117,40 @@ def _choices_equal(gold: str, prediction: str) -> bool | None:
     return one[0] == other[0] and not (one[1] and other[1] and _squeezed(one[1]) != _squeezed(other[1]))
 
 
-def _compare_plain(gold: str, prediction: str, percent_asked: bool) -> bool | None:
-    """Two normalised expressions without structure, by text and exact value."""
+def decide_plain(gold: str, prediction: str, percent_asked: bool) -> tuple[bool | None, str]:
+    """Two normalised expressions without structure, by text and exact value: (equal, how it was decided)."""
     if _squeezed(gold) == _squeezed(prediction):
-        return True
+        return True, "the same text"
     if r"\text" in gold + prediction and plain(gold).replace(" ", "") == plain(prediction).replace(" ", ""):
-        return True
+        return True, "the same text"
     chosen = _choices_equal(gold, prediction)
     if chosen is not None:
-        return chosen
+        return chosen, "letters of a choice"
     gold, prediction = strip_units(gold), strip_units(prediction)
     if _squeezed(gold) == _squeezed(prediction):
-        return True
+        return True, "the same text without units"
     if gold in _INFINITE or prediction in _INFINITE:
-        return gold.lstrip("+") == prediction.lstrip("+")
+        return gold.lstrip("+") == prediction.lstrip("+"), "infinity equals only itself"
     gold_base, prediction_base = numeral(gold), numeral(prediction)
     if gold_base or prediction_base:
-        return gold_base == prediction_base
+        return gold_base == prediction_base, "numerals of a base: digits and base must agree"
     exact_gold, exact_prediction = read_exact(gold), read_exact(prediction)
     if exact_gold and exact_prediction:
         value = exact_prediction.value
         if percent_asked and exact_prediction.percent and not exact_gold.percent:
             value *= 100
-        return exact_gold.value == value
-    for decide in (_ratios_equal, _residues_equal, _words_equal):
+        return exact_gold.value == value, f"exact numbers: {_shown(exact_gold.value)} and {_shown(value)}"
+    for decide, how in ((_ratios_equal, "ratios"), (_residues_equal, "residues"), (_words_equal, "words")):
         equal = decide(gold, prediction)
         if equal is not None:
-            return equal
-    return None
+            return equal, how
+    return None, "algebra"
+
+
+def _shown(value: Fraction) -> str:
+    """A fraction for people; Python refuses to print the longest ones."""
+    long = max(value.numerator.bit_length(), value.denominator.bit_length()) > 200
+    return "a number of over 60 digits" if long else str(value)
 
 
 def cheap_leaf(percent_asked: bool) -> Leaf:
@@ -152,7 +158,7 @@ def cheap_leaf(percent_asked: bool) -> Leaf:
 
     def leaf(what: str, gold: Shape, prediction: Shape) -> bool | None:
         if what == "expression":
-            return _compare_plain(gold.text, prediction.text, percent_asked)
+            return decide_plain(gold.text, prediction.text, percent_asked)[0]
         return True if _squeezed(gold.source) == _squeezed(prediction.source) else None
 
     return leaf

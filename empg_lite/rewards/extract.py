@@ -92,8 +92,8 @@ _REMARK = re.compile(
     re.IGNORECASE,
 )
 _LEAD = re.compile(
-    r"(?:(?:so|thus|hence|therefore|then|finally|between|we (?:get|have|find|obtain)(?: that)?|it follows that"
-    r"|this (?:means|gives)(?: that)?)(?:[,:]\s*|\s+)){1,4}",
+    r"(?:(?:so|thus|hence|therefore|then|finally|between|we (?:get|have|find|obtain)(?: that)?"
+    r"|it follows that|this (?:means|gives)(?: that)?)(?:[,:]\s*|\s+)){1,4}",
     re.IGNORECASE,
 )
 _VALUES = re.compile(
@@ -143,7 +143,7 @@ def visible(text: str) -> str:
     return text
 
 
-def _boxes(text: str) -> list[_Box]:
+def find_boxes(text: str) -> list[_Box]:
     """The outermost boxes in order; a last one that is never closed reaches to the end of its line."""
     found: list[_Box] = []
     stack: list[int] = []  # positions of open boxes; -1 for other braces
@@ -179,7 +179,7 @@ def _boxes(text: str) -> list[_Box]:
     return found
 
 
-def _last_sentence(text: str, boxes: list[_Box]) -> list[_Box]:
+def last_sentence(text: str, boxes: list[_Box]) -> list[_Box]:
     """The boxes of the last sentence that has one."""
     first = len(boxes) - 1
     while first > 0 and not _SENTENCE_END.search(text, boxes[first - 1].end, boxes[first].start):
@@ -187,7 +187,7 @@ def _last_sentence(text: str, boxes: list[_Box]) -> list[_Box]:
     return boxes[first:]
 
 
-def _hedged(text: str, boxes: list[_Box]) -> bool:
+def hedged(text: str, boxes: list[_Box]) -> bool:
     """True where the sentence around the boxes does not commit itself."""
     start = max(0, boxes[0].start - 400)
     for match in _SENTENCE_END.finditer(text, start, boxes[0].start):
@@ -202,8 +202,8 @@ def _hedged(text: str, boxes: list[_Box]) -> bool:
 
 
 def _read_boxes(text: str, boxes: list[_Box]) -> Answer | None:
-    boxes = _last_sentence(text, boxes)
-    if _hedged(text, boxes):
+    boxes = last_sentence(text, boxes)
+    if hedged(text, boxes):
         return None
     contents: list[str] = []
     for box, following in zip(boxes, [*boxes[1:], None], strict=True):
@@ -393,7 +393,7 @@ def extract(text: str, *, numeric: bool = False) -> Answer | None:
     line, line_is_number = _hash(text)
     if line_is_number:
         return Answer(line, "hash")
-    boxes = _boxes(text) if "boxed" in text or "fbox" in text else []
+    boxes = find_boxes(text) if "boxed" in text or "fbox" in text else []
     if boxes:
         phrase = _last_phrase(text, start=boxes[-1].end, final_only=True)
         if phrase and re.search(r"[\d$\\]", phrase[0]):
