@@ -22,6 +22,7 @@ _MAX_FACTORIAL = 200
 _PLAIN = re.compile(r"([-+]?)\s*(\d{1,3}(?:,\d{3})+|\d*)(?:\.(\d*))?\s*(%?)", re.ASCII)
 _SEPARATED = re.compile(r"(?<![\d.,])\d{1,3}(?:([ ,])\d{3})(?:\1\d{3})*(?!\d)", re.ASCII)
 _SCIENTIFIC = re.compile(r"(\d)[eE]([-+]?\d{1,3})(?![\d.])", re.ASCII)
+_PERIODIC = re.compile(r"(\d*)\.(\d*)(?:\\overline\{(\d+)\}|(?<=\.)\((\d+)\))", re.ASCII)
 _TOKEN = re.compile(r"\s*(\d+\.?\d*|\.\d+|\\frac|\\cdot|[-+/^(){}!%])", re.ASCII)
 
 
@@ -206,6 +207,13 @@ def _plain(text: str) -> Exact | None:
     return Exact(Fraction(-numerator if sign == "-" else numerator, scale), bool(percent))
 
 
+def _periodic(match: re.Match[str]) -> str:
+    r"""``0.1\overline{6}`` as the fraction it is: (16 - 1) / 90."""
+    whole, start, block = match.group(1), match.group(2), match.group(3) or match.group(4)
+    value = int(whole + start + block) - int((whole + start) or "0")
+    return f"({value}/{10 ** len(start) * (10 ** len(block) - 1)})"
+
+
 def read_exact(text: str) -> Exact | None:
     r"""The exact value of a normalised answer, or None where it is not plain arithmetic.
 
@@ -219,6 +227,8 @@ def read_exact(text: str) -> Exact | None:
         return plain
     joined = _SEPARATED.sub(lambda match: re.sub("[ ,]", "", match.group()), text)
     joined = _SCIENTIFIC.sub(r"\1\\cdot 10^{\2}", joined)
+    if "." in joined:
+        joined = _PERIODIC.sub(_periodic, joined)
     joined = re.sub(r"^([-+]?\s*)(\d+) (\d+)\s*/\s*(\d+)$", r"\1(\2+\3/\4)", joined)
     try:
         reader = _Reader(joined)

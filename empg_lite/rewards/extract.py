@@ -2,15 +2,16 @@ r"""Finding the final answer in free text; each answer says which rule found it.
 
 The rules, in order of authority:
 
-* Everything before a closing thinking tag is ignored.
+* Everything before a closing thinking tag is ignored, and everything outside the last ``<answer>`` tag.
 * ``hash``: the last ``####`` line (GSM8K's form), when it is a number or, without a box, any bare answer;
   "#### Step 2" and "#### 2. Add" are headings.
 * ``final_answer_is``: an explicit "final answer is ..." after the last box.
 * ``boxed``: the boxes of the last sentence that has one, read together. Joined by commas or "and" they
   are a list; joined by "or", or under a hedge, they are no answer. ``boxed_unclosed``: a box that is
   never closed is read to the end of its line.
-* ``answer_is``: "the answer is ...", ``Answer: ...``, ``A: ...``.
+* ``answer_is``: "the answer is ...", ``Answer: ...``, ``A: ...``, or the line below such a heading.
 * ``whole``: the text is nothing but an answer.
+* ``values_are``: "the solutions are ..." where nothing follows: all that is listed.
 * ``last_math`` and ``last_number``: fallbacks, and marked as such.
 
 Every expression is linear in the length of the text.
@@ -23,7 +24,7 @@ import re
 from dataclasses import dataclass
 
 from empg_lite.rewards.exact import read_exact
-from empg_lite.rewards.normalize import normalize
+from empg_lite.rewards.normalize import normalize, restore_escapes
 
 RULES = (
     "hash",
@@ -32,6 +33,7 @@ RULES = (
     "boxed_unclosed",
     "answer_is",
     "whole",
+    "values_are",
     "last_math",
     "last_number",
     "pattern",
@@ -59,6 +61,8 @@ _THINKING_ENDS = re.compile(
     r"|<\|end_of_thought\|>",
     re.IGNORECASE,
 )
+_ANSWER_TAG = re.compile(r"<answer>\s*([^<\s](?:[^<]|<(?!/?answer>))*)", re.IGNORECASE)
+_CALCULATOR = re.compile(r"<<[^<>\n]{0,200}>>")
 _BRACES = re.compile(r"(?<!\\)\\++(?:boxed|fbox)(?![a-zA-Z])|\\[{}]|[{}]")
 _OPENED = re.compile(r"\s*\{")
 _UNBRACED = re.compile(r"[ \t]?(\\?[^\s$,;\\]{0,100})")
@@ -71,8 +75,33 @@ _MAYBE = re.compile(r"\b(?:maybe|perhaps|possibly)\b", re.IGNORECASE)
 _COULD_BE = re.compile(r"\b(?:could|may|might) be\W*(?:either|equal to)?\W*$", re.IGNORECASE)
 _PERCENT_AFTER = re.compile(r"[\s$]*(?:\\?%|(?:percent|pct)\b)", re.IGNORECASE)
 _PHRASE = re.compile(
-    r"(?:\b(?P<final>final\s+)?answer\b|^[ \t]*A(?=\s*:))[^\n.:=$\\]{0,60}?"
-    r"(?::|=|\bis\b|\bwould be\b|(?=\s*(?:\$|\\\(|\\\[)))",
+    r"(?:(?:\b(?P<final>final\s+)?answers?\b|^[ \t]*(?:A|Ans\.?)(?=\s*:))[^\n.:=$\\]{0,60}?"
+    r"(?::|=|\b(?:is|are)\b|\bwould be\b|(?=\s*(?:\$|\\\(|\\\[))|(?<=answer)\W{0,4}\n)"
+    r"|^[ \t]*Ans\.(?=\s)|答案\s*(?:是|为|[:：]))",
+    re.IGNORECASE | re.MULTILINE,
+)
+#: What "the answer is" may go on with without giving one.
+_NO_CONTENT = re.compile(
+    r"(?:not|n't|(?:in)?correct|right|wrong|valid|invalid|reasonable|consistent|verified|confirmed|as follows"
+    r"|unknown|unclear)\b",
+    re.IGNORECASE,
+)
+_REMARK = re.compile(
+    r",?\s+(?:because|since|as (?:we|the|there|it|he|she|they)|which|where|given that)\b|,\s+(?:so|but|not)\b"
+    r"|\s\((?=or\b|i\.e\.|\$?[\d.]+\s?\\?%)|\s\((?=[^()\\]{0,200}[A-Za-z]{3})",
+    re.IGNORECASE,
+)
+_LEAD = re.compile(
+    r"(?:(?:so|thus|hence|therefore|then|finally|between|we (?:get|have|find|obtain)(?: that)?"
+    r"|it follows that|this (?:means|gives)(?: that)?)(?:[,:]\s*|\s+)){1,4}",
+    re.IGNORECASE,
+)
+_VALUES = re.compile(
+    r"\b(?:solutions?|roots?|zeros|values?|numbers|pairs|points|factors)\b[^\n.:=\\]{0,60}?\b(?:is|are)\b:?\s*",
+    re.IGNORECASE,
+)
+_DENIED = re.compile(
+    r"\banswers?\b[^\n.:=$\\]{0,30}?\b(?:is|are)(?:n't| not)\s+[-$\\\d][^\n]{0,80}?(?:[.,;](?=\s|$)|$)",
     re.IGNORECASE | re.MULTILINE,
 )
 _PHRASE_START = re.compile(r"[\s*:_]*")
@@ -82,24 +111,39 @@ _PHRASE_END = re.compile(r"[.?](?=[\s*\"'”<]|$)|\n")
 # Contents hold no further fence, so that a thousand unclosed ones are read once and not a thousand times.
 _MATH = re.compile(
     r"\$\$(?P<a>[^$]+)\$\$|(?<!\\)\$(?P<b>(?:\\\$|[^$])+?)(?<!\\)\$"
-    r"|\\\((?P<c>(?:[^\\]|\\[^()\[\]])+)\\\)|(?<!\\)\\\[(?P<d>(?:[^\\]|\\[^()\[\]])+)\\\]",
+    r"|\\\((?P<c>(?:[^\\]|\\[^()\[\]])+)\\\)|(?<!\\)\\\[(?P<d>(?:[^\\]|\\[^()\[\]])+)\\\]"
+    r"|(?P<e>\\begin\{(?:align|gather|equation)\*?\}(?:[^\\]|\\(?!begin|end))+"
+    r"\\end\{(?:align|gather|equation)\*?\})",
     re.DOTALL,
 )
 _NUMBER = re.compile(
     r"(?<![\w.\\^])(?:(?<![\w)\]}$] )(?<![)\]}$])[-+−–]\s?)?(?:\\?[$€£¥₹]\s?)?[-−–]?"
     r"(?:\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\}"
     r"|(?:\d{1,3}(?:(?:,|\{,\}|,\\!)\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:\s?/\s?\d+(?!\.?\d))?|\.\d+)"
-    r"(?:\s?\\?%)?|[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]"
+    r"(?:\s?\\?%|\s(?:percent|pct)\b)?|[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]"
 )
 
 
-def _visible(text: str) -> str:
-    """What follows the last closing thinking tag."""
+#: Mathematics without fences: commands, digits, signs and single letters, no words.
+_UNFENCED = re.compile(
+    r"(?:\\(?:text[a-z]*|mathrm|mbox)\s*\{[^{}]*\}|\\[a-zA-Z]+|\\[^a-zA-Z]|[^\sA-Za-z\\$]|sqrt"
+    r"|(?<![A-Za-z])[A-Za-z](?![A-Za-z])|[ \t](?=\S))+"
+)
+_MARKED = re.compile(r"\\[a-zA-Z]|[√π^]|sqrt")
+_FOREIGN = re.compile(r"[^\W\d_A-Za-z\u0370-\u03ff\u2100-\u214f]{2,}")
+
+
+def visible(text: str) -> str:
+    """What is looked at: the text after the last closing thinking tag, of that the last ``<answer>`` tag."""
     ends = [match.end() for match in _THINKING_ENDS.finditer(text)]
-    return text[ends[-1] :] if ends else text
+    text = text[ends[-1] :] if ends else text
+    if "<answer>" in text.lower():
+        tagged = list(_ANSWER_TAG.finditer(text))
+        text = tagged[-1].group(1) if tagged else text
+    return text
 
 
-def _boxes(text: str) -> list[_Box]:
+def find_boxes(text: str) -> list[_Box]:
     """The outermost boxes in order; a last one that is never closed reaches to the end of its line."""
     found: list[_Box] = []
     stack: list[int] = []  # positions of open boxes; -1 for other braces
@@ -135,7 +179,7 @@ def _boxes(text: str) -> list[_Box]:
     return found
 
 
-def _last_sentence(text: str, boxes: list[_Box]) -> list[_Box]:
+def last_sentence(text: str, boxes: list[_Box]) -> list[_Box]:
     """The boxes of the last sentence that has one."""
     first = len(boxes) - 1
     while first > 0 and not _SENTENCE_END.search(text, boxes[first - 1].end, boxes[first].start):
@@ -143,7 +187,7 @@ def _last_sentence(text: str, boxes: list[_Box]) -> list[_Box]:
     return boxes[first:]
 
 
-def _hedged(text: str, boxes: list[_Box]) -> bool:
+def hedged(text: str, boxes: list[_Box]) -> bool:
     """True where the sentence around the boxes does not commit itself."""
     start = max(0, boxes[0].start - 400)
     for match in _SENTENCE_END.finditer(text, start, boxes[0].start):
@@ -158,8 +202,8 @@ def _hedged(text: str, boxes: list[_Box]) -> bool:
 
 
 def _read_boxes(text: str, boxes: list[_Box]) -> Answer | None:
-    boxes = _last_sentence(text, boxes)
-    if _hedged(text, boxes):
+    boxes = last_sentence(text, boxes)
+    if hedged(text, boxes):
         return None
     contents: list[str] = []
     for box, following in zip(boxes, [*boxes[1:], None], strict=True):
@@ -207,7 +251,7 @@ def _last_phrase(text: str, *, start: int = 0, final_only: bool = False) -> tupl
         begin = _PHRASE_START.match(text, match.end())
         assert begin is not None
         content = _tidy(text[begin.end() : _phrase_end(text, begin.end())])
-        if content:
+        if content and not _NO_CONTENT.match(content):
             return content, "final_answer_is" if match.group("final") else "answer_is"
     return None
 
@@ -219,6 +263,12 @@ _TEXT_COMMAND = re.compile(
     r"\\(?:text[a-z]*|mbox|mathrm|operatorname)\s*\{[^{}]*\}|\\(?:begin|end)\s*\{[^{}]*\}"
 )
 _MATH_WORDS = {"sqrt", "infinity", "percent"}
+_LABELLED = re.compile(r"[A-Za-z ]{1,40}=")
+_DATE = re.compile(
+    r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.? \d{1,2}(?:st|nd|rd|th)?(?:,? \d{4})?"
+    r"|\d{1,2}(?:st|nd|rd|th)? (?:of )?[A-Z][a-z]{2,8}(?:,? \d{4})?",
+    re.IGNORECASE,
+)
 _MAX_WORDS = 4
 _MAX_NUMBER = 200
 
@@ -227,29 +277,75 @@ def _bare(text: str) -> bool:
     """True where a text is nothing but an answer: mathematics, a quantity with its unit, or a few words."""
     unset = _TEXT_COMMAND.sub(" ", text)
     words = [word for word in _WORD.findall(unset) if not word.isupper() and word not in _MATH_WORDS]
+    if _FOREIGN.search(unset) and re.search(r"[\d$\\]", unset):
+        return False
     if not words:
         return bool(re.search(r"[^\s!-/:-@\[\]^-`{-~]", text))
     if len(words) > _MAX_WORDS or "\n" in text:
         return False
     quantity = _NUMBER.match(text.lstrip("*($\\"))
-    if quantity is not None:
+    if quantity is not None or _DATE.fullmatch(text):
         return True
-    return "=" in text[: len(words[0]) + 8] or not re.search(r"[\d$\\]", text)
+    if _MATH.search(text):
+        return False
+    label = _LABELLED.match(text)
+    return (label is not None and len(_WORD.findall(unset, label.end())) < 2) or not re.search(
+        r"[\d$\\]", text
+    )
 
 
-def _last_value(text: str) -> Answer | None:
-    """The last mathematics between fences or the last number outside them, whichever comes later."""
-    math, end = None, -1
+def _last_unfenced(text: str) -> tuple[str, int]:
+    """The last run of mathematics that is set without fences, and where it ends; ("", -1) where none is."""
+    found, end = "", -1
+    for match in _UNFENCED.finditer(text):
+        if _MARKED.search(match.group()):
+            found, end = match.group(), match.end()
+    run = re.split(r"[.?!:;]\s", found.rstrip(" .,:;?!"))[-1].strip()
+    return re.sub(r"^[aAI]\s", "", run), end
+
+
+def _last_value(text: str, *, numeric: bool = False) -> Answer | None:
+    """The last mathematics or the last number outside it, whichever comes later."""
+    math, end = "", -1
     for match in _MATH.finditer(text):
         content = next(group for group in match.groups() if group is not None)
         if re.search(r"\w", content):
-            math, end = content.strip(), match.end()
+            percent = _PERCENT_AFTER.match(text, match.end())
+            math, end = content.strip() + (r"\%" if percent else ""), match.end()
     number, number_end = None, -1
     for match in _NUMBER.finditer(text):
         number, number_end = match.group().strip(), match.end()
-    if math is not None and number_end <= end:
+    if not numeric and number_end > end:
+        unfenced, unfenced_end = _last_unfenced(text[max(0, end) :])
+        if unfenced and max(0, end) + unfenced_end >= number_end:
+            return Answer(unfenced, "last_math")
+    if math and number_end <= end:
         return Answer(math, "last_math")
     return Answer(number, "last_number") if number is not None else None
+
+
+def _listed(text: str) -> Answer | None:
+    """What "the solutions are" lists, where no value follows its sentence."""
+    matches = list(_VALUES.finditer(text))
+    if not matches:
+        return None
+    match = matches[-1]
+    end = _phrase_end(text, match.end())
+    content = _tidy(_without_remark(text[match.end() : end]))
+    if not re.search(r"\d|\$|\\", content) or re.search(r"[\d$\\]", text[end:]) or not _bare(content):
+        return None
+    return Answer(_unfenced(content), "values_are")
+
+
+def _without_lead(content: str) -> str:
+    return content[lead.end() :] if (lead := _LEAD.match(content)) else content
+
+
+def _without_remark(content: str) -> str:
+    """``18, because ...`` without its reason; ``so 18`` without its link."""
+    content = _without_lead(content)
+    remark = _REMARK.search(content)
+    return content[: remark.start()] if remark and re.search(r"\w", content[: remark.start()]) else content
 
 
 def _is_number(text: str) -> bool:
@@ -258,6 +354,7 @@ def _is_number(text: str) -> bool:
 
 def _fragment(content: str, rule: str, numeric: bool) -> Answer | None:
     """The answer inside what a phrase announced: all of it, or the last value in it."""
+    content = _tidy(_without_remark(content))
     if numeric:
         if _is_number(content):
             return Answer(_unfenced(content), rule)
@@ -292,11 +389,11 @@ def extract(text: str, *, numeric: bool = False) -> Answer | None:
         text: a prediction, or a worked solution.
         numeric: the answer is known to be a number (GSM8K): announced sentences are read for their number.
     """
-    text = _visible(text)
+    text = _CALCULATOR.sub("", restore_escapes(visible(text)))
     line, line_is_number = _hash(text)
     if line_is_number:
         return Answer(line, "hash")
-    boxes = _boxes(text) if "boxed" in text or "fbox" in text else []
+    boxes = find_boxes(text) if "boxed" in text or "fbox" in text else []
     if boxes:
         phrase = _last_phrase(text, start=boxes[-1].end, final_only=True)
         if phrase and re.search(r"[\d$\\]", phrase[0]):
@@ -308,8 +405,10 @@ def extract(text: str, *, numeric: bool = False) -> Answer | None:
     if phrase:
         return _fragment(*phrase, numeric)
     stripped = _tidy(text)
+    bare = _tidy(_without_lead(stripped))
     if not stripped:
         return None
-    if _bare(stripped):
-        return Answer(_unfenced(stripped), "whole")
-    return _last_value(stripped)
+    if _bare(bare):
+        return Answer(_unfenced(bare), "whole")
+    stripped = _DENIED.sub("", stripped)
+    return (None if numeric else _listed(stripped)) or _last_value(stripped, numeric=numeric)

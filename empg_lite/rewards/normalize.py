@@ -33,14 +33,18 @@ _COMMANDS = {
     "∩": r"\cap ",
     "∈": r"\in ",
     "∅": r"\emptyset ",
-    "√": r"\sqrt ",
-    "∛": r"\sqrt[3]",
-    "∜": r"\sqrt[4]",
+    "√": r"\surd ",
+    "∛": r"\surd[3]",
+    "∜": r"\surd[4]",
     "⟨": r"\langle ",
     "⟩": r"\rangle ",
     "〈": r"\langle ",
     "〉": r"\rangle ",
     "ℝ": r"\mathbb{R}",
+    "ℤ": r"\mathbb{Z}",
+    "≡": r"\equiv ",
+    "∖": r"\setminus ",
+    "…": "...",
     "°": r"^\circ ",
     "º": r"^\circ ",
     "−": "-",
@@ -101,6 +105,22 @@ def fold_unicode(text: str) -> str:
     return "".join(map(_fold, _RAISED.sub(_raised, text)))
 
 
+#: Commands whose backslash and first letter an escape of JSON or Python has eaten: form feed + "rac".
+_EATEN = re.compile(
+    r"\\?(?:(?P<f>\x0c)(?=rac(?![a-z])|box)|(?P<b>\x08)(?=oxed|egin|inom|ar(?![a-z]))"
+    r"|(?P<t>\t)(?=ext\s*\{|imes(?![a-z])|frac|heta(?![a-z])))"
+)
+_BARE_COMMAND = re.compile(r"(?<![\\a-zA-Z])([dt]?frac|boxed)(?=\s?\{)")
+
+
+def restore_escapes(text: str) -> str:
+    r"""``\frac``, ``\boxed``, ``\text`` where the backslash is lost, or with their first letter an escape."""
+    text = _BARE_COMMAND.sub(r"\\\1", text)
+    if not re.search(r"[\x08\x0c\t]", text):
+        return text
+    return _EATEN.sub(lambda match: "\\" + str(match.lastgroup), text)
+
+
 _WHITE = re.compile(r"\s+")  # collapsed early: what follows would be slow on long runs of spaces
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|mbox|hbox|mathrm|operatorname\*?)\s*\{")
 _STYLE = re.compile(
@@ -115,15 +135,39 @@ _GROUPED = re.compile(
 _SPACE = re.compile(r"(?<!\\)\\(?:[,;:> ]|q?quad(?![a-zA-Z])|enspace|thinspace|hspace\*?\{[^{}]*\})|~")
 _FENCE = re.compile(r"(?<!\\)\\[()\[\]]")
 _DEGREE = re.compile(r"\^\s*(?:\\circ(?![a-zA-Z])|\{\s*\\circ\s*\})|\\degrees?(?![a-zA-Z])|\\deg(?![a-zA-Z])")
+_TEMPERATURE = re.compile(rf"(?:{_DEGREE.pattern})\s*(?:\\text\{{\s*[CF]\s*\}}|[CF](?![A-Za-z]))")
+_TRIGONOMETRY = re.compile(r"(?<!arc)\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
+_ANGLE = re.compile(
+    rf"(\d+(?:\.\d+)?|(?<![\\a-zA-Z])[a-zA-Z]|\\(?:alpha|beta|theta))\s*(?:{_DEGREE.pattern})"
+)
 _ORDINAL = re.compile(r"\^?\s*\{?\s*\\text\{\s*(?:st|nd|rd|th)\s*\}\s*\}?|(?<=\d)(?:st|nd|rd|th)(?![a-zA-Z])")
 _DOUBLED = re.compile(r"\\\\(?=[a-zA-Z{}%$])")
 _PERCENT = re.compile(
     r"\\%|\\text\{\s*(?:percent|percentage|pct|%)\s*\}|(?<![a-zA-Z])(?:percent|pct)(?![a-zA-Z])"
 )
-_ASCII_ROOT = re.compile(r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)")
-_ASCII_NAME = re.compile(r"(?<![\\a-zA-Z])(pi|infty|infinity|inf)(?![a-zA-Z])", re.IGNORECASE)
+_PERCENT_INSIDE = re.compile(r"\\text\{\s*%\s*")
+_ROOT = re.compile(r"(?:(?<![\\a-zA-Z])sqrt|\\surd(?![a-zA-Z]))\s*(?P<degree>\[\d\])?\s*")
+_UNDER_ROOT = re.compile(r"\d+(?:\.\d+)?|\\[a-z]+|[A-Za-z]")
+_FUNCTION = re.compile(
+    r"\\text\{[^{}]*\}|(?<![\\a-zA-Z])(?P<name>(?:arc)?(?:sin|cos|tan)|cot|sec|csc|ln|log|exp)(?![a-zA-Z])"
+)
+_UPRIGHT = re.compile(r"\\(?:mathrm|text|operatorname)\s*\{\s*([ie])\s*\}(?![a-zA-Z])")
+_ROWS = re.compile(
+    r"\\begin\{(?P<env>align(?:ed|at)?|gather(?:ed)?|split|cases|eqnarray|equation|multline)(?P<star>\*?)\}"
+    r"(?P<body>.*)\\end\{(?P=env)(?P=star)\}",
+    re.DOTALL,
+)
+_RELATED = re.compile(r"=|<|>|\\(?:le|ge|ne|approx|leq|geq|neq|equiv|implies|Rightarrow)(?![a-z])")
+_TIMES_TEN = re.compile(r"(?<=[\d.])\s*[xX]\s*(?=10\s*\^)")
+_UNION = re.compile(r"(?<=[)\]}])\s*U\s*(?=[(\[{]|\\\{)")
+_CHOOSE = re.compile(r"\{([^{}]*)\\choose\s*([^{}]*)\}")
+_GOES_ON = re.compile(r"(?P<whole>\d*)\.(?P<digits>\d{2,30})\s*(?:\.\.\.|\\(?:l|c)?dots)")
+_REPEATS = re.compile(r"(?<=[\d.])\\(?:bar|overline)\s*(?:\{\s*(\d+)\s*\}|(\d))")
+_DOTTED = re.compile(r"(?<=[\d.])\\dot\s*\{?\s*(\d)\s*\}?(?:(\d*)\\dot\s*\{?\s*(\d)\s*\}?)?")
+_ASCII_NAME = re.compile(r"(?<![\\a-zA-Z])(pi|infty|infinity|inf|oo)(?![a-zA-Z])", re.IGNORECASE)
 _POWER = re.compile(r"(?<=[\w)}\]])\s*\*\*\s*(?=[\w({\\-])")
 _DECIMAL_COMMA = re.compile(r"[-+]?0,\d{3,}")  # no thousands group begins with a lone zero
+_CONTINENTAL = re.compile(r"([-+]?)(\d{1,3}(?:[. ]\d{3})+),(\d{1,2}|\d{4,})|([-+]?\d{1,3}(?:\.\d{3}){2,})")
 _FACTORIAL_EQUALS = re.compile(r"(?<!\d)!=")
 
 _SAME = {
@@ -162,6 +206,11 @@ _SAME = {
     r"\simeq": r"\approx",
     r"\dots": r"\ldots",
     r"\percent": "%",
+    r"\lg": r"\log_{10}",
+    r"\dbinom": r"\binom",
+    r"\tbinom": r"\binom",
+    r"\mod": r"\pmod",
+    r"\bmod": r"\pmod",
 }
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 
@@ -206,21 +255,102 @@ def _brace_arguments(text: str) -> str:
     return text
 
 
+def _roots(text: str) -> str:
+    r"""``sqrt(2)``, ``√2`` and ``√(1+√2)`` as ``\sqrt{}``; outer ones first, each bracket by its partner."""
+    out, at = "", 0
+    while (match := _ROOT.search(text, at)) is not None:
+        out += text[at : match.start()] + r"\sqrt" + (match["degree"] or "")
+        at = match.end()
+        if text[at : at + 1] == "(":
+            end = _partner(text, at)
+            text = text[:at] + "{" + text[at + 1 : end] + "}" + text[end + 1 :]
+        elif (token := _UNDER_ROOT.match(text, at)) is not None:
+            text = text[:at] + "{" + token.group() + "}" + text[token.end() :]
+    return out + text[at:]
+
+
+def _partner(text: str, start: int) -> int:
+    """Index of the ``)`` that closes the ``(`` at ``start``; the end of the text where none does."""
+    depth = 0
+    for index in range(start, len(text)):
+        depth += (text[index] == "(") - (text[index] == ")")
+        if depth == 0:
+            return index
+    return len(text)
+
+
+def _rows(text: str) -> str:
+    r"""An aligned display on one line: rows that go on with a sign are a chain, others are a list."""
+    match = _ROWS.search(text)
+    if match is None or r"\begin" in match["body"] or (match["env"] == "cases" and "&" in match["body"]):
+        return text
+    line = ""
+    for row in re.split(r"\\\\(?:\s*\[[^\]]*\])?", match["body"]):
+        row = row.replace("&", " ").strip().strip(",;")
+        joint = " " if not line or _RELATED.match(row) else ", "
+        line += joint + row if row else ""
+    return text[: match.start()] + line + text[match.end() :]
+
+
+def _going_on(match: re.Match[str]) -> str:
+    r"""``0.333...`` as ``0.\overline{3}``: one digit three times, or a longer block twice, is a period."""
+    digits = match["digits"]
+    for size in range(1, 7):
+        block = digits[-size:]
+        times = 3 if size == 1 else 2
+        if digits.endswith(block * times):
+            while digits.endswith(block * 2):
+                digits = digits[:-size]
+            return f"{match['whole']}.{digits[:-size]}\\overline{{{block}}}"
+    return match.group()
+
+
 def _latex(text: str) -> str:
+    text = _rows(text)
     if r"\begin" not in text:
-        text = _DOUBLED.sub(r"\\", text)
+        text = _DOUBLED.sub(r"\\", text).replace("&=", "=")
     text = _GROUPED.sub("", text)
     text = _NEGATIVE_SPACE.sub("", text)
     text = text.replace(r"\$", " ")
     text = _SPACE.sub(" ", text)
+    text = _UPRIGHT.sub(r"\1", text)
     text = _TEXT.sub(r"\\text{", text)
     text = _STYLE.sub("", text)
     text = _SIZE.sub("", text)
     text = _WHITE.sub(" ", _FENCE.sub(" ", text))
     text = _COMMAND.sub(lambda match: _SAME.get(match.group(), match.group()), text)
     text = _ORDINAL.sub("", text)
+    text = _TEMPERATURE.sub("", text)
+    if _TRIGONOMETRY.search(text):
+        text = _ANGLE.sub(r"(\1\\cdot\\frac{\\pi}{180})", text)
     text = _DEGREE.sub("", text)
+    text = _REPEATS.sub(r"\\overline{\1\2}", text)
+    text = _DOTTED.sub(r"\\overline{\1\2\3}", text)
+    text = _CHOOSE.sub(r"\\binom{\1}{\2}", text)
     return _brace_arguments(text)
+
+
+def _ascii(text: str) -> str:
+    """Mathematics as one types it, in LaTeX: ``sqrt(2)``, ``ln 2``, ``1.5 x 10^3``, ``0.333...``."""
+    if "sqrt" in text or r"\surd" in text:
+        text = _roots(text)
+    if "..." in text or "dots" in text:
+        text = _GOES_ON.sub(_going_on, text)
+    text = _FUNCTION.sub(lambda match: "\\" + match["name"] if match["name"] else match.group(), text)
+    return _UNION.sub(r"\\cup ", _TIMES_TEN.sub(r"\\cdot ", text))
+
+
+def _decimal_point(text: str) -> str:
+    """``0,125``, ``1.234,56`` and ``1.234.567`` as English writes them, where nothing else can be meant."""
+    if _DECIMAL_COMMA.fullmatch(text):
+        return text.replace(",", ".")
+    match = _CONTINENTAL.fullmatch(text)
+    if match is None:
+        return text
+    sign, whole, decimals, grouped = match.groups()
+    if grouped:
+        return grouped.replace(".", "")
+    return f"{sign}{re.sub('[. ]', '', whole)}.{decimals}"
 
 
 def normalize(answer: str) -> str:
@@ -229,17 +359,18 @@ def normalize(answer: str) -> str:
     Math fences, currency, degree signs, quotes, sizing, spacing and a trailing period go; the text of
     ``\text{}`` stays.
     """
-    text = _POWER.sub("^", fold_unicode(answer)).replace("**", "").replace("`", "")
-    text = _WHITE.sub(" ", text)
+    text = _POWER.sub("^", fold_unicode(restore_escapes(answer))).replace("**", "").replace("`", "")
+    text = _ascii(_WHITE.sub(" ", text))
     if "\\" in text:
         text = _latex(text)
     else:
         text = _ORDINAL.sub("", _GROUPED.sub("", text))
     text = re.sub(r'[$"]|\\"', " ", text)
     text = _PERCENT.sub("%", text)
+    text = _PERCENT_INSIDE.sub(r"%\\text{", text)
     text = text.replace("<=", r"\le ").replace(">=", r"\ge ")
     text = _FACTORIAL_EQUALS.sub(r"\\ne ", text).replace("*", r"\cdot ")
-    text = _ASCII_ROOT.sub(r"\\sqrt{\1}", text)
     text = _ASCII_NAME.sub(lambda m: r"\pi " if m.group().lower() == "pi" else r"\infty ", text)
-    text = _WHITE.sub(" ", text).strip().rstrip(".,;: ").lstrip(",;: ")
-    return text.replace(",", ".") if _DECIMAL_COMMA.fullmatch(text) else text
+    text = _WHITE.sub(" ", text).strip().rstrip(".,;: ").lstrip(",;:= ")
+    text = text.removeprefix("+").lstrip()
+    return _decimal_point(text)

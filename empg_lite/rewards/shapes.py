@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from empg_lite.rewards.units import strip_units
+from empg_lite.rewards.words import means_everything, means_nothing
 
 _MAX_DEPTH = 12
 
@@ -43,11 +44,15 @@ _OPENERS = {"(", "[", "{", r"\{", r"\langle", r"\text{"}
 _CLOSERS = {")", "]", "}", r"\}", r"\rangle"}
 _JOINERS = {"and", "or", ","}
 _TEXT_JOINER = re.compile(r"\\text\{[\s,;]*(?:and|or)?[\s,;]*\}")
-_RELATIONS = {"=", "<", ">", r"\le", r"\ge", r"\ne", r"\approx", r"\in"}
+_RELATIONS = {"=", "<", ">", r"\le", r"\ge", r"\ne", r"\approx", r"\in", r"\equiv"}
 _MIRRORED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 _SINGLE = re.compile(
     r"(?:[A-Za-z]|\\(?!frac|sqrt|pi|sin|cos|tan|log|ln|text)[a-zA-Z]+)"
-    r"(?:_(?:\{[^{}]*\}|\w))?(?:\s*'+)?(?:\s*\((?:[A-Za-z\\,\s]|\d+)+\))?"
+    r"(?:_(?:\{[^{}]*\}|\w))?(?:\s*'+|\^\{-1\})?(?:\s*\((?:[A-Za-z\\,\s]|\d+)+\))?"
+)
+_BUILDER = re.compile(
+    r"\s*[A-Za-z]\s*(?:\\in\s*\\mathbb\s*\{?\s*R\s*\}?|\\in\s*R)?"
+    r"\s*(?:\\mid(?![a-z])|\||:|\\text\{\s*such that\s*\})"
 )
 _MATRIX = re.compile(
     r"[(\[]?\s*\\begin\{(?P<env>[pb]?matrix|smallmatrix|array)\}(?:\{[^{}]*\})?(?P<body>.*)\\end\{(?P=env)\}\s*[)\]]?",
@@ -112,9 +117,14 @@ def _enclosed(text: str) -> tuple[str, str, str] | None:
 def _label(text: str) -> bool:
     """True for what may stand before "=" without being part of the answer."""
     text = text.strip()
+    if text.startswith("{") and text.endswith("}"):
+        text = text[1:-1].strip()
     if _SINGLE.fullmatch(text) or re.fullmatch(r"\|?\s*[A-Z]{1,4}\s*\|?|[A-Za-z]{3,}(?:\s+[A-Za-z]+)*", text):
         return True
-    if re.fullmatch(r"m?\s*\\(?:angle|overline|overrightarrow|triangle)\s*\{?\s*[A-Za-z]{1,4}\s*\}?", text):
+    if re.fullmatch(
+        r"m?\s*\\(?:angle|overline|overrightarrow|triangle|vec|hat|bar|tilde)\s*\{?\s*[A-Za-z]{1,4}\s*\}?",
+        text,
+    ):
         return True
     if re.fullmatch(r"\\text\{[^{}]*\}(?:_\{?\w+\}?)?", text):
         return True
@@ -151,9 +161,9 @@ def _related(text: str, depth: int) -> Shape | None:
         return _single(parts[0] or parts[1], depth + 1)
     if signs == [r"\in"] and _label(parts[0]):
         return replace(_single(parts[1], depth + 1), label=parts[0])
-    if all(sign == "=" for sign in signs) and all(parts):
+    if all(sign in ("=", r"\equiv") for sign in signs) and all(parts):
         return _equated(text, parts, depth)
-    if not all(parts) or any(sign in ("=", r"\in") for sign in signs):
+    if not all(parts) or any(sign in ("=", r"\in", r"\equiv") for sign in signs):
         return _leaf(text)
     return Shape("relation", " ".join(signs), tuple(map(_leaf, parts)), source=text)
 
@@ -180,12 +190,23 @@ def _matrix(text: str) -> Shape | None:
 
 def _bracketed(text: str, depth: int) -> Shape | None:
     """Sets, tuples, intervals, vectors, and groups that only hold something."""
-    enclosed = _enclosed(text)
+    name = re.match(r"[A-Z]\s*(?=\([^()]*,)", text)  # a named point, as in A(1,2)
+    enclosed = _enclosed(text[name.end() :] if name else text)
     if enclosed is None:
         return None
     opener, inner, closer = enclosed
     if opener in ("{", r"\text{") and closer == "}":
-        return parse_shape(inner, depth + 1) if opener == "{" or re.search(r"[,;]", inner) else None
+        return (
+            parse_shape(inner, depth + 1)
+            if opener == "{" or re.search(r"[,;]|\b(?:and|or)\b", inner)
+            else None
+        )
+    if opener == r"\{":
+        built = _BUILDER.match(inner)
+        if built is not None:
+            return parse_shape(inner[built.end() :], depth + 1)
+        if not inner:
+            return _leaf(r"\emptyset")
     elements = _elements(inner)
     if len(elements) < 2 and opener in ("(", "["):
         return None  # a group, not a tuple
@@ -194,6 +215,9 @@ def _bracketed(text: str, depth: int) -> Shape | None:
         return _bag(items, text)
     if opener == r"\langle":
         return Shape("matrix", f"{len(items)}x1", items, source=text)
+    if opener == "[" and all(item.text == "[]" and len(item.items) == len(items[0].items) for item in items):
+        cells = tuple(cell for row in items for cell in row.items)
+        return Shape("matrix", f"{len(items)}x{len(items[0].items)}", cells, source=text)
     brackets = opener + closer
     kind = "interval" if len(items) == 2 and brackets != "()" else "tuple"
     return Shape(kind, brackets, items, source=text)
@@ -211,8 +235,12 @@ def _single(text: str, depth: int) -> Shape:
     text = text.strip()
     if depth > _MAX_DEPTH:
         return _leaf(text)
-    if re.fullmatch(r"\\mathbb\s*\{?\s*R\s*\}?|all real numbers", text):
+    if re.fullmatch(r"\\mathbb\s*\{?\s*R\s*\}?", text) or means_everything(text):
         text = r"(-\infty,\infty)"
+    elif means_nothing(text):
+        text = r"\emptyset"
+    if text.startswith("]") or text.endswith("["):  # open ends as they are written in France
+        text = re.sub(r"\[$", ")", re.sub(r"^\]", "(", text))
     shape = _related(text, depth)
     if shape is not None:
         return shape

@@ -8,7 +8,7 @@ _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 
 _ATTACHED = "cm|mm|km|kg|mg|ml|kl|ft|in|lbs?|oz|yd|mi|mph|kph|hrs?|mins?|secs?|sq|usd|eur|gb|mb|kb|hz|khz"
 _LETTERS = "m|g|s|h|l|L"
 _NOT_UNITS = re.compile(
-    r"(?:and|or|mod|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|max|min|if|when|for|not|to|base|am|pm|noon|midnight"
+    r"(?:and|or|mod|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|if|when|for|not|to|base|am|pm|noon|midnight"
     r"|percent|pct|percentage)",
     re.IGNORECASE,
 )
@@ -22,8 +22,13 @@ _CLOCK = re.compile(r"[ap]\.?\s?m\.?", re.IGNORECASE)
 _TEXT_TAIL = re.compile(
     r"(?<=[\d})\]a-zA-Z%!])\s*\\text\{([^{}]*)\}\s*(?:\^\s*(?:\{\s*[23]\s*\}|[23]))?(?:/\\text\{[^{}]*\})?$"
 )
-_WORDS_TAIL = re.compile(r"(?<=[\d})%])(\s*)([A-Za-z][A-Za-z./\s-]*)(?:\^\s*(?:\{\s*[23]\s*\}|[23])|[23])?$")
-_LEADING = re.compile(r"^\\text\{[^{}]*\}\s*(?=[-+\d.\\(])")
+_WORDS_TAIL = re.compile(
+    r"(?:(?<=[\d})%!])|(?<=\\pi))(\s*)([A-Za-z][A-Za-z./\s-]*)(?:\^\s*(?:\{\s*[23]\s*\}|[23])|[23])?$"
+)
+_QUOTIENT_TAIL = re.compile(
+    r"(?<=[\d})])\s*\\frac\{\s*\\text\{[^{}]*\}\s*\}\{\s*\\text\{[^{}]*\}(?:\^\{?[23]\}?)?\s*\}$"
+)
+_LEADING = re.compile(r"^(?:\\text\{[^{}]*\}\s*(?=[-+\d.\\(])|(?:USD|EUR|GBP|US|Rs\.?)\s*(?=[\d.]))")
 
 
 def _is_unit(words: str, spaced: bool) -> bool:
@@ -49,7 +54,7 @@ def _scaled(value: str, words: str) -> str:
 
 def strip_units(text: str) -> str:
     r"""A normalised answer without trailing unit (``15 cm^2``) or leading remark (``\text{about } 5``)."""
-    text = _LEADING.sub("", text)
+    text = _QUOTIENT_TAIL.sub("", _LEADING.sub("", text))
     while (tail := _TEXT_TAIL.search(text)) is not None:
         words = tail.group(1).strip()
         if _CLOCK.fullmatch(words) or _NOT_UNITS.fullmatch(words) or _CHANGES.fullmatch(words):

@@ -1,0 +1,84 @@
+"""Answers in words: names, yes and no, letters of a choice, "no solution", "all real numbers"."""
+
+from __future__ import annotations
+
+import re
+
+_PROSE = re.compile(r"[A-Za-z\d\s.,:'()&;!?/-]+")
+_TEXT = re.compile(r"\\text\{([^{}]*)\}")
+#: Words so short that letters side by side would otherwise be a product of variables.
+_SHORT = {"yes", "no", "odd", "red", "dne", "one", "two", "six", "ten", "all", "any", "her", "him"}
+_ARTICLE = re.compile(r"^(?:an?|the)\s+(?=[A-Za-z\d])", re.IGNORECASE)
+_CHOICE_WORD = re.compile(r"^(?:option|choice|answer)\s+(?=\(?[A-Z]\)?$)", re.IGNORECASE)
+_CHOICE = re.compile(r"\(?(?P<letter>[A-J])(?:[).:]+\s*(?P<rest>\S.*)|\)?)", re.DOTALL)
+#: Everything but letters, digits, a leading minus sign and the marks within a number or a time of day.
+_UNSPOKEN = re.compile(r"(?!(?<![^\s(])-(?=[\d.])|(?<=\d)[.:/](?=\d))[^A-Za-z\d]")
+_NOTHING = re.compile(
+    r"(?:there (?:is|are|exists?) )?no (?:real |integer |such |possible |valid )*"
+    r"(?:solutions?|values?|roots?|numbers?)"
+    r"(?: exists?)?|(?:the )?empty set|none",
+    re.IGNORECASE,
+)
+_EVERYTHING = re.compile(
+    r"(?:[a-z] is |[a-z] can be )?(?:the set of )?(?:(?:all|any|every) (?:real numbers?|reals)"
+    r"|real numbers|reals)(?: [a-z])?",
+    re.IGNORECASE,
+)
+_NAMES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
+_NAMES |= {"eleven": 11, "twelve": 12, "sixteen": 16}
+_NUMERAL = re.compile(r"([\dA-Za-z.]*[\dA-Z][\dA-Za-z.]*)_\{?\s*(?:\\text\{)?\s*(\w+)\s*\}*")
+
+
+def plain(text: str) -> str:
+    r"""Without the ``\text{}`` around words."""
+    return _TEXT.sub(r"\1", text)
+
+
+def means_nothing(text: str) -> bool:
+    """True for "no solution" and the like: the empty set."""
+    return _NOTHING.fullmatch(plain(text).strip(" .")) is not None
+
+
+def means_everything(text: str) -> bool:
+    """True for "all real numbers" and the like."""
+    return len(text) > 4 and _EVERYTHING.fullmatch(plain(text).strip(" .")) is not None
+
+
+def as_words(text: str, *, surely: bool = False) -> str | None:
+    r"""The letters and digits of a text answer, lower case, without articles; None where it is not one.
+
+    A text answer is set in ``\text{}``, or has a word that no product of variables would spell, or is a
+    single letter. With ``surely`` (the other answer is one) any letters are.
+    """
+    bare = plain(text).strip()
+    if not _PROSE.fullmatch(bare):
+        return None
+    marked = bare != text
+    words = re.findall(r"[A-Za-z]+", bare)
+    clock = re.search(r"\d\s*[ap]\.?\s?m\b", bare, re.IGNORECASE)
+    if not words or not (
+        (surely and not re.search(r"\d", bare))
+        or marked
+        or clock
+        or max(map(len, words)) > 3
+        or any(word.lower() in _SHORT for word in words)
+        or re.fullmatch(r"\(?[A-Za-z]\)?", bare)
+    ):
+        return None
+    bare = _ARTICLE.sub("", _CHOICE_WORD.sub("", bare))
+    return _UNSPOKEN.sub("", bare).lower()
+
+
+def choice(text: str) -> tuple[str, str] | None:
+    """``(C) 12`` as ("C", "12"), ``C`` as ("C", ""): the letter of a choice and what stood beside it."""
+    match = _CHOICE.fullmatch(plain(text).strip())
+    return (match["letter"], match["rest"] or "") if match else None
+
+
+def numeral(text: str) -> tuple[str, str] | None:
+    """``2215_6`` as (digits, base): a numeral of that base, not a product, and not 2215."""
+    match = _NUMERAL.fullmatch(plain(text) if "_{" not in text else re.sub(r"^\\text\{(\w+)\}", r"\1", text))
+    if match is None:
+        return None
+    base = match.group(2).lower()
+    return match.group(1).lstrip("0").upper(), str(_NAMES.get(base, base))
