@@ -26,7 +26,8 @@ def tokenizer_files(policy: Policy) -> dict[str, bytes]:
 
 def model_card(recipe: Any, policy: Policy, figures: Mapping[str, Any]) -> str:
     """A Markdown card: base, data, method, figures as measured."""
-    rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items() if not isinstance(value, dict))
+    plain = {name: value for name, value in figures.items() if not isinstance(value, dict)}
+    rows = "\n".join(f"| {name} | {value} |" for name, value in plain.items())
     return f"""---
 base_model: {policy.name}
 library_name: peft
