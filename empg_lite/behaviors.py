@@ -156,7 +156,8 @@ _LOOK_ALIKES = re.compile(
     r"\b(?:mr|mrs|ms|miss|dr)\.? \w+"
     # A check as a cheque, a bill, a mark, a pattern; not "as a check" or "a quick check".
     r"|(?<!\bas )\b(?:a|the|each|every|his|her|their|\$?\d+(?:[.,]\d+)*) (?:\$\d[\d.,]* |dinner |rent |pay )?checks?\b(?! that\b)"
-    r"|\bcheck(?:s|ed|ing)? (?:in|out)\b(?= (?:\d|at|of|from|a\b|an\b|the\b|some|more|book|line|by))"
+    r"|\bchecked (?:in|out)\b"
+    r"|\bcheck(?:s|ing)? (?:in|out)\b(?= (?:\d|at|of|from|a\b|an\b|the\b|some|more|book|line|by))"
     # A prompt that is repeated, and the habit of saying so.
     r"|\bplease\b.*"
     r"|\b(?:let's|let us) (?:think|reason|solve (?:this|it)) step[- ]by[- ]step"
@@ -192,6 +193,9 @@ _WORDS: Mapping[str, str] = {
     # What a check ends with.
     "fits": r"(?:holds?\b|works\b|checks out|true\b|is (?:right|correct|valid|consistent)|satisf|match|agrees?\b|confirm|"
     r"as (?:required|expected|desired|needed)|✓|✔|good\b|instead of|not equal|≠|sides (?:differ|agree|are equal))",
+    # "if this works", "whether my answer is right".
+    "held": r"(?:(?:this|that|it|these|they|@|(?:my|our|the) {result}) (?:really |indeed |also )?(?:{fits}|fits?|makes?|adds?|is reasonable|"
+    r"are (?:right|correct|valid|consistent)|work|hold|agree)|my\b|our\b)",
     "way": r"(?:approach|way|method|strategy|route|idea|angle|technique|path)",
     "needs": r"(?:must|needs?|has to|have to|should|required?s?)",
 }
@@ -205,7 +209,7 @@ _PATTERNS: Mapping[str, tuple[str, ...]] = {
         r"^[^\w@]{0,3}(?:\d{1,2}|[a-h]|[ivx]{1,3})[.)] (?:(?:first|next|then|finally|now),? )?(?:{find}|add|subtract|multiply|"
         r"divide|simplify|isolate|set up|convert|choose|substitute|express|write|use|apply|expand|factor|combine|list|get|check)\b",
         # An item of a numbered list that is a title.
-        r"^[^\w@]{0,3}\d{1,2}[.)] [^.:,=@]{3,60}:",
+        r"^[^\w@]{0,3}\d{1,2}[.)] [a-z][^.:,=@]{3,60}:",
         # A list inside the sentence.
         r": ?\(?(?:a|1|i)\) [^;]{1,100}\(?(?:b|2|ii)\) ",
         # Breaking up the task; "she breaks the chocolate into 8 pieces" has another subject.
@@ -257,7 +261,7 @@ _PATTERNS: Mapping[str, tuple[str, ...]] = {
         r"{we}(?: go back to)? ?(?:double|triple|cross|sanity|re)[ -]?check",
         r"(?:{we}|\byou can|\beasy to|\beasily|\bcan be|\bneed(?:s)? to|\bworth) (?:quickly |easily |also )?check(?:ed|ing)?"
         r"(?: ?[:,.]| (?:that\b|this\b|these\b|it\b|them\b|my\b|our\b|both\b|again|with\b|by\b|the {result}|back|against|in the original|"
-        r"the original|(?:if|whether) (?:this|that|it|my|our|the {result})|$)|$)",
+        r"the original|(?:if|whether) {held}|$)|$)",
         r"(?:{we}|\byou can|\beasy to|\bcan be|\beasily) (?:quickly |easily |also )?(?:verif(?:y|ied)|confirm(?:ed)?|validate)\b",
         r"{start}(?:to |let's |for |as |proof )?(?:double[- ]?check|cross-check|sanity[- ]?check|re-?check|verify|verification|confirm|check|"
         r"validat|verif)(?:ing|e|y)?(?: ?[:,]| (?:this\b|our\b|my\b|the {result}|with\b|back\b|against\b|the original))",
@@ -265,10 +269,10 @@ _PATTERNS: Mapping[str, tuple[str, ...]] = {
         r"\bas a (?:\w+ )?check\b|\b(?:sanity|quick|final|consistency)[- ]check",
         r"\bto be (?:sure|safe|certain)\b",
         r"\bmake sure (?:i|we|that (?:this|it|the {result})|this|it|my|our|the {result})\b",
-        r"\bsee (?:if|whether) (?:this|that|it|these|they|the {result}|our|my|@)\b",
+        r"\bsee (?:if|whether) {held}",
         # A found value is put in, and the sentence says how it came out. Without that it is an ordinary step.
         r"\b(?:plug|substitut|put|insert)\w*\b[^;]{1,150}?(?:\b{fits}|[✓✔≠])",
-        r"\b(?:plug|substitut|put|insert)\w*\b[^;]{1,60}? back (?:in|into|to) (?:the |both |our )?(?:original|given)\b",
+        r"\b(?:plug|substitut|put|insert)\w*\b[^;]{1,60}? back (?:in|into|to) (?:the |both |our )?(?:original|given) (?:equation|problem|condition|inequalit|question|system|statement)",
         r"\b(?:testing|test) (?:with|@|this|that|our|my|the {result}|it)\b",
         r"[✓✔]",
         r"\b(?:this|that|which|equations?|values?) (?:also |indeed )?(?:confirms?|verif(?:y|ies)) (?:that|the|this|our|my|it)\b",
@@ -296,8 +300,8 @@ _PATTERNS: Mapping[str, tuple[str, ...]] = {
         r"\b(?:does|do) (?:indeed |really |in fact )?(?:solve|satisfy|equal|make|add up|sum)\b",
         r"\b(?:{result}|this|it|latter|which) (?:does not|doesn't|do not|don't|fails to) (?:satisfy|match|agree|fit|equal)\b",
         r"(?:@|\d|\b(?:{result}|it|this|both|these|function))\)? (?:indeed )?works?\b(?=,? (?:since|because|so)\b|[.,:!]|$)",
-        r"\bextraneous\b",
-        r"(?:^|\band |@,? |\d,? )indeed\b(?!,? (?:construct|let|suppose|consider|if)\b)",
+        r"\b(?:is|are|be) extraneous\b|\bextraneous (?:solution|root)s?\b",
+        r"(?:^|\band |@,? |\d,? )indeed\b(?!,? (?:construct|let|suppose|consider|if|you)\b)",
         r"\bindeed (?:@|\d|equal|correct|right|true|satisf)",
         # What came out is not what should have.
         r"\bbut (?:it|this|that|we|the \w+) (?:should|was supposed to) (?:be|have)\b",
@@ -315,7 +319,7 @@ _PATTERNS: Mapping[str, tuple[str, ...]] = {
         r"(?:forgot|forgotten|overlooked|mis(?:read|understood|counted|calculated|took|interpreted|applied|sed)|mixed up|swapped|"
         r"slipped|messed up|missed|confused|neglected|double-counted|left (?:it|that|this) out)\b",
         r"\bi (?:\w+ )?counted\b[^.;]{0,40}\btwice\b|\b(?:we|i) haven't (?:accounted|considered|included|counted|used|taken)",
-        r"\b(?:i|we) (?:was|were|am|are) wrong\b|\b(?:i|we) (?:shouldn't|should(?: not)?) have\b|"
+        r"\b(?:i|we) (?:was|were|am|are) wrong\b|\bi (?:shouldn't|should(?: not)?) have\b|\bwe (?:shouldn't|should(?: not)?) have \w+(?:ed|en|t)\b|"
         r"\b(?:i|we) (?:used|took|had|have) the wrong\b|\b(?:i|we) got (?:this|that|it) wrong\b",
         r"{start}(?:oops|whoops|sorry|correction|apologies)\b|{start}oh,? no\b",
         r"\bsomething (?:went|is|must be|must have gone|has gone)(?: \w+)? (?:wrong|off)\b",
@@ -331,7 +335,7 @@ _PATTERNS: Mapping[str, tuple[str, ...]] = {
         r"(?:{start}|hmm,? )not quite\b",
         r"\bshould (?:be|have been) [^.;,]{1,30}(?:, not\b| instead\b| rather than)|\d[^.;,]{0,20}, not \$?\d",
         r"\b(?:scratch|strike|forget|ignore|undo|discard) (?:that|this|it)\b|\bnever ?mind\b|\bon second thou?ghts?\b",
-        r"\b(?:abandon|give up on|drop|ditch|discard) (?:this|that|the|my|our)\b(?! \w+ (?:into|in the|off))",
+        r"\b(?:abandon|give up on) (?:this|that|the|my|our|it)\b|\b(?:drop|ditch|discard) (?:this|that|my|our|the) (?:\w+ )?(?:{way}|attempt)\b",
         r"{start}no[,.!:]? (?:that|thats|this|wait|it|i|not)\b",
         # "actually" that corrects, not the filler.
         r"{start}actually[, ]{1,2}(?:no\b|wait|scratch|that's|that is|this is|it's|(?:i|we) (?:need|should|have|forgot|must|can't|cannot|think))",

@@ -25,6 +25,7 @@ FLOORS = [
         "store",
         "tiny",
         "control",
+        "behaviors",
     },
     {"data", "data_files", "policy", "plan", "metrics"},
     {"sampler", "checkpoint", "runs", "target"},
