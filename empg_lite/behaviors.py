@@ -156,7 +156,7 @@ _LOOK_ALIKES = re.compile(
     r"\b(?:mr|mrs|ms|miss|dr)\.? \w+"
     # A check as a cheque, a bill, a mark, a pattern; not "as a check" or "a quick check".
     r"|(?<!\bas )\b(?:a|the|each|every|his|her|their|\$?\d+(?:[.,]\d+)*) (?:\$\d[\d.,]* |dinner |rent |pay )?checks?\b(?! that\b)"
-    r"|\bchecked (?:in|out)\b"
+    r"|\bcheck-?ups?\b|\bchecked (?:in|out)\b"
     r"|\bcheck(?:s|ing)? (?:in|out)\b(?= (?:\d|at|of|from|a\b|an\b|the\b|some|more|book|line|by))"
     # A prompt that is repeated, and the habit of saying so.
     r"|\bplease\b.*"
@@ -213,7 +213,7 @@ _PATTERNS: Mapping[str, tuple[str, ...]] = {
         # A list inside the sentence.
         r": ?\(?(?:a|1|i)\) [^;]{1,100}\(?(?:b|2|ii)\) ",
         # Breaking up the task; "she breaks the chocolate into 8 pieces" has another subject.
-        r"(?:{start}|{we} )(?:break|split|divide|separate|cut|partition|organi[sz]e)(?:ing)?\b[^.;]{1,80}?"
+        r"(?:{start}|{we} |, )(?:break|split|divide|separate|cut|partition|organi[sz]e)(?:ing)?\b(?! (?:both|each|by|the \w+ (?:time|amount) into))[^.;]{1,80}?"
         r"(?:\binto\b|\bdown\b|\bup\b|\bfrom\b|\bby\b (?:case|part|step)|\bin (?:two|three|four|\d)\b|\bto (?:two|three|four|\d)\b)",
         r"(?:{start}|{we} )decompos(?:e|ing)\b|\bbreak(?:ing)? (?:it|this|that|things|the problem|the question) (?:down|up|into)\b",
         r"\b(?:problem|question|task|calculation|computation|proof|solution|answer|integral|sum|count|total|cost)s?"
@@ -224,17 +224,21 @@ _PATTERNS: Mapping[str, tuple[str, ...]] = {
         r"[^.;]{0,80}(?:separately|individually|independently|on (?:its|their) own|one (?:\w+ )?at a time|one by one|"
         r"case by case|piece by piece|in (?:{many} )?(?:steps|stages|parts|phases)\b)",
         r"{we} (?:consider|treat|handle) separately",
+        r"{we} (?:handle|treat|consider|deal with|tackle|do|take|look at|count|start with|begin with) [^.;]{1,60}(?: first\b|, then\b|one after the other)",
+        r"{we} (?:start|begin) with the\b|{we} (?:think of|view|see|write) [^.;]{1,60} as (?:two|three|four|several|\d) ",
+        r"\b(?:total|cost|sum|area|problem|answer) can be (?:split|broken|divided|separated)\b",
+        r"\bby first {finding}\b|\bintermediate (?:targets?|goals?|results?|steps?|quantit\w+)\b",
         r"\beach of the (?:\w+ )?(?:parts|pieces|cases|stages|legs|subproblems)\b",
         # Cases, with somebody who distinguishes them; not "cases of soda" or "in this case".
-        r"\bthere are (?:only )?(?:two|three|four|five|several|\d) (?:\w+ )?(?:cases|scenarios)\b(?! of\b)",
+        r"\bthere are (?:only )?(?:two|three|four|five|several|\d) (?:\w+ )?(?:cases|scenarios|components?|sub\w+)\b(?! of\b)",
         r"\b(?:consider|distinguish|have|treat|handle|examine|analy[sz]e|by) (?:the )?(?:following |two |three |four |several |\d )?"
-        r"(?:\w+ )?cases\b(?! of\b)",
+        r"(?:\w+ )?(?:cases|scenarios|possibilities)\b(?! of\b)",
         r"\bcase-?work\b|\bcase analysis\b|\bsub-?(?:problem|goal|task|question)s?\b",
         r"\b(?:consider|take|look at|treat|examine|handle) the (?:\w+ )?case\b",
         r"{start}in the {ordinal} case,",
-        r"{start}for the {ordinal} part\b|\b(?:to|with|at|on) the {ordinal} (?:part|piece|sub)\b(?= ?[:,.]|$| of the (?:problem|question|solution))",
+        r"{start}for the {ordinal} (?:part|half)\b[^.;]{0,40}, {we}|{start}for the {ordinal} part\b|\b(?:to|with|at|on) the {ordinal} (?:part|piece|sub)\b(?= ?[:,.]|$| of the (?:problem|question|solution))",
         # A sub-goal with its place in the order: "First find how many", "Next, we need to figure out".
-        r"{start}(?:first(?:ly| of all)?|second(?:ly)?|third(?:ly)?|to (?:start|begin)(?: with)?),? (?:{we} |need to )?{find}\b",
+        r"{start}(?:first(?:ly| of all| off)?|second(?:ly)?|third(?:ly)?|as a first step|before anything else|to (?:start|begin)(?: with)?),? (?:{we} |need to )?(?:{find}|know|what(?:'s| is))\b",
         # "Then we find x = 3" and "then we find that" tell a result.
         r"(?:{start}|^|; )(?:next|then|after that|finally|lastly),? (?:{we} |need to )?{find}\b(?! (?:that\b|@|\w{1,2} ?=|\w+ is\b))",
         r"{start}(?:first|next),? (?:{we} )?(?:look at|consider|take|handle|treat|assume|suppose) the (?:\w+ )?case",
@@ -253,7 +257,7 @@ _PATTERNS: Mapping[str, tuple[str, ...]] = {
         # A plan in words.
         r"{start}(?:(?:my|the|our|here is the|here's the) )?(?:plan|strategy|outline|roadmap)(?: (?:is|will be))? ?(?::|to\b)",
         r"\b(?:follow|use|take) (?:these|the following|two|three|four|several) steps\b|\bin (?:two|three|several|\d) (?:steps|stages|parts|phases)\b",
-        r"\b(?:two|three|four|several|\d) (?:things|quantities|unknowns|pieces of information)\b(?=:| (?:\w+ )?(?:to |i |we |needed))",
+        r"\b(?:two|three|four|several|\d) (?:things|quantities|unknowns|pieces of information)\b(?=[:.]| (?:\w+ )?(?:to |i |we |needed)|$)",
     ),
     "verification": (
         # A check that is announced. "check" alone is a search as often ("we check the primes"), so it needs
@@ -267,7 +271,7 @@ _PATTERNS: Mapping[str, tuple[str, ...]] = {
         r"validat|verif)(?:ing|e|y)?(?: ?[:,]| (?:this\b|our\b|my\b|the {result}|with\b|back\b|against\b|the original))",
         r"\b(?:verify|check) ?:? ?[\d@(][\d@(). ]{0,20}[-+*/x×=]",
         r"\bas a (?:\w+ )?check\b|\b(?:sanity|quick|final|consistency)[- ]check",
-        r"\bto be (?:sure|safe|certain)\b",
+        r"\bto be (?:sure|safe|certain)\b|{we} (?:count|add|calculate|compute)(?: \w+){0,2} again\b|\b(?:left|right)[- ]hand side\b[^.;]{0,60}\bsame as\b",
         r"\bmake sure (?:i|we|that (?:this|it|the {result})|this|it|my|our|the {result})\b",
         r"\bsee (?:if|whether) {held}",
         # A found value is put in, and the sentence says how it came out. Without that it is an ordinary step.
@@ -278,7 +282,7 @@ _PATTERNS: Mapping[str, tuple[str, ...]] = {
         r"\b(?:this|that|which|equations?|values?) (?:also |indeed )?(?:confirms?|verif(?:y|ies)) (?:that|the|this|our|my|it)\b",
         # Judging a result.
         r"\bmakes? sense\b",
-        r"\b(?:{result}|this|that|it|which)(?: of \S+)? (?:is|was|are|were|seems?|looks?|sounds?|appears?)(?: quite| very| to be| all| indeed)? "
+        r"\b(?:{result}|dimensions|this|that|it|which)(?: of \S+| set)? (?:is|was|are|were|seems?|looks?|sounds?|appears?)(?: quite| very| to be| all| indeed)? "
         r"(?:reasonable|plausible|sensible|consistent|verified|confirmed|valid\b|(?:right|correct|fine|good)(?=[.!,]|$))",
         r"{start}(?:looks|seems|sounds|correct|(?:that's|this is|that is)) ?(?:right|good|correct|reasonable|fine)\b(?! (?:angle|triangle|number|answer))",
         r"\b(?:conditions?|constraints?|requirements?|equations?)\b[^.;,]{0,30} (?:is|are) (?:indeed |all |both |now )?"
@@ -288,10 +292,10 @@ _PATTERNS: Mapping[str, tuple[str, ...]] = {
         r"(?:^|, |; |\band |\bso |\bwhich )(?:this |that |it |which )?(?:also |exactly )?(?:matches|agrees with|is consistent with|fits|equals) "
         r"(?:the (?!number of)|what|our|with|all|both)",
         r"\bwhich (?:holds|is (?:true|correct|right)|checks out|works|matches|agrees)\b",
-        r"\b(?:checks? out|adds? up correctly|work(?:s)? out (?:too|as|correctly|fine))\b|\bchecks[.!]?$",
+        r"\b(?:checks? out|adds? up correctly|it (?:all )?adds up|passes the test|work(?:s)? out (?:too|as|correctly|fine))\b|\bchecks[.!]?$",
         r"\bas (?:we )?(?:required|expected|desired|given|stated|claimed|wanted|it should)(?: be)?\b[.!,)]",
         r"\b(?:is|was) (?:exactly |just )?what (?:we|i|the (?:problem|question)|was|is)\b[^.;]{0,20}\b(?:expected|given|wanted|said|says|states|stated|required|started|needed)\b",
-        r"[=@\d] ?, (?:which is )?(?:true|correct|yes|ok|good)\b[.!]?$",
+        r"[=@\d] ?[,.] (?:which is )?(?:true|right|correct|yes|ok|good|works)\b[.!]?$|{start}(?:so )?yes, \S+ is (?:right|correct)\b",
         r"\b(?:same (?:answer|result|value|total|number|thing|@|\d)|again, so)\b[^.;]{0,20}$|\b(?:got|get|gives) \S{1,20} again\b",
         r"\b(?:go|going|went|run) (?:through|over) (?:the|my|this|our) \w+ (?:again|once more)\b",
         # Found values against the conditions; "the values that satisfy" describes them, it tests nothing.
@@ -302,18 +306,18 @@ _PATTERNS: Mapping[str, tuple[str, ...]] = {
         r"(?:@|\d|\b(?:{result}|it|this|both|these|function))\)? (?:indeed )?works?\b(?=,? (?:since|because|so)\b|[.,:!]|$)",
         r"\b(?:is|are|be) extraneous\b|\bextraneous (?:solution|root)s?\b",
         r"(?:^|\band |@,? |\d,? )indeed\b(?!,? (?:construct|let|suppose|consider|if|you)\b)",
-        r"\bindeed (?:@|\d|equal|correct|right|true|satisf)",
+        r"\bindeed (?:@|\d|equal|less|more|greater|smaller|correct|right|true|satisf)",
         # What came out is not what should have.
         r"\bbut (?:it|this|that|we|the \w+) (?:should|was supposed to) (?:be|have)\b",
     ),
     "backtracking": (
         # "Wait" as a call, not as an event or a command; with a mere check after it, it turns nothing back.
         r"(?:^[^\w@]{0,3}|[.!?,;:…-] ?|\b(?:hmm+|oh|no|but|actually|ah|so|ok|hm) )wait\b"
-        r"(?! ?(?:\d|for\b|until\b|till\b|times?\b|a\b|an\b|at\b|in\b|another\b))"
+        r"(?! ?(?:\d|for\b|until\b|till\b|times?\b|a (?!minute|second|moment|sec\b)|an\b|at\b|in\b|another\b))"
         r"(?!,? let (?:me|us) (?:double|check|verify|confirm|make sure))",
         r"(?:{start}|[,;.] )(?:hold|hang) on\b(?! to\b)",
         # Own errors: the one who reasons made them. "He made 3 mistakes" and "we counted twice, so halve" are not.
-        r"\b(?:i|we)(?:'ve)? (?:\w+ ){0,4}?(?:mistake|error|slip)s?\b|\bmy (?:\w+ )?(?:mistake|error|bad)\b",
+        r"\b(?:i|we)(?:'ve)? (?:\w+ ){0,4}?(?:mistake|error|slip|something wrong)s?\b|\bmy (?:\w+ )?(?:mistake|error|bad)\b",
         r"\b(?:there's|there is|there was|there must be|found|spotted) (?:an|a|my|the|some) (?:\w+ )?(?:mistake|error)\b(?! (?:of|margin))",
         r"\b(?:i|we)(?:'ve)? (?:(?:must have|have|had|just|also|previously|accidentally|actually|think i) ){0,3}"
         r"(?:forgot|forgotten|overlooked|mis(?:read|understood|counted|calculated|took|interpreted|applied|sed)|mixed up|swapped|"
@@ -321,7 +325,7 @@ _PATTERNS: Mapping[str, tuple[str, ...]] = {
         r"\bi (?:\w+ )?counted\b[^.;]{0,40}\btwice\b|\b(?:we|i) haven't (?:accounted|considered|included|counted|used|taken)",
         r"\b(?:i|we) (?:was|were|am|are) wrong\b|\bi (?:shouldn't|should(?: not)?) have\b|\bwe (?:shouldn't|should(?: not)?) have \w+(?:ed|en|t)\b|"
         r"\b(?:i|we) (?:used|took|had|have) the wrong\b|\b(?:i|we) got (?:this|that|it) wrong\b",
-        r"{start}(?:oops|whoops|sorry|correction|apologies)\b|{start}oh,? no\b",
+        r"{start}(?:that was a mistake|no[.!]?$|oops|whoops|sorry|correction|apologies)\b|{start}oh,? no\b",
         r"\bsomething (?:went|is|must be|must have gone|has gone)(?: \w+)? (?:wrong|off)\b",
         r"\b(?:my|our|this|the|that) (?:[\w-]+ ){0,2}(?:answer|result|solution|equation|assumption|guess|calculation|formula|idea|reasoning|"
         r"approach|claim|count|total)\b[^.;,]{0,40}\b(?:is|was|must be|must have been|are|were|turns out to be|turned out to be|proves) "
@@ -338,7 +342,7 @@ _PATTERNS: Mapping[str, tuple[str, ...]] = {
         r"\b(?:abandon|give up on) (?:this|that|the|my|our|it)\b|\b(?:drop|ditch|discard) (?:this|that|my|our|the) (?:\w+ )?(?:{way}|attempt)\b",
         r"{start}no[,.!:]? (?:that|thats|this|wait|it|i|not)\b",
         # "actually" that corrects, not the filler.
-        r"{start}actually[, ]{1,2}(?:no\b|wait|scratch|that's|that is|this is|it's|(?:i|we) (?:need|should|have|forgot|must|can't|cannot|think))",
+        r"^hmm+,? (?:but\b|no\b)|{start}actually[, ]{1,2}(?:no\b|hmm|wait|scratch|that's|that is|this is|it's|(?:i|we) (?:need|should|have|forgot|must|can't|cannot|think))",
         # Going back or over it again.
         r"{we} start(?:ing)? (?:all )?(?:over|again|anew)\b|\bfrom scratch\b",
         r"{start}going back\b|{we} (?:go|step) back(?:[.!,]|$| (?:and|to (?:the )?(?:start|beginning|step|problem|original|equation|question|where|my|our)))",
@@ -348,15 +352,15 @@ _PATTERNS: Mapping[str, tuple[str, ...]] = {
         # Another attempt.
         r"(?:{start}|{we} |\b(?:so|must|should|to) )(?:try|use|take|need|think of|switch to|move (?:on )?to|consider|find|look for) "
         r"(?:a |an |some )?(?:different|another|other|better|easier|alternative) {way}",
-        r"{we} try (?:again|something (?:else|different|new)|some other)\b|{we} (?:move on|switch|turn|return) to (?:@|the other|another)",
-        r"\b(?:we|i) (?:switch|move on) to\b|\b(?:perhaps|maybe)\b[^.;]{0,40}\b(?:better|different|another|easier) {way}",
+        r"{we} try (?:again|(?:that|this|it) again|something (?:else|different|new)|some other)\b|{we} (?:move on|switch|turn|return) to (?:@|the other|another)",
+        r"\b(?:we|i) (?:switch|move on) to\b|\b(?:perhaps|maybe)\b[^.;]{0,40}\b(?:better|different|another|easier) {way}|\b(?:perhaps|maybe) (?:we|i) should\b",
         r"\b(?:let's|let us|let me)\b[^.;]{1,80}\binstead\b",
         r"(?:{start}|\bso |\bbut )instead(?: of (?:that|this))?,? (?:let|we|i|note|notice|observe|use|consider|try)\b",
         # An approach that failed: it has to be left in the same sentence, or be called hopeless.
         r"\b(?:(?:doesn't|does not|didn't|did not|won't) (?:\w+ (?:to )?)?(?:work|help|lead|fit|apply|resemble|simplify|factor|give)|"
         r"failed|fails|impossible|negative|absurd)\b[^.;]{0,40}[,;] ?(?:so |and )?(?:let's|let me|let us|(?:we|i) (?:try|go|need|should|must)|try)\b",
-        r"(?:{start}|[,;] |\b(?:approach|method|idea|guess|attempt|way|substitution) )(?:this|that|it|which)?(?: {way})? ?"
-        r"(?:doesn't|does not|didn't|did not|won't|will not|isn't|is not)(?: \w+)? (?:work|working|help|helping|lead anywhere)\b",
+        r"(?:{start}|[,;] |\b(?:but|and) |\b(?:approach|method|idea|guess|attempt|way|substitution) )(?:this|that|it|which)?(?: {way})? ?"
+        r"(?:doesn't|does not|didn't|did not|won't|will not|isn't|is not)(?: (?:going to|\w+))? (?:work|working|help|helping|lead anywhere)\b",
         r"\b(?:this|that|it|attempt|{way}) (?:has )?fail(?:s|ed)\b",
         r"\b(?:leads? nowhere|(?:not|n't) lead anywhere|dead end|go(?:es|ing) nowhere|(?:gets?|getting) (?:too |very |quite )?(?:messy|complicated|ugly)|got stuck)\b",
         r"\b(?:we|one|i) (?:could|might|may)\b[^.;]{0,80}\b(?:try|continue|keep)\w*\b[^;]{0,80}\bbut\b",
@@ -365,7 +369,7 @@ _PATTERNS: Mapping[str, tuple[str, ...]] = {
     ),
     "backward_chaining": (
         # Named as such; not "drove back" or "the reverse side".
-        r"\bwork(?:s|ed|ing)?(?: \w+)? (?:backwards?\b|in reverse\b|back(?:,| from\b| to\b))|\bbacktracking from\b",
+        r"\bwork(?:s|ed|ing)?(?: \w+)? (?:backwards?\b|in reverse\b|back(?:,| from\b| to\b))|\bbacktracking from\b|\bthink\w* (?:in reverse|backwards?)\b",
         r"\b(?:revers(?:e|ing)|undo(?:ing)?) (?:the|each|every|all)\b(?! (?:side|gear|direction|car))|\bin reverse order\b",
         r"\bstart(?:ing)? (?:from|at|with) the (?:end|goal|answer|final|desired)\b",
         r"\bmust have (?:been|had)\b[^.;]{0,40}\bbefore\b|\bbefore\b[^.;]{0,60}\bmust have (?:been|had)\b",
@@ -380,22 +384,22 @@ _PATTERNS: Mapping[str, tuple[str, ...]] = {
         r"(?:need|needs|must|have|has|want)(?: to)?(?: first)? (?:first )?(?:{find}|know|get|show|prove|have (?:the|found)|the\b|its\b|two things|perform)",
         r"\bto (?!avoid)\w+\b[^;]{1,150}?,? (?:we|i|you|one) (?:must|should) (?:first )?(?:{find}|know|get|show|prove)\b",
         r"\bbefore (?:we can |i can |{finding}|getting|answering)[^.;]{1,80}\b(?:we|i|one) (?:first )?(?:need|must|should|have to)\b",
-        r"\bwhat (?:do|would|must|should) (?:we|i|you|one) (?:need|have|know)\b|\bwhat (?:must|should)\b[^?]{1,60}\b(?:for|so that|to)\b[^?]{1,60}\?",
+        r"\b(?:need|must|have to)\b[^.;]{1,60}\bbefore (?:we|i|one) can\b|\bif (?:i|we) (?:knew|had)\b[^;]{1,60}\b(?:could|would)\b|\bwhat (?:do|would|must|should) (?:we|i|you|one) (?:need|have|know)\b|\bwhat (?:must|should)\b[^?]{1,60}\b(?:for|so that|to)\b[^?]{1,60}\?",
         r"\brequires (?:us to|knowing|finding|the (?:number|value|length|price|cost|size|amount|total|area|speed))\b",
         # What a wish demands: "for x to be an integer, n must ...", "to reach 100, she has to ...".
         r"\bin order for\b",
         r"(?:^|[,;(] ?|\b(?:so|that|then|thus|now|similarly|but) )for [^;,]{1,60}? to \w+\b[^;]{0,120}?\b{needs}\b",
         r"{start}(?:in order )?to (?:reach|get|have|achieve|end up|end|earn|average|attain|win|obtain|pay|ensure|afford|finish|break even|be)\b"
         r"[^.;]{1,80}, [^.;]{1,60}?\b(?:must|needs?|has to|have to|can \w+ at most|would need)\b",
-        r"{start}to (?:reach|hit|get to|get|make|obtain|arrive at) \$?\d[^,;]{0,20}, (?:i|we|one) (?:could|can|need|must|might|would|have)\b",
+        r"{start}to (?:reach|hit|get to|get|make|obtain|arrive at) \$?\d[^;]{0,30}, (?:i|we|one) (?:could|can|need|must|might|would|have)\b",
         r"\bif (?:\w+ ){1,3}(?:is|are) to \w+\b|\bif (?:we|i|he|she|they) wants?\b[^;]{1,80}\b(?:must|needs?|has to|have to)\b",
         # The goal, and what follows from wanting it.
-        r"\b(?:(?:we|i)(?: want|'re looking for| are (?:looking|asked|solving) for| need to (?:find|know))|"
-        r"(?:the|our|my) (?:goal|target|aim|objective|answer) (?:is|will be))\b"
-        r"[^;]{1,120}(?:\b(?:so|hence|thus|which means|for (?:that|this)|we want)\b|, ?we\b)[^;]{0,60}?\b(?:must|needs?|should|has to|have to|want|look for)\b",
+        r"\b(?:(?:we|i)(?: want|'re (?:looking for|after)| are (?:after|(?:looking|asked|solving) for)| need to (?:find|know))|"
+        r"(?:the|our|my) (?:goal|target|aim|objective|answer|task|question) (?:is|will be|asks))\b"
+        r"[^;]{1,120}(?:\b(?:so|hence|thus|which (?:means|requires)|for (?:that|this)|we want)\b|, ?we\b)[^;]{0,60}?\b(?:must|needs?|should|has to|have to|want|look for|to be)\b",
         r"\bsince we(?:'re| are) looking for\b[^;]{1,120}\bwe (?:want|need)\b",
         r"\b(?:we|i) (?:need|want)\b[^;]{1,80}\bdepends on\b",
-        r"\bto (?:ensure|guarantee)\b",
+        r"\bto (?:ensure|guarantee)\b|\bis enough to (?!buy|pay|cover|feed|fill|make|last)\w+",
     ),
 }
 
