@@ -38,7 +38,11 @@ class Score:
 def own_sentences(part: str) -> list[Labelled]:
     """``dev``, ``test`` or ``fresh`` of ``behavior_sentences.py``."""
     blocks: Mapping[str, str] = getattr(behavior_sentences, part.upper())
-    return [(line, frozenset(labels.split())) for labels, text in blocks.items() for line in text.strip().split("\n")]
+    return [
+        (line, frozenset(labels.split()))
+        for labels, text in blocks.items()
+        for line in text.strip().split("\n")
+    ]
 
 
 def real_sentences(part: str, data: Path) -> list[Labelled]:

@@ -13,6 +13,18 @@ from collections.abc import Mapping
 
 DEV: Mapping[str, str] = {
     "decomposition": r"""
+Let me separate this into what happens before noon and what happens after.
+The question really asks for two numbers.
+Stage 2: find the interest for the second year.
+We'll need the mean first and the variance afterwards.
+Let's count the even numbers and the odd numbers separately.
+To keep things organised I'll go room by room.
+First up: how many litres does the tank hold?
+So we have to handle the weekend and the weekdays differently.
+Now we split the region along the line $y=x$.
+The argument has two halves.
+Next up is the number of buses.
+Let me tackle the easy part first.
 The calculation can be done in three stages.
 There are two components to this cost: labour and material.
 We treat adults first.
@@ -98,6 +110,18 @@ Finally, we calculate the profit.
 Firstly, calculate the speed of the boat in still water.
 """,
     "verification": r"""
+Let me plug the numbers in again to see whether they agree.
+Going back to the statement, 3 boxes of 12 do give 36 pens.
+I'll check the edge case $n = 0$ too: it gives 1, fine.
+This is the right order of magnitude.
+Adding the pieces gives 24, exactly the length of the rope.
+The result is positive, as a distance should be.
+Does it hold for $n=2$?
+A quick computation confirms it.
+So our guess was right.
+Let's test the answer against the story.
+Comparing with the first method, we see the same value.
+Reading the conditions once more: all three hold.
 Let's do a sanity check on that.
 To check this, multiply 12 by 9 to get 108.
 Let me quickly verify with actual numbers.
@@ -183,6 +207,18 @@ I got 96 again, so I'm confident in it.
 Is 40 plausible for a bus?
 """,
     "backtracking": r"""
+Ugh, I added when I needed to subtract.
+Let me look at this from another angle.
+Hmm, I don't think that's right.
+That would be more than the whole class, so I must have misunderstood something.
+Okay, new plan.
+Let me throw that away.
+This can't be, since she only has 10 coins.
+Well, that was the wrong formula.
+Hmm, maybe not.
+I take that back: it is a combination.
+Since this is going nowhere, I turn to coordinates.
+Wait, does the fee apply to both days?
 Wait a minute, that would mean he paid twice.
 Wait, is that per person?
 Hmm, but that ignores the holiday.
@@ -278,6 +314,18 @@ Hmm, let me think again.
 I was wrong to assume that the triangle is right-angled.
 """,
     "backward_chaining": r"""
+We'd know the height if we knew the volume.
+What would make the expression divisible by 4?
+Suppose we already had the answer $x$; then $x/2$ would have to be 8.
+The last digit has to be 0 if the number is to be a multiple of 10.
+To show the lines are parallel, we look for equal angles.
+I need the number of hours, and for that I need the arrival time.
+In order to finish by 6, he must leave at 4.
+Let's reason backwards from the last move.
+For equality to hold, both factors have to vanish.
+It only takes the radius to get the area, so that is what we look for.
+Undo each step: add 7, then halve.
+To get the remaining amount we need to know what was spent.
 To find how much she saved, I need to know what she earned.
 In order to compute the tax, we need the taxable income.
 What we're after is the volume, so we need the height.
@@ -360,6 +408,30 @@ Let me check: 5 * 7 = 35, but it should be 36, so I made an error somewhere.
 Plugging this back in gives 11 instead of 13, so this is not the solution.
 """,
     "": r"""
+The guard waits by the gate for 30 minutes.
+He wrote a check for the rent.
+First came Ana, then Ben.
+She needs 40 points to pass to the next level.
+The error bars are 2 units wide.
+The part-time workers earn $12 an hour.
+Lena tried on 5 hats.
+The plane turned back after 200 km.
+His plan is to walk 5 km a day.
+Check-in opens at 6 a.m.
+That leaves 40 - 15 = 25 stamps.
+Dividing by 4 gives $x = 6$.
+It works out to 15 dollars a person.
+Every second step is painted red.
+They must pay 20% tax.
+The two cases weigh 30 kg together.
+She finds 12 shells on the first day.
+Actually, most of the guests were late.
+He corrects 8 of the 10 answers.
+Let's call the number of boys $b$.
+To bake the cake, he needs to buy 3 more eggs.
+The store takes back 4 of the shirts.
+If $a = 3$, then $b = 9$.
+Thus the probability is $\frac{3}{8}$.
 He waits another 10 minutes.
 She checks the oven twice.
 A quick check-up costs $60.
@@ -739,85 +811,85 @@ The plan costs $30 a month.
 
 FRESH: Mapping[str, str] = {
     "decomposition": r"""
-Let me separate this into what happens before noon and what happens after.
-The question really asks for two numbers.
-Stage 2: find the interest for the second year.
-We'll need the mean first and the variance afterwards.
-Let's count the even numbers and the odd numbers separately.
-To keep things organised I'll go room by room.
-First up: how many litres does the tank hold?
-So we have to handle the weekend and the weekdays differently.
-Now we split the region along the line $y=x$.
-The argument has two halves.
-Next up is the number of buses.
-Let me tackle the easy part first.
+Let's first work out how much water one pump delivers.
+This can be solved in two steps.
+Step 2: Find the number of pages left.
+I'll split the bill into food and drinks.
+Next, let's determine the cost of the tiles.
+Case 3: both numbers are negative.
+We need to do the months one by one.
+The whole job falls into four parts.
+First, we need the length of one side; second, the number of sides.
+Let me break the distance into the flat part and the hill.
+Start with the inner ring, then move on to the outer ring.
+We'll look at the coefficients of each power on their own.
 """,
     "verification": r"""
-Let me plug the numbers in again to see whether they agree.
-Going back to the statement, 3 boxes of 12 do give 36 pens.
-I'll check the edge case $n = 0$ too: it gives 1, fine.
-This is the right order of magnitude.
-Adding the pieces gives 24, exactly the length of the rope.
-The result is positive, as a distance should be.
-Does it hold for $n=2$?
-A quick computation confirms it.
-So our guess was right.
-Let's test the answer against the story.
-Comparing with the first method, we see the same value.
-Reading the conditions once more: all three hold.
+Let's check whether this is right: 8 * 7 = 56, yes.
+Checking the result: 120 / 5 = 24.
+If we plug $x=6$ into the equation we get 36 = 36, so it's correct.
+I want to double-check the number of days in March.
+The sum of the shares is 100%, as it must be.
+Let me verify the second equation as well.
+This is consistent with what the problem says.
+To confirm, 45 minutes is three quarters of an hour.
+Both sides are equal, so our solution is correct.
+So 17 is prime indeed, and the answer stands.
+Does that add up?
+We see that $(4,1)$ fulfils both equations, so the pair is right.
 """,
     "backtracking": r"""
-Ugh, I added when I needed to subtract.
-Let me look at this from another angle.
-Hmm, I don't think that's right.
-That would be more than the whole class, so I must have misunderstood something.
-Okay, new plan.
-Let me throw that away.
-This can't be, since she only has 10 coins.
-Well, that was the wrong formula.
-Hmm, maybe not.
-I take that back: it is a combination.
-Since this is going nowhere, I turn to coordinates.
-Wait, does the fee apply to both days?
+Wait, I think I mixed up the two trains.
+Hmm, that doesn't look right.
+Let me start from scratch.
+Oh wait, the price is per dozen.
+That won't work, because there are only 7 seats.
+I made a slip in the last line.
+Let's go back to step 2.
+Actually, the 20% is taken from the new price, so I have to redo this.
+No, this is not correct.
+Okay, this isn't getting anywhere; let me try with ratios.
+I previously said 14, but it is 16.
+So that approach fails.
 """,
     "backward_chaining": r"""
-We'd know the height if we knew the volume.
-What would make the expression divisible by 4?
-Suppose we already had the answer $x$; then $x/2$ would have to be 8.
-The last digit has to be 0 if the number is to be a multiple of 10.
-To show the lines are parallel, we look for equal angles.
-I need the number of hours, and for that I need the arrival time.
-In order to finish by 6, he must leave at 4.
-Let's reason backwards from the last move.
-For equality to hold, both factors have to vanish.
-It only takes the radius to get the area, so that is what we look for.
-Undo each step: add 7, then halve.
-To get the remaining amount we need to know what was spent.
+To find the speed, we need to find the distance and the time.
+We have to work backward from 32.
+In order to get an even sum, the two numbers must have the same parity.
+It is enough to look at the last two digits.
+So to know the price of the set, we need the price of one chair.
+For the two lines to be perpendicular, the product of the slopes must be -1.
+What do we need for the surface area?
+Our goal is $\cos x$, so we need the adjacent side.
+To reach 60 with three equal steps, each step must be 20.
+Before we can find the average, we have to know the total.
+Hence it suffices to bound the second term.
+She ended with 9 after spending half, so before that she must have had 18.
 """,
     "": r"""
-The guard waits by the gate for 30 minutes.
-He wrote a check for the rent.
-First came Ana, then Ben.
-She needs 40 points to pass to the next level.
-The error bars are 2 units wide.
-The part-time workers earn $12 an hour.
-Lena tried on 5 hats.
-The plane turned back after 200 km.
-His plan is to walk 5 km a day.
-Check-in opens at 6 a.m.
-That leaves 40 - 15 = 25 stamps.
-Dividing by 4 gives $x = 6$.
-It works out to 15 dollars a person.
-Every second step is painted red.
-They must pay 20% tax.
-The two cases weigh 30 kg together.
-She finds 12 shells on the first day.
-Actually, most of the guests were late.
-He corrects 8 of the 10 answers.
-Let's call the number of boys $b$.
-To bake the cake, he needs to buy 3 more eggs.
-The store takes back 4 of the shirts.
-If $a = 3$, then $b = 9$.
-Thus the probability is $\frac{3}{8}$.
+The dog waits outside for 10 minutes.
+He needs 15 more bricks to finish.
+The first bus leaves at 7.
+He cashed a check for $90.
+They corrected the price to $18.
+The steps are 15 cm high.
+We get 4 * 6 = 24.
+Then she gave 3 to her sister.
+So each child gets 5 sweets.
+Using the quadratic formula, $x = 3$.
+The back row has 14 seats.
+To paint the wall, he uses 2 cans.
+The wrong bus took them 8 km away.
+Half of the cases are full.
+Nina tries 3 different flavours.
+The next term is 21.
+His goal was 10 km, but he ran 8.
+Let $h$ be the height of the cone.
+The last part of the race is 3 km.
+By the triangle inequality, $c < 7$.
+He must be 18 to vote.
+The working day has 8 hours.
+That is 12 dollars for each ticket.
+Therefore $x=4$.
 """,
 }
