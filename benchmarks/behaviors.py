@@ -21,15 +21,15 @@ def main() -> None:
     }
     if len(sys.argv) > 1:
         parts |= {f"real {part}": real_sentences(part, Path(sys.argv[1])) for part in ("dev", "test")}
-    print(
-        "| sentences | behaviour | positives | ours P / R | keywords P / R | always P |\n|---|---|---|---|---|---|"
-    )
+    print("| sentences | behaviour | positives | ours P / R | keywords P / R | always P |")
+    print("|---|---|---|---|---|---|")
     for part, labelled in parts.items():
         ours, words, yes = (score(detector, labelled) for detector in (detect, keywords, always))
         for name in BEHAVIORS:
             o, w = ours[name], words[name]
             print(
-                f"| {part} ({len(labelled)}) | {name} | {o.right + o.missed} | {o.precision:.2f} / {o.recall:.2f} "
+                f"| {part} ({len(labelled)}) | {name} | {o.right + o.missed} "
+                f"| {o.precision:.2f} / {o.recall:.2f} "
                 f"| {w.precision:.2f} / {w.recall:.2f} | {yes[name].precision:.2f} |"
             )
 

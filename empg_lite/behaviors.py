@@ -95,7 +95,8 @@ def sentences(text: str) -> list[str]:
     """``text`` cut into sentences, blanks around each left out; nothing else is lost.
 
     A line break ends one. Decimals, abbreviations, list numbers, factorials, display formulas and marks
-    such as ``<<1+1=2>>`` do not. Any text is accepted, lone surrogates and NUL included; the time is linear in its length.
+    such as ``<<1+1=2>>`` do not. Any text is accepted, lone surrogates and NUL included; the time is linear
+    in its length.
     """
     return [text[start:end] for start, end in _bounds(text)]
 

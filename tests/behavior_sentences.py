@@ -2,7 +2,7 @@
 
 One sentence a line under the labels it has ("" for none). ``DEV`` may be looked at while a pattern is
 written. ``TEST`` was written and labelled before the first pattern, and only measures. ``FRESH`` was written
-after the last change of a pattern, to be hard, and measured once.
+after the last change of a pattern; docs/behaviors.md says what was measured when.
 """
 
 # ruff: noqa: E501
