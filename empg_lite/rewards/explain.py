@@ -66,8 +66,8 @@ def _looked_at(prediction: str) -> str:
     if seen == prediction:
         return f"looked at the whole text, {len(prediction)} characters"
     return (
-        f"looked at {len(seen)} of {len(prediction)} characters: what stands before a closing thinking tag or "
-        "outside the answer tag does not count"
+        f"looked at {len(seen)} of {len(prediction)} characters: what stands before a closing thinking tag "
+        "or outside the answer tag does not count"
     )
 
 

@@ -266,6 +266,8 @@ def _roots(text: str) -> str:
             text = text[:at] + "{" + text[at + 1 : end] + "}" + text[end + 1 :]
         elif (token := _UNDER_ROOT.match(text, at)) is not None:
             text = text[:at] + "{" + token.group() + "}" + text[token.end() :]
+        elif text[at : at + 1] != "{":
+            out += "{}"
     return out + text[at:]
 
 
