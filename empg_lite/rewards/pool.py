@@ -113,11 +113,12 @@ class _Worker:
         """
         if self.ready:
             return
-        line = self._receive(self._setup, time.monotonic() + _START_SECONDS)
+        deadline = time.monotonic() + _START_SECONDS
+        line = self._receive(self._setup, deadline)
         if line is not None and (broken := json.loads(line).get("broken")):
             self.kill()
             raise GraderUnusable(broken["what"], broken["where"], broken["todo"])
-        if line is None and self.process.poll() is None:
+        if line is None and time.monotonic() >= deadline:
             self.kill()
             raise GraderUnusable(f"the grading worker is not ready after {_START_SECONDS:g} s", "", _TODO)
         if line is None:
