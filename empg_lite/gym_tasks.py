@@ -95,8 +95,7 @@ def _entries(
     try:
         replies = pool.run([{"op": "entry", "index": index} for index in range(_PROBE)])
         if all("entry" not in reply.result for reply in replies):
-            what = f"the task {task} cannot be used: {_why(replies[0])}"
-            raise DataError(what, source, "docs/rewards.md lists the tasks that can")
+            raise _unusable(task, source, replies[0])
         replies += pool.run([{"op": "entry", "index": index} for index in range(_PROBE, size)])
     except GraderUnusable as error:  # the task does not load
         raise DataError(error.what, "data.source", error.todo) from None
@@ -104,12 +103,17 @@ def _entries(
         pool.close()
     for index, reply in enumerate(replies):
         if reply.failure:
-            raise DataError(
-                f"entry {index} cannot be made: {_why(reply)}", source, "choose easier parameters"
-            )
-    return [r.result["entry"] for r in replies if "entry" in r.result], sum(
-        "refused" in r.result for r in replies
-    )
+            what = f"entry {index} cannot be made: {_why(reply)}"
+            raise DataError(what, source, "choose easier parameters")
+        if reply.result.get("altogether"):
+            raise _unusable(task, source, reply)
+    entries = [reply.result["entry"] for reply in replies if "entry" in reply.result]
+    return entries, len(replies) - len(entries)
+
+
+def _unusable(task: str, source: str, reply: Reply) -> DataError:
+    what = f"the task {task} cannot be used: {_why(reply)}"
+    return DataError(what, source, "docs/rewards.md lists the tasks that cannot")
 
 
 def _why(reply: Reply) -> str:

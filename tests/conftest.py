@@ -113,7 +113,7 @@ def load_fixture_policy(
 
 
 #: Tests that need what a bare machine has not; every other skip is a failure in CI.
-MAY_SKIP = ("shared", "unsloth")
+MAY_SKIP = ("shared", "unsloth", "gym")
 
 
 @pytest.hookimpl(wrapper=True)

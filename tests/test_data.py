@@ -117,7 +117,7 @@ def test_every_format_gives_the_same_problems(name: str, tmp_path: Path) -> None
 )
 def test_golds(row: dict[str, Any], gold: str, tmp_path: Path) -> None:
     problem = load_one(tmp_path, row)
-    assert (problem.question, problem.gold, problem.meta) == ("q", gold, {})
+    assert (problem.question, problem.gold) == ("q", gold)
 
 
 def test_named_columns_win(tmp_path: Path) -> None:

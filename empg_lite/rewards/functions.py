@@ -163,6 +163,8 @@ def _gym(case: Case) -> Outcome | Question:
         return Outcome("no_answer")
 
     def read(result: Mapping[str, Any]) -> Outcome:
+        if "unreadable" in result:
+            return Outcome("parse", answer)
         return Outcome("equal" if result["score"] == 1 else "different", answer, result["score"])
 
     request = {

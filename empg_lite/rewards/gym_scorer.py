@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy
 
+#: An answer that is right nowhere.
+NONSENSE = "qwrtp zxcvb"
 _SAFE_NODES = (
     ast.Expression,
     ast.Constant,
@@ -32,7 +34,7 @@ _SAFE_NODES = (
 #: What may be called: sympy's numbers and symbols, and elementary functions.
 _SAFE_CALLS = frozenset(
     "Symbol Integer Float Rational Abs sqrt cbrt exp log ln factorial sin cos tan sec csc cot asin acos atan "
-    "sinh cosh tanh asinh acosh atanh erf erfi Ei Si Ci li gamma".split()
+    "sinh cosh tanh asinh acosh atanh erf erfi Ei Si Ci li gamma Integral".split()
 )
 
 
@@ -71,7 +73,10 @@ class Task:
             ) from None
 
     def entry(self, index: int) -> dict[str, Any]:
-        """Entry ``index`` as JSON, or why it cannot be used: ``{"entry": ...}`` or ``{"refused": why}``."""
+        """Entry ``index`` as JSON, or why it cannot be used: ``{"entry": ...}`` or ``{"refused": why}``.
+
+        ``altogether`` beside ``refused`` says that the task is of no use, whatever its other entries are.
+        """
         random.seed(index)  # some tasks draw from the shared generators too
         numpy.random.seed(index)
         made = self._dataset[index]
@@ -85,12 +90,22 @@ class Task:
         score = self._score(entry["answer"], entry)
         if score != 1.0:
             return {"refused": f"its own answer scores {score:g} once carried as JSON"}
+        nonsense = self.score({**entry, "gold": entry["answer"], "answer": NONSENSE})
+        if nonsense.get("score") == 1.0:
+            return {"refused": "nonsense scores 1", "altogether": True}
         return {"entry": entry}
 
     def score(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The task's own verdict on an answer, in [0, 1]."""
+        """The task's own verdict on an answer, in [0, 1], or why it cannot read it."""
         entry = {"question": request["question"], "answer": request["gold"], "metadata": request["metadata"]}
-        score = self._score(request["answer"], entry)
+        try:
+            score = self._score(request["answer"], entry)
+        except MemoryError:
+            raise
+        except Exception as error:
+            if self._score(entry["answer"], entry) != 1.0:
+                raise  # it cannot read the right answer either: not the answer's fault
+            return {"unreadable": f"{type(error).__name__}: {error}"[:300]}
         if not 0.0 <= score <= 1.0:
             return {"error": f"the task's scorer returned {score!r}, which is outside [0, 1]"}
         return {"score": score}

@@ -11,8 +11,9 @@ The first message says what to load; the reply is ``{"ready": true}``, or ``{"br
   ``{"op": "equal", "gold", "prediction", "percent"}`` -> ``{"equal": bool}`` or ``{"unparsable": why}``,
   ``{"op": "regex", "pattern", "text"}`` -> ``{"match": null | {"group": str | null}}``.
 * ``{"kind": "gym", "task", "params", "seed", "size"}``:
-  ``{"op": "entry", "index"}`` -> ``{"entry": {...}}`` or ``{"refused": why}``,
-  ``{"op": "score", "answer", "gold", "question", "metadata"}`` -> ``{"score": number}``.
+  ``{"op": "entry", "index"}`` -> ``{"entry": {...}}`` or ``{"refused": why, "altogether": bool}``,
+  ``{"op": "score", "answer", "gold", "question", "metadata"}`` -> ``{"score": number}`` or
+  ``{"unreadable": why}``.
 * ``{"kind": "python", "path", "function", "source"}``:
   ``{"op": "call", "completion", "gold", "question", "meta"}`` -> ``{"terms": {name: number}}``.
 * any: ``{"op": "ping"}`` -> ``{}``; and any reply may be ``{"error": why}``, or ``{"memory": true}``, after
