@@ -12,17 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 
+from machine import machine
 from rivals import last_box, math_verify, naive
 
 from empg_lite.errors import GraderUnusable
@@ -79,9 +76,9 @@ def ours(grader: Grader, spec: str) -> Judge:
     return lambda rows: [v.reward == 1 for v in grader.grade_many(spec, [row.item for row in rows])]
 
 
-def rival(grade: Callable[[Sequence[tuple[str, str]]], list[bool]]) -> Judge:
-    """Another grader, which sees no question."""
-    return lambda rows: grade([(row.gold, row.prediction) for row in rows])
+def rival(grade: Callable[[Sequence[tuple[str, str]]], list[bool]], gold: str = "{}") -> Judge:
+    """Another grader, which sees no question; ``gold`` is how it wants bare LaTeX."""
+    return lambda rows: grade([(gold.format(row.gold), row.prediction) for row in rows])
 
 
 # ---- counting ------------------------------------------------------------------------------------------
@@ -187,6 +184,7 @@ def accuracy(grader: Grader, notes: list[str]) -> Iterable[Figure]:
     yield Figure(f"{len(rows)} GSM8K solutions, agree with people", agree[0], tuple(agree[1:]), bar, good)
 
     rows = math_outputs()
+    judges[1] = rival(math_verify, "${}$")
     apart = [sum(errors(rows, judge(rows)), []) for judge in judges]
     own, *others = (len(rows) - len(wrong) for wrong in apart)
     yield Figure(f"{len(rows)} MATH outputs, agree with the record", own, tuple(others))
@@ -259,25 +257,6 @@ def speed(grader: Grader) -> Iterable[Figure]:
 
 
 # ---- printing ------------------------------------------------------------------------------------------
-
-
-def machine() -> dict[str, str]:
-    """Where and on what this ran."""
-    model = (
-        re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if os.name == "posix" else None
-    )
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
-    gmpy2 = "off" if os.environ.get("SYMPY_GROUND_TYPES") == "python" else metadata.version("gmpy2")
-    return {
-        "commit": commit.stdout.strip(),
-        "cpu": f"{model.group(1) if model else platform.processor()} x {os.cpu_count()}",
-        "load": f"{os.getloadavg()[0]:.1f}",
-        "python": platform.python_version(),
-        "math-verify": metadata.version("math-verify"),
-        "gmpy2": gmpy2,
-    }
 
 
 def main() -> int:
