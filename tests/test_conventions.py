@@ -108,7 +108,7 @@ def test_wrapping_changes_no_verdict(grader: Grader, wrap: str) -> None:
 STEPS = [
     (r"(1,2)", r"\boxed{\{1,2\}}", "an ordered pair in () against an unordered list or set of 2"),
     (r"(0,9)", r"\boxed{[0,9)}", "closed below and open above"),
-    (r"18", r"\boxed{3}. Then \boxed{18}.", "passed over 1 other box(es): '3'"),
+    (r"18", r"\boxed{3}. Then \boxed{18}.", "passed over 1 earlier box: '3'"),
     (r"18", "<think>17</think>It is 18", "before a closing thinking tag"),
     (r"18", "He has 18", "a fallback: the last number"),
     (r"18", r"\boxed{17}", "exact numbers: 18 and 17"),
@@ -133,10 +133,18 @@ def test_steps_name_the_cause(grader: Grader, gold: str, prediction: str, cause:
 
 def test_steps_of_the_other_rewards(grader: Grader) -> None:
     assert "to the letter" in explain("exact", "1/2", r"\boxed{0.5}")[-1]
-    assert r"n = (\\d+)" in explain(r"regex:n = (\d+)", "7", "n = 7")[0]
+    assert r"n = (\d+)" in explain(r"regex:n = (\d+)", "7", "n = 7")[0]
     asking = "What percentage of the eggs are brown?"
     steps = explain(
         "math", "20", r"\boxed{20\%}", asking, verdict=grader.grade("math", "20", r"\boxed{20\%}", asking)
     )
     assert any("asks for a percentage" in step for step in steps) and steps[-1] == "reward 1: equal"
+    question = "Which is prime? (A) 4 (B) 7"
+    steps = explain("choice", "B", "It is 7.", question)
+    assert steps[0] == "the question lists the options A, B" and "the letter B" in steps[1]
+    spec = "math * concise:20 * boxed"
+    steps = explain(
+        spec, "18", "it is certainly 18 eggs", verdict=grader.grade(spec, "18", "it is certainly 18 eggs")
+    )
+    assert steps[-2] == "multiplied its terms: correct 1 * concise 0.87 * boxed 0.5"
     assert explain("math", "5", "x" * 300_000) == ["a text of over 200000 characters is not read"]

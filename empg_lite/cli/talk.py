@@ -180,7 +180,7 @@ def grade(
         if as_json:
             out.raw(_verdict_record(verdict))
         else:
-            _say_verdict(out, verdict, reward, text)
+            _say_verdict(out, verdict, reward, text, question)
 
 
 def _verdict_record(v: Verdict) -> dict[str, Any]:
@@ -217,12 +217,12 @@ _REASONS = {
 }
 
 
-def _say_verdict(out: Output, v: Verdict, reward: str, text: str) -> None:
+def _say_verdict(out: Output, v: Verdict, reward: str, text: str, question: str | None) -> None:
     """The headline, then how it came about, step by step."""
     from empg_lite.rewards.explain import explain
     from empg_lite.safe_text import safe
 
-    read = "nothing" if v.extracted is None else f"{v.extracted!r} (rule: {v.rule})"
+    read = "nothing" if v.extracted is None else f"{v.extracted} (rule: {v.rule})"
     out.print(
         safe(f"reward {v.reward:g} · {v.reason}: {_REASONS[v.reason]}"),
         style="bold",
@@ -235,7 +235,7 @@ def _say_verdict(out: Output, v: Verdict, reward: str, text: str) -> None:
         out.print(safe(f"terms   {terms}"), markup=False, highlight=False)
     if v.error:
         out.print(safe(f"error   {v.error}"), markup=False, highlight=False)
-    out.print(safe(f"gold    {v.gold!r}"), markup=False, highlight=False)
+    out.print(safe(f"gold    {v.gold}"), markup=False, highlight=False)
     out.print(f"by      {reward}, in {v.seconds * 1000:.2f} ms", markup=False, highlight=False)
-    for number, step in enumerate(explain(reward, v.gold, text, verdict=v), 1):
+    for number, step in enumerate(explain(reward, v.gold, text, question, verdict=v), 1):
         out.print(safe(f"  {number}. {step}"), markup=False, highlight=False)

@@ -5,6 +5,7 @@ Made from the functions that decide; nothing is decided here.
 
 from __future__ import annotations
 
+from empg_lite.rewards.choice import options_of, read_choice
 from empg_lite.rewards.compare import (
     Leaf,
     asks_percentage,
@@ -15,9 +16,10 @@ from empg_lite.rewards.compare import (
     read_shape,
 )
 from empg_lite.rewards.extract import Answer, extract, find_boxes, hedged, last_sentence, visible
-from empg_lite.rewards.functions import MAX_ANSWER, MAX_TEXT, _gold_answer
+from empg_lite.rewards.functions import MAX_ANSWER, MAX_TEXT, gold_answer
 from empg_lite.rewards.normalize import normalize
 from empg_lite.rewards.shapes import Shape
+from empg_lite.rewards.spec import Part, parse_spec
 from empg_lite.rewards.verdict import Verdict
 
 _RULES = {
@@ -45,7 +47,9 @@ _MAX_SHOWN = 120
 
 
 def _short(text: str) -> str:
-    return repr(text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 1] + "…")
+    """As it is written (a backslash is one backslash), on one line, and not too much of it."""
+    text = text.replace("\n", "⏎")
+    return f"'{text}'" if len(text) <= _MAX_SHOWN else f"'{text[: _MAX_SHOWN - 1]}…'"
 
 
 def _kind(shape: Shape) -> str:
@@ -84,7 +88,9 @@ def _found(text: str, answer: Answer | None) -> list[str]:
     used = last_sentence(text, boxes) if boxes and answer.rule.startswith("boxed") else []
     passed = [box.content.strip() for box in boxes[: len(boxes) - len(used)]]
     if passed:
-        steps.append(f"passed over {len(passed)} other box(es): " + ", ".join(map(_short, passed[-3:])))
+        boxes_word = "box" if len(passed) == 1 else "boxes"
+        shown = ", ".join(map(_short, passed[-3:]))
+        steps.append(f"passed over {len(passed)} earlier {boxes_word}: {shown}")
     return steps
 
 
@@ -132,7 +138,7 @@ def _mathematical(gold: str, prediction: str, question: str | None, numeric: boo
     steps = [_looked_at(prediction), *_found(text, answer)]
     if answer is None:
         return steps
-    known = _gold_answer(gold, numeric=numeric)
+    known = gold_answer(gold, numeric=numeric)
     if known != gold.strip():
         steps.append(f"read the gold answer {_short(known)} from a worked solution")
     if max(len(known), len(answer.text)) > MAX_ANSWER:
@@ -162,6 +168,39 @@ def _ending(verdict: Verdict) -> str:
     return f"reward {verdict.reward:g}: {verdict.reason.replace('_', ' ')}"
 
 
+def _chosen(gold: str, prediction: str, question: str | None) -> list[str]:
+    """The reward ``choice``."""
+    options = options_of(question or "")
+    steps = [f"the question lists the options {', '.join(options)}"] if options else []
+    answer = read_choice(prediction, options)
+    if answer is None:
+        return [*steps, "no answer: the text does not settle on one letter, nor on one option's text"]
+    return [
+        *steps,
+        f"read the letter {answer.text} (rule {answer.rule})",
+        f"the gold answer is {_short(gold)}",
+    ]
+
+
+def _correctness(part: Part, gold: str, prediction: str, question: str | None) -> list[str]:
+    """How the part of a reward that says what is right came to its verdict."""
+    if part.name in ("math", "gsm8k"):
+        return _mathematical(gold, prediction, question, part.name == "gsm8k")
+    if part.name == "exact":
+        return _literal(gold, prediction)
+    if part.name == "choice":
+        return _chosen(gold, prediction, question)
+    if part.name == "regex":
+        return [
+            f"searched the text for the pattern {_short(part.argument)}",
+            "the last match's first group, without spaces around, must be the gold answer to the letter; a "
+            "pattern without a group only has to match",
+        ]
+    if part.name == "gym":
+        return [*_found(visible(prediction), extract(prediction)), "asked the task's own scorer about it"]
+    return [f"asked your function {part.argument}"]
+
+
 def explain(
     spec: str, gold: str, prediction: str, question: str | None = None, *, verdict: Verdict | None = None
 ) -> list[str]:
@@ -174,20 +213,19 @@ def explain(
         question: the problem's text, where it was known to the grader.
         verdict: what the grader said; the last step then states it. Without it the steps end where
             algebra in the worker would begin.
+
+    Raises:
+        ValueError: ``spec`` names no reward.
     """
-    name, _, pattern = spec.partition(":")
+    parsed = parse_spec(spec)
     if len(prediction) > MAX_TEXT:
         steps = [f"a text of over {MAX_TEXT} characters is not read"]
-    elif spec in ("math", "gsm8k"):
-        steps = _mathematical(gold, prediction, question, spec == "gsm8k")
-    elif spec == "exact":
-        steps = _literal(gold, prediction)
-    elif name == "regex":
-        steps = [
-            f"searched the text for the pattern {_short(pattern)}",
-            "the last match's first group, without spaces around, must be the gold answer to the letter; a "
-            "pattern without a group only has to match",
-        ]
     else:
-        steps = [f"asked the reward {spec!r}"]
-    return [*steps, _ending(verdict)] if verdict is not None else steps
+        steps = _correctness(parsed.correctness, gold, prediction, question)
+    if verdict is None:
+        return steps
+    if verdict.terms:
+        sign = " + " if parsed.added else " * "
+        terms = sign.join(f"{name} {value:.3g}" for name, value in verdict.terms.items())
+        steps.append(f"{'the mean of' if parsed.added else 'multiplied'} its terms: {terms}")
+    return [*steps, _ending(verdict)]

@@ -62,7 +62,7 @@ class Reward(Protocol):
     def __call__(self, case: Case) -> Outcome | Question: ...
 
 
-def _gold_answer(gold: str, *, numeric: bool) -> str:
+def gold_answer(gold: str, *, numeric: bool) -> str:
     """A gold answer may be given bare, boxed, or as a worked solution that ends in one."""
     if "####" in gold or "boxed" in gold or "fbox" in gold:
         answer = extract(gold, numeric=numeric)
@@ -96,7 +96,7 @@ def _mathematical(numeric: bool) -> Reward:
         answer = extract(case.prediction, numeric=numeric)
         if answer is None:
             return Outcome("no_answer" if case.prediction.strip() or case.gold.strip() else "equal")
-        return _equivalent(_gold_answer(case.gold, numeric=numeric), answer, case.question)
+        return _equivalent(gold_answer(case.gold, numeric=numeric), answer, case.question)
 
     return reward
 
