@@ -116,7 +116,11 @@ class _Worker:
             return
         deadline = time.monotonic() + _START_SECONDS
         line = self._receive(self._setup, deadline)
-        if line is not None and (broken := json.loads(line).get("broken")):
+        said = _object(line)
+        if line is not None and said is None:
+            self.kill()
+            raise _StartFailed("it did not speak the workers' language")
+        if said is not None and (broken := said.get("broken")):
             self.kill()
             raise GraderUnusable(broken["what"], broken["where"], broken["todo"])
         if line is None and time.monotonic() >= deadline:
@@ -137,11 +141,10 @@ class _Worker:
         line = self._receive(request, start + limit)
         seconds = time.monotonic() - start
         if line is not None:
-            try:
-                result = dict(json.loads(line))
-            except (ValueError, TypeError):  # not one object on one line: no later reply can be trusted
+            result = _object(line)
+            if result is None:  # not one object on one line: no later reply can be trusted
                 self.kill()
-                return Reply({}, "crash", seconds)
+                return Reply({}, "crash", seconds, "the worker did not speak its language")
             if not result.get("memory"):
                 error = result.get("error")
                 return Reply(result, "crash" if error is not None else None, seconds, error)
@@ -198,6 +201,14 @@ class _Worker:
         for stream in (self.process.stdin, self.process.stdout, self.complaints):
             assert stream is not None
             stream.close()
+
+
+def _object(line: bytes | None) -> dict[str, Any] | None:
+    """The one JSON object of a line, or None."""
+    try:
+        return dict(json.loads(line)) if line is not None else None
+    except (ValueError, TypeError):
+        return None
 
 
 class WorkerPool:
@@ -320,7 +331,7 @@ class WorkerPool:
                     self._outstanding -= 1
                 job.future.set_result(reply)
                 job = None
-        except (GraderUnusable, OSError) as error:
+        except Exception as error:  # whatever it is, nobody may wait for ever for this thread
             unusable = error if isinstance(error, GraderUnusable) else GraderUnusable(str(error), todo=_TODO)
             if job is not None:
                 job.future.set_exception(unusable)

@@ -8,6 +8,7 @@ at any point (sets, matrices, unevaluated functions) goes to math-verify's own c
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import re
@@ -60,6 +61,7 @@ def _nesting(text: str) -> int:
     return max(itertools.accumulate(steps, initial=0))
 
 
+@functools.lru_cache(maxsize=512)  # the K rationales of a problem share its gold, and often an answer
 def parse(text: str) -> sympy.Basic:
     """A normalised answer as a sympy object, ``i`` as the imaginary unit, ``f(x)`` as a symbol of its own.
 

@@ -12,9 +12,15 @@ _NOT_UNITS = re.compile(
     r"|percent|pct|percentage)",
     re.IGNORECASE,
 )
-#: Words that change the number before them, or take it back.
+#: Words that change the number before them, or take it back: "5 times ten", but not "5 times a day".
 _CHANGES = re.compile(
-    r"squared|cubed|factorial|times|plus|minus|over|modulo|remainder|point|into|but|unless|is", re.IGNORECASE
+    r"(?:squared|cubed|factorial|negative|(?:ten|hundred|thousand|third|fourth|fifth|sixth|eighth)ths?|halves|thirds)"
+    r"|(?:times|plus|minus|over|modulo|remainder|point|into)(?:\s+(?:zero|one|two|three|four|five|six|seven|eight"
+    r"|nine|ten|eleven|twelve|(?:twen|thir|for|fif)ty|hundred|thousand|million|[b-z])(?![a-z]).*)"
+    r"|(?:plus|minus)"
+    r"|(?:less|more|fewer|greater|larger|smaller)\s+than(?![a-z]).*"
+    r"|(?:but|unless|is)(?![a-z]).*",
+    re.IGNORECASE | re.DOTALL,
 )
 #: More words than these are a sentence.
 _MAX_WORDS = 8
@@ -28,7 +34,13 @@ _WORDS_TAIL = re.compile(
 _QUOTIENT_TAIL = re.compile(
     r"(?<=[\d})])\s*\\frac\{\s*\\text\{[^{}]*\}\s*\}\{\s*\\text\{[^{}]*\}(?:\^\{?[23]\}?)?\s*\}$"
 )
-_LEADING = re.compile(r"^(?:\\text\{[^{}]*\}\s*(?=[-+\d.\\(])|(?:USD|EUR|GBP|US|Rs\.?)\s*(?=[\d.]))")
+#: Remarks before a number that are no part of it, and those that are.
+_LEADING = re.compile(
+    r"^(?:\\text\{(?![^{}]*(?<![a-z])(?:not?|minus|negative|less|more|fewer|greater|least|most|under|over|below|above"
+    r"|except|without)(?![a-z]))[^{}]*\}\s*(?=[-+\d.\\(])|(?:USD|EUR|GBP|US|Rs\.?)\s*(?=[\d.]))",
+    re.IGNORECASE,
+)
+_NEGATIVE = re.compile(r"^(?:\\text\{\s*)?(?:minus|negative)(?![a-z])\s*\}?\s*(?=[\d.\\])", re.IGNORECASE)
 
 
 def _is_unit(words: str, spaced: bool) -> bool:
@@ -36,7 +48,7 @@ def _is_unit(words: str, spaced: bool) -> bool:
     if not words or _CLOCK.fullmatch(words):
         return False
     first = re.split(r"[\s./-]+", words)[0]
-    if _NOT_UNITS.fullmatch(first) or _CHANGES.fullmatch(first) or len(words.split()) > _MAX_WORDS:
+    if _NOT_UNITS.fullmatch(first) or _CHANGES.fullmatch(words) or len(words.split()) > _MAX_WORDS:
         return False
     if re.fullmatch(_ATTACHED, first, re.IGNORECASE):
         return True
@@ -48,13 +60,13 @@ def _is_unit(words: str, spaced: bool) -> bool:
 def _scaled(value: str, words: str) -> str:
     """``3 million`` is a value, not a unit."""
     first, _, rest = words.strip().partition(" ")
-    power = _SCALES.get(first.lower())
+    power = _SCALES.get(first.lower().removesuffix("s"))
     return value if power is None else rf"({value})\cdot 10^{{{power}}}"
 
 
 def strip_units(text: str) -> str:
     r"""A normalised answer without trailing unit (``15 cm^2``) or leading remark (``\text{about } 5``)."""
-    text = _QUOTIENT_TAIL.sub("", _LEADING.sub("", text))
+    text = _QUOTIENT_TAIL.sub("", _LEADING.sub("", _NEGATIVE.sub("-", text)))
     while (tail := _TEXT_TAIL.search(text)) is not None:
         words = tail.group(1).strip()
         if _CLOCK.fullmatch(words) or _NOT_UNITS.fullmatch(words) or _CHANGES.fullmatch(words):
