@@ -250,7 +250,8 @@ def _problem(row: Row, data: DataSection) -> Problem | None:
     meta = {"level": _level(row), "subject": subject if isinstance(subject, str) else None}
     known = {k: v for k, v in meta.items() if v}
     if data.source == "local":  # what else your rows say is for your own reward function
-        others = {k: v for k, v in row.fields.items() if k not in (asked, answered) and _is_json(v)}
+        read = {asked, answered, *_QUESTION_COLUMNS, *_ANSWER_COLUMNS}
+        others = {k: v for k, v in row.fields.items() if k not in read and _is_json(v)}
         known = others | known
     return Problem(problem_id(question), question, gold, known)
 

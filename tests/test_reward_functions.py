@@ -534,7 +534,7 @@ def test_a_run_with_its_own_reward(cli, recipe_file: Path, tmp_path: Path) -> No
     for command in (again, (*again, "--recipe", recipe_file)):
         code, _, err = cli(*command)
         assert code == 65 and "data.reward" in one_line(err), err
-    assert [p.name for p in (run / "rollouts").iterdir()] == [first.name]
+    assert sorted(p.name for p in (run / "rollouts").iterdir()) == ["step-000000.jsonl", first.name]
     code, out, err = cli(*again, "--allow-change", "data.reward")
     assert code == 0 and json.loads(out.splitlines()[-1])["steps"] == 2, err
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
@@ -738,6 +738,18 @@ def test_gym_scores(stand_in: None, tmp_path: Path) -> None:
     ]
     assert not canary.exists() and "carries no Reasoning Gym entry" in str(verdicts[-1].error)
     assert lost.reason == "crash" and "KeyError" in str(lost.error)
+
+
+def test_gym_pay_for_nothing_is_nothing() -> None:
+    """0.01 for any answer would make a problem without a right answer weigh as much as a solved one."""
+    from empg_lite.rewards.functions import GYM_LEAST, Question, reward_of
+
+    meta = {"gym": {"task": "t", "params": {}, "metadata": {}}}
+    question = reward_of(parse_spec("gym").correctness)(Case("5", r"\boxed{6}", "?", meta))
+    assert isinstance(question, Question)
+    paid = [question.read({"score": s}) for s in (0.0, 0.01, 0.0999, GYM_LEAST, 0.5, 1.0)]
+    assert [o.reward for o in paid] == [0.0, 0.0, 0.0, 0.1, 0.5, 1.0]
+    assert [o.reason for o in paid] == ["different"] * 5 + ["equal"]
 
 
 def test_gym_scorers_can_be_killed_and_lie(stand_in: None) -> None:

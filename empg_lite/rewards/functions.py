@@ -17,6 +17,9 @@ from empg_lite.rewards.verdict import Case
 
 #: Characters of a prediction that are read at all: several times what a model writes in one answer.
 MAX_TEXT = 200_000
+#: Scores below this are what many Reasoning Gym tasks pay for any answer at all. A problem whose samples are all
+#: wrong would then weigh as much as a solved one: weights compare the samples of a problem, not their worth.
+GYM_LEAST = 0.1
 #: Characters of an answer that are compared as mathematics.
 MAX_ANSWER = 2_000
 
@@ -165,7 +168,8 @@ def _gym(case: Case) -> Outcome | Question:
     def read(result: Mapping[str, Any]) -> Outcome:
         if "unreadable" in result:
             return Outcome("parse", answer)
-        return Outcome("equal" if result["score"] == 1 else "different", answer, result["score"])
+        score = result["score"] if result["score"] >= GYM_LEAST else 0.0
+        return Outcome("equal" if score == 1 else "different", answer, score)
 
     request = {
         "op": "score",
