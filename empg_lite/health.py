@@ -46,12 +46,15 @@ def graded_failures(record: Mapping[str, Any]) -> float:
     return record["reasons/failed"] / handed if handed > 0 else 0.0
 
 
-def diagnose(record: Mapping[str, Any], *, rows: int, max_new_tokens: int) -> tuple[Finding, ...]:
+def diagnose(
+    record: Mapping[str, Any], *, rows: int, max_new_tokens: int, error: str | None = None
+) -> tuple[Finding, ...]:
     """What keeps a step's samples from teaching; empty where they are fine.
 
     Args:
         record: ``estep_metrics`` of the samples.
         rows: how many samples those are.
+        error: what the last grader failure said.
     """
     truncated, failures = record["completions/clipped_ratio"], graded_failures(record)
     found: list[Finding] = []
@@ -62,7 +65,8 @@ def diagnose(record: Mapping[str, Any], *, rows: int, max_new_tokens: int) -> tu
     if failures < 1 and truncated <= TRUNCATED_STOP:  # else hardly an answer is known
         found += _signal(record, rows, said=bool(found))
     if failures > FAILURES_WARN:
-        what = f"the grader failed on {failures:.0%} of the answers; those are left out"
+        said = f" ({error})" if error else ""
+        what = f"the grader failed on {failures:.0%} of the answers{said}; those are left out"
         todo = "`empg-lite inspect` shows on what, `empg-lite grade` tries one"
         found.append(Finding("grader_failures", what, todo))
     if record["em/frac_wrong_paid"]:

@@ -131,7 +131,9 @@ def preflight(
         tokens_per_second=sum(len(r.completion_ids) for r in rows) / seconds,
         seconds_a_step=step,
         minutes=step * recipe.run.steps / 60,
-        findings=diagnose(record, rows=len(rows), max_new_tokens=recipe.sampler.max_new_tokens),
+        findings=diagnose(
+            record, rows=len(rows), max_new_tokens=recipe.sampler.max_new_tokens, error=scorer.error
+        ),
         groups=groups,
     )
 

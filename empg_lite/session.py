@@ -129,7 +129,8 @@ class Session:
     def record(self, record: Mapping[str, Any]) -> None:
         """Log a step's metrics and show them; what keeps it from teaching is said in words."""
         step, rows = record["step"], record["em/rows_fitted"] + record["em/rows_skipped"]
-        findings = diagnose(record, rows=rows, max_new_tokens=self.recipe.sampler.max_new_tokens)
+        limit = self.recipe.sampler.max_new_tokens
+        findings = diagnose(record, rows=rows, max_new_tokens=limit, error=self.grader_error)
         record = {**record, "health": [f.kind for f in findings]}
         self.journal.metrics(record)
         self.view.step(record, self.recipe.run.steps)
@@ -138,6 +139,8 @@ class Session:
             self.journal.event("no_update", step=step, why=why)
             if record["em/rows_fitted"]:
                 self.view.warn(f"step {step}: {why}; nothing was learned")
+        if self.grader_error:  # a user's function that raises, say: seen here before it is frequent
+            self.journal.event("grader_error", step=step, error=self.grader_error)
         self.say(step, findings)
         self._recent.append(record)
 

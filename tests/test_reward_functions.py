@@ -748,7 +748,7 @@ def test_gym_pay_for_nothing_is_nothing() -> None:
     question = reward_of(parse_spec("gym").correctness)(Case("5", r"\boxed{6}", "?", meta))
     assert isinstance(question, Question)
     paid = [question.read({"score": s}) for s in (0.0, 0.01, 0.0999, GYM_LEAST, 0.5, 1.0)]
-    assert [o.reward for o in paid] == [0.0, 0.0, 0.0, 0.1, 0.5, 1.0]
+    assert [o.score for o in paid] == [0.0, 0.0, 0.0, 0.1, 0.5, 1.0]
     assert [o.reason for o in paid] == ["different"] * 5 + ["equal"]
 
 

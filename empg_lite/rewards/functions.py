@@ -17,8 +17,8 @@ from empg_lite.rewards.verdict import Case
 
 #: Characters of a prediction that are read at all: several times what a model writes in one answer.
 MAX_TEXT = 200_000
-#: Scores below this are what many Reasoning Gym tasks pay for any answer at all. A problem whose samples are all
-#: wrong would then weigh as much as a solved one: weights compare the samples of a problem, not their worth.
+#: Scores below this are what many Reasoning Gym tasks pay for any answer at all. A problem whose samples are
+#: all wrong would then weigh as much as a solved one: weights compare samples of a problem, not their worth.
 GYM_LEAST = 0.1
 #: Characters of an answer that are compared as mathematics.
 MAX_ANSWER = 2_000
