@@ -1,4 +1,4 @@
-"""What holds for every gold answer of GSM8K and MATH: of a sample in the quick set, of all in the slow one."""
+"""What holds for the gold answers of GSM8K and MATH: a sample of them in the quick set, all in the slow one."""
 
 from __future__ import annotations
 
