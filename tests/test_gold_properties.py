@@ -1,4 +1,4 @@
-"""What holds for the gold answers of GSM8K and MATH: a sample of them in the quick set, all in the slow one."""
+"""Properties of the gold answers of GSM8K and MATH: a sample in the quick set, all in the slow one."""
 
 from __future__ import annotations
 
