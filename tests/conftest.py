@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from string import ascii_uppercase
 
@@ -110,6 +112,12 @@ def load_fixture_policy(
             for parameter in loaded.trainable().values():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return loaded
+
+
+def in_thread(work: Callable[[], None]) -> None:
+    """Do ``work`` in a thread of its own; what it raises is raised here."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work).result()
 
 
 #: Tests that need what a bare machine has not; every other skip is a failure in CI.

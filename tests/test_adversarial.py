@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from adversarial import ATTACKS, CODE, GOLDS, QUICK, Attack
+from conftest import in_thread
 
 from empg_lite.rationale import FAILURES, VERDICTS
 from empg_lite.rewards import Grader, Verdict
@@ -54,22 +54,6 @@ def _check(attacks: Sequence[Attack], canary: Path) -> Counter[str]:
     assert not wrong, wrong
     assert not canary.exists()
     return Counter(verdict.reason for _, verdict in graded)
-
-
-def _in_thread(work: Callable[[], None]) -> None:
-    faults: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as fault:
-            faults.append(fault)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if faults:
-        raise faults[0]
 
 
 def _ground_types() -> list[str]:
@@ -146,7 +130,7 @@ def test_every_attack(where: str, arithmetic: str, tmp_path: Path) -> None:
     if where == "main thread":
         work()
     else:
-        _in_thread(work)
+        in_thread(work)
 
 
 def test_off_the_main_thread(tmp_path: Path) -> None:
@@ -157,7 +141,7 @@ def test_off_the_main_thread(tmp_path: Path) -> None:
     def work() -> None:
         assert _check(few, tmp_path / "canary")["timeout"] == 2
 
-    _in_thread(work)
+    in_thread(work)
 
 
 def test_a_hang_with_and_without_gmpy2(arithmetic: str) -> None:

@@ -10,10 +10,11 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import in_thread
 
 from empg_lite.errors import GraderUnusable
 from empg_lite.rewards import Grader, Verdict
@@ -45,22 +46,6 @@ HANGING = [
 ]
 
 
-def _in_thread(work: Callable[[], None]) -> None:
-    faults: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as fault:
-            faults.append(fault)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if faults:
-        raise faults[0]
-
-
 def test_from_another_thread() -> None:
     """The worker outlives the thread that first asked: it is tied to the pool's own."""
 
@@ -68,7 +53,7 @@ def test_from_another_thread() -> None:
         assert grader.grade("math", *ALGEBRA).reward == 1
 
     with Grader(workers=1) as grader:
-        _in_thread(work)
+        in_thread(work)
         pids = grader.worker_pids()
         time.sleep(0.2)
         assert pids and grader.worker_pids() == pids
