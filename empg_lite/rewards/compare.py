@@ -240,8 +240,10 @@ def _relations(gold: Shape, prediction: Shape, leaf: Leaf) -> bool | None:
         return same(one, other, leaf)
     relation, rest = (gold, prediction) if gold.kind == "relation" else (prediction, gold)
     interval = as_intervals(relation)
-    if interval is None or rest.kind not in ("interval", "tuple", "bag"):
+    if rest.kind not in ("interval", "tuple", "bag"):
         return False
+    if interval is None:  # the variable does not stand alone: algebra solves, and takes the condition first
+        return leaf("other", relation, rest)
     return same(interval, rest, leaf)
 
 
