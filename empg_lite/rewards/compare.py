@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 from empg_lite.rewards.exact import read_exact
@@ -235,9 +236,13 @@ def _relations(gold: Shape, prediction: Shape, leaf: Leaf) -> bool | None:
     if gold.kind == prediction.kind == "relation":
         equal = leaf("relation", gold, prediction)
         one, other = as_intervals(gold), as_intervals(prediction)
-        if equal is not None or one is None or other is None:
+        if equal is not None or (one is None and other is None):
             return equal
-        return same(one, other, leaf)
+        if one is not None and other is not None:
+            return same(one, other, leaf)
+        condition, interval = (gold, other) if one is None else (prediction, one)
+        assert interval is not None
+        return leaf("other", condition, replace(interval, source=_written(interval)))
     relation, rest = (gold, prediction) if gold.kind == "relation" else (prediction, gold)
     interval = as_intervals(relation)
     if rest.kind not in ("interval", "tuple", "bag"):
@@ -245,6 +250,14 @@ def _relations(gold: Shape, prediction: Shape, leaf: Leaf) -> bool | None:
     if interval is None:  # the variable does not stand alone: algebra solves, and takes the condition first
         return leaf("other", relation, rest)
     return same(interval, rest, leaf)
+
+
+def _written(interval: Shape) -> str:
+    """An interval, or a union of some, as one writes it."""
+    if interval.kind == "bag":
+        return r" \cup ".join(map(_written, interval.items))
+    low, high = interval.items
+    return f"{interval.text[0]}{low.text},{high.text}{interval.text[1]}"
 
 
 def _plain_label(label: str) -> bool:
