@@ -12,7 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from empg_lite.rewards import Grader, check_reward, reward_names
@@ -131,6 +131,8 @@ def test_exact_leaves_the_rest_undecided(text: str) -> None:
 
 
 @given(st.text(max_size=60))
+@example(r"\sqrt")
+@example(r"5\,")
 @settings(max_examples=150, deadline=None)
 def test_any_text_is_read_without_a_fault(text: str) -> None:
     extract(text)

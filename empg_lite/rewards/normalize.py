@@ -355,6 +355,12 @@ def _decimal_point(text: str) -> str:
     return f"{sign}{re.sub('[. ]', '', whole)}.{decimals}"
 
 
+def _unstopped(text: str) -> str:
+    r"""Without the stop at its end, which ``\sqrt`` would take for an argument; ``\,`` is a space and stays."""
+    bare = text.rstrip(".,;: ")
+    return text[: len(bare) + 1] if bare.endswith("\\") else bare
+
+
 def normalize(answer: str) -> str:
     r"""One spelling of an answer: ``\dfrac12`` and ``½`` become ``\frac{1}{2}``, ``１０`` becomes ``10``.
 
@@ -362,7 +368,7 @@ def normalize(answer: str) -> str:
     ``\text{}`` stays.
     """
     text = _POWER.sub("^", fold_unicode(restore_escapes(answer))).replace("**", "").replace("`", "")
-    text = _ascii(_WHITE.sub(" ", text))
+    text = _unstopped(_ascii(_WHITE.sub(" ", text)))
     if "\\" in text:
         text = _latex(text)
     else:
