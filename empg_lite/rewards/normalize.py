@@ -356,7 +356,7 @@ def _decimal_point(text: str) -> str:
 
 
 def _unstopped(text: str) -> str:
-    r"""Without the stop at its end, which ``\sqrt`` would take for an argument; ``\,`` is a space and stays."""
+    r"""Without the stop at its end, which ``\sqrt`` would take for an argument; ``\,`` is a space: kept."""
     bare = text.rstrip(".,;: ")
     return text[: len(bare) + 1] if bare.endswith("\\") else bare
 
