@@ -358,7 +358,8 @@ def _decimal_point(text: str) -> str:
 def _unstopped(text: str) -> str:
     r"""Without the stop at its end, which ``\sqrt`` would take for an argument; ``\,`` is a space: kept."""
     bare = text.rstrip(".,;: ")
-    return text[: len(bare) + 1] if bare.endswith("\\") else bare
+    after = text[len(bare) : len(bare) + 1]
+    return bare + after if bare.endswith("\\") and after != "." else bare
 
 
 def normalize(answer: str) -> str:
