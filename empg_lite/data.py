@@ -24,6 +24,7 @@ from empg_lite.errors import DataError, MissingInput
 from empg_lite.gym_tasks import gym_problems
 from empg_lite.rationale import Problem, problem_id
 from empg_lite.recipe import GYM, DataSection, Recipe
+from empg_lite.tiny import BUNDLED, tiny_problems
 
 _MATH = ("DigitalLearningGmbH/MATH-lighteval", None)
 _HUB = {"gsm8k": ("openai/gsm8k", "main"), "math": _MATH, "math-hard": _MATH}
@@ -172,8 +173,8 @@ def _normalized(text: str) -> str:
 
 def _read(data: DataSection, split: str, path: str | None) -> tuple[list[Problem], Counter[str]]:
     """The problems of a split, each text once, and how many rows were dropped for which reason."""
-    if data.source == "tiny":
-        return _tiny(split), Counter()
+    if data.source in BUNDLED:
+        return _bundled(data.source, split), Counter()
     if data.source.startswith(GYM):
         problems, left_out = gym_problems(data.source, split)
         return problems, Counter(left_out)
@@ -205,11 +206,9 @@ def _file_stem(source: str) -> str:
     return "math" if source == "math-hard" else source.rpartition("/")[2]
 
 
-def _tiny(split: str) -> list[Problem]:
-    from empg_lite.tiny import tiny_problems
-
+def _bundled(name: str, split: str) -> list[Problem]:
     try:
-        return tiny_problems(split)
+        return tiny_problems(split, BUNDLED[name])
     except ValueError as error:
         raise MissingInput(str(error), "data.split", "use train and test") from None
 

@@ -19,7 +19,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-SOURCES = ("gsm8k", "math", "math-hard", "tiny", "local")
+from empg_lite.tiny import BUNDLED
+
+SOURCES = ("gsm8k", "math", "math-hard", *BUNDLED, "local")
 #: A Reasoning Gym task is a source of its own: gym:TASK, with its parameters as a query.
 GYM = "gym:"
 PROMPTS = ("qwen-boxed", "gsm8k", "plain")
@@ -29,7 +31,7 @@ _DEFAULTS_BY_SOURCE = {
     "gsm8k": ("qwen-boxed", "gsm8k", 512),
     "math": ("qwen-boxed", "math", 1024),
     "math-hard": ("qwen-boxed", "math", 1024),
-    "tiny": ("plain", "gsm8k", 128),
+    **dict.fromkeys(BUNDLED, ("plain", "gsm8k", 128)),
     GYM: ("qwen-boxed", "gym", 1024),
 }
 _OTHER_DEFAULTS = ("qwen-boxed", "math", 1024)
@@ -80,7 +82,7 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which weights, and what is trained on top of them."""
 
-    name: Text = key(description="hub id or folder of the base model; `tiny` is the bundled one")
+    name: Text = key(description="hub id or folder of the base model; `tiny` and `tiny-hard` are bundled")
     revision: Text | None = key(None, "branch, tag or commit of the hub repository")
     adapter: Text | None = key(None, "folder of a LoRA adapter to start from")
     backend: Literal["auto", "unsloth", "transformers"] = key("auto", "auto: unsloth where it is installed")
@@ -244,7 +246,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
         yield "em.baseline", what, "set em.baseline to 0, or em.weighting to posterior"
     if data.source == "local" and not data.path:
         yield "data.path", "source local has no path", "set data.path to a file or a folder"
-    made = {"tiny": "bundled", GYM: "generated"}.get(GYM if data.source.startswith(GYM) else data.source)
+    made = "bundled" if data.source in BUNDLED else "generated" if data.source.startswith(GYM) else None
     if made and (data.path or data.eval_path):
         field = "data.path" if data.path else "data.eval_path"
         yield field, f"the {data.source} problems are {made}, no file is read", "set data.source to local"

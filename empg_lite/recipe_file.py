@@ -22,6 +22,7 @@ from ruamel.yaml import YAML
 from empg_lite.errors import MissingInput, RecipeError
 from empg_lite.plain_yaml import YamlFault, parse_yaml, read_text
 from empg_lite.recipe import Recipe, field_docs, is_template_file, sections, type_text
+from empg_lite.tiny import BUNDLED
 
 #: What peers call some of our keys.
 _PEER_NAMES = {
@@ -181,7 +182,7 @@ def _is_path(key: str, value: str, base: Path) -> bool:
         return False
     if key == "model.name":
         explicit = value.startswith((".", "/", "~"))
-        return value != "tiny" and (explicit or os.path.isdir(base / value))
+        return value not in BUNDLED and (explicit or os.path.isdir(base / value))
     if key == "data.prompt":
         return is_template_file(value)
     return key in ("data.path", "data.eval_path", "model.adapter")

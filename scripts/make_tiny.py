@@ -1,6 +1,7 @@
-"""Make the bundled ``tiny`` model: tokenizer, corpus and pre-training, from one seed.
+"""Make the bundled models: tokenizer, corpus and pre-training, from one seed.
 
-    python scripts/make_tiny.py                     # writes empg_lite/tiny/model/
+    python scripts/make_tiny.py                   # writes empg_lite/tiny/model/
+    python scripts/make_tiny.py --name tiny-hard  # writes empg_lite/tiny/model_hard/, from the tiny model on
 
 The shipped weights took 24 minutes on one core of a shared 2-core machine (0.5 s a step), with torch 2.13.0.
 Base model on the 500 test problems: greedy 4.0%, mean length 5 tokens; T=1 31%, 17 tokens.
@@ -17,7 +18,7 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,30 +29,34 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2T
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from empg_lite.policy.templates import TEMPLATES
-from empg_lite.tiny import HARD, TINY, Difficulty, model_path, tiny_problems
-from empg_lite.tiny.problems import Story, blurted, careful, careless, stories
+from empg_lite.tiny import BUNDLED, TINY, Difficulty, model_path, tiny_problems
+from empg_lite.tiny.problems import Story, blurted, careful, careless, habitual, stories
 
 TEMPLATE = TEMPLATES["plain"]
 END, SPECIALS = TEMPLATE.end, ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-DIFFICULTIES = {"tiny": TINY, "hard": HARD}
+#: What the vocabulary was cut from. It serves every difficulty, and stays: the weights depend on it.
+VOCABULARY = (TINY, Difficulty(steps=(4, 6), max_value=200, max_operand=50, max_factor=6))
 SEED = 7
-MANNERS = ("blurted", "careless", "careful")
 Pair = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of pre-training: optimiser steps, and the share of each manner of ``MANNERS``."""
+    """A stretch of pre-training: optimiser steps, and the share of each manner."""
 
     steps: int
-    shares: tuple[float, float, float]
+    blurted: float = 0.0
+    careless: float = 0.0
+    habitual: float = 0.0
+    careful: float = 0.0
 
 
 @dataclass(frozen=True)
 class Pretraining:
     """Everything that decides the weights besides the seed."""
 
-    phases: tuple[Phase, ...] = (Phase(1900, (0.25, 0.0, 0.75)), Phase(1100, (0.55, 0.15, 0.30)))
+    phases: tuple[Phase, ...]
+    blurts_right: float = 0.4
     batch_size: int = 64
     learning_rate: float = 2e-3
     warmup_steps: int = 100
@@ -65,16 +70,28 @@ class Pretraining:
         return sum(phase.steps for phase in self.phases)
 
 
+PRETRAINING = {
+    "tiny": Pretraining(
+        (Phase(1900, blurted=0.25, careful=0.75), Phase(1100, blurted=0.55, careless=0.15, careful=0.30))
+    ),
+    "tiny-hard": Pretraining(
+        (Phase(900, blurted=0.2, careful=0.8), Phase(900, blurted=0.5, habitual=0.5)),
+        blurts_right=0.15,
+        tokens_per_row=45,
+    ),
+}
+
+
 # ---- tokenizer -------------------------------------------------------------------------------------------
 
 
 def tokenizer_texts(seed: int) -> list[str]:
     """Stories of both difficulties, so that one vocabulary serves both."""
-    every_manner = (Phase(2000, (1.0, 1.0, 1.0)),)
+    every_manner = Pretraining((Phase(2000, blurted=1.0, careless=1.0, careful=1.0),), batch_size=1)
     return [
         prompt + answer
-        for difficulty in DIFFICULTIES.values()
-        for prompt, answer in corpus(seed, difficulty, every_manner, 1)
+        for difficulty in VOCABULARY
+        for prompt, answer in corpus(seed, difficulty, every_manner)
     ]
 
 
@@ -126,22 +143,23 @@ def wrap_tokenizer(tokenizer: Tokenizer) -> Qwen2Tokenizer:
 # ---- corpus ----------------------------------------------------------------------------------------------
 
 
-def write_solution(story: Story, manner: str, rng: random.Random) -> str:
-    if manner == "careful":
-        return careful(story)
-    return careless(story, rng) if manner == "careless" else blurted(story, rng)
-
-
-def corpus(seed: int, difficulty: Difficulty, phases: tuple[Phase, ...], rows: int) -> Iterator[Pair]:
-    """(prompt, completion) pairs, ``rows`` for each step of the phases; no question of a split is used."""
+def corpus(seed: int, difficulty: Difficulty, how: Pretraining) -> Iterator[Pair]:
+    """(prompt, completion) pairs for every step of the phases; no question of a split is used."""
     kept_out = {p.question for split in ("train", "test") for p in tiny_problems(split, difficulty)}
     fresh = (story for story in stories(seed, difficulty) if story.question not in kept_out)
     rng = random.Random(seed + 1)
-    for phase in phases:
-        for _ in range(phase.steps * rows):
+    manners: dict[str, Callable[[Story], str]] = {
+        "blurted": lambda story: blurted(story, rng, how.blurts_right),
+        "careless": lambda story: careless(story, rng),
+        "habitual": lambda story: habitual(story, rng),
+        "careful": careful,
+    }
+    for phase in how.phases:
+        shares = {name: getattr(phase, name) for name in manners if getattr(phase, name)}
+        for _ in range(phase.steps * how.batch_size):
             story = next(fresh)
-            (manner,) = rng.choices(MANNERS, phase.shares)
-            yield TEMPLATE.render(story.question), write_solution(story, manner, rng)
+            (manner,) = rng.choices(tuple(shares), tuple(shares.values()))
+            yield TEMPLATE.render(story.question), manners[manner](story)
 
 
 def batches(
@@ -241,25 +259,28 @@ def accuracy(model: Any, tokenizer: Any, difficulty: Difficulty, sample: bool) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=model_path(), help="folder to write")
-    parser.add_argument("--difficulty", choices=DIFFICULTIES, default="tiny")
+    parser.add_argument("--out", type=Path, help="folder to write; default: the bundled one")
+    parser.add_argument("--name", choices=BUNDLED, default="tiny")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    difficulty, how = DIFFICULTIES[args.difficulty], Pretraining()
+    difficulty, how = BUNDLED[args.name], PRETRAINING[args.name]
+    out = args.out or model_path(args.name)
     trained = train_tokenizer(tokenizer_texts(args.seed), how.vocab_size)
     model = make_model(trained)
+    if args.name != "tiny":
+        model.load_state_dict(Qwen2ForCausalLM.from_pretrained(model_path()).state_dict())
     print(f"{sum(p.numel() for p in model.parameters())} parameters, {trained.get_vocab_size()} tokens")
-    pairs = corpus(args.seed, difficulty, how.phases, how.batch_size)
+    pairs = corpus(args.seed, difficulty, how)
     pretrain(model, batches(pairs, trained, how.batch_size, args.seed), how)
 
-    model.eval().save_pretrained(args.out)
-    (args.out / "model.safetensors").chmod(0o644)  # written private; the wheel's other files are not
+    model.eval().save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)  # written private; the wheel's other files are not
     tokenizer = wrap_tokenizer(trained)
-    tokenizer.save_pretrained(args.out)
+    tokenizer.save_pretrained(out)
     for name, sampled in (("greedy", False), ("T=1", True)):
         right, length = accuracy(model, tokenizer, difficulty, sampled)
         print(f"{name}: accuracy {right:.3f}, mean length {length:.1f} tokens, 500 test problems")

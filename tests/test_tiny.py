@@ -180,7 +180,7 @@ def script() -> ModuleType:
 @pytest.fixture(scope="module")
 def trained(script: ModuleType) -> Any:
     """The tokenizers-library object, trained again as the script does by default."""
-    return script.train_tokenizer(script.tokenizer_texts(script.SEED), script.Pretraining().vocab_size)
+    return script.train_tokenizer(script.tokenizer_texts(script.SEED), script.PRETRAINING["tiny"].vocab_size)
 
 
 @pytest.fixture(scope="module")

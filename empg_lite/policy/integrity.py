@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from empg_lite.errors import DataError, MissingInput
+from empg_lite.tiny import BUNDLED, model_path
 
 SUPPORTED = ("qwen2",)
 _PROBES = (
@@ -35,10 +36,8 @@ def resolve_model(name: str, revision: str | None, *, weights: bool = True) -> t
     Raises:
         MissingInput: not a folder, and not to be had from the hub (or only in part, offline).
     """
-    if name == "tiny":
-        from empg_lite.tiny import model_path
-
-        return model_path(), None
+    if name in BUNDLED:
+        return model_path(name), None
     if Path(name).is_dir():
         return Path(name), None
     from huggingface_hub import snapshot_download

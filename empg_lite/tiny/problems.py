@@ -1,8 +1,9 @@
 """Word problems of the bundled demo: short stories about a count that changes, one step a sentence.
 
 A *story* is a question with the chain of arithmetic steps that answers it. The same chain writes the
-solutions the bundled model was pre-trained on, in three manners: ``careful`` (every step right), ``careless``
-(results slip now and then, and the slip is carried on) and ``blurted`` (no steps, mostly wrong).
+solutions the bundled models were pre-trained on, in four manners: ``careful`` (every step right),
+``careless`` (results slip now and then, and the slip is carried on), ``habitual`` (some facts are known
+wrongly, each in its own way) and ``blurted`` (no steps, mostly wrong).
 
 Everything is drawn with ``random.Random`` from integer seeds and generated on the fly: nothing is stored, and
 the same problems come on every machine.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice
 from random import Random
 
@@ -35,10 +37,10 @@ class Difficulty:
     max_factor: int
 
 
-#: What the bundled model was pre-trained on.
+#: The demo.
 TINY = Difficulty(steps=(2, 3), max_value=50, max_operand=12, max_factor=4)
 #: Longer chains and larger numbers: headroom for comparing methods.
-HARD = Difficulty(steps=(4, 6), max_value=200, max_operand=50, max_factor=6)
+HARD = Difficulty(steps=(3, 5), max_value=100, max_operand=30, max_factor=5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +234,31 @@ def careless(story: Story, rng: Random, slip: float = 0.4) -> str:
         step = compute(left, story_step.operator, story_step.right)
         if rng.random() < slip:
             step = replace(step, result=max(step.result + rng.choice((-3, -2, -1, 1, 2, 3)), 1))
+        text += f" {step}"
+        left = step.result
+    return f"{text} #### {left}"
+
+
+@cache
+def habit(operator: str, left_digit: int, right_digit: int) -> tuple[float, int]:
+    """How a fact is known: (probability that its result slips, by how much); most are known well.
+
+    A fact is an operator with the last digits of its numbers, so that a habit shows in many problems and can
+    be unlearned from their answers alone.
+    """
+    rng = Random(f"{operator}{left_digit}{right_digit}")
+    slip = rng.uniform(0.2, 0.8) if rng.random() < 0.45 else 0.0
+    return slip, rng.choice((-10, -2, -1, 1, 2, 10))
+
+
+def habitual(story: Story, rng: Random) -> str:
+    """Steps written out; a fact that is known wrongly slips as its habit says, always the same way."""
+    text, left = "", story.steps[0].left
+    for story_step in story.steps:
+        step = compute(left, story_step.operator, story_step.right)
+        slip, by = habit(step.operator, step.left % 10, step.right % 10)
+        if rng.random() < slip:
+            step = replace(step, result=max(step.result + by, 1))
         text += f" {step}"
         left = step.result
     return f"{text} #### {left}"
