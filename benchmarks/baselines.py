@@ -23,9 +23,9 @@ def advantages(method: str, rewards: Tensor) -> Tensor:
     """What each rationale counts; statistics never cross problems.
 
     ===========  ===============================  ==========================================================
-    ``grpo``     (R - mean) / (std + 1e-4)        std with n - 1 (Shao et al., arXiv 2402.03300, as TRL has it)
-    ``dr_grpo``  R - mean                         Liu et al., arXiv 2503.20783
-    ``rloo``     R - mean of the others           Ahmadian et al., arXiv 2402.14740
+    ``grpo``     (R - mean) / (std + 1e-4)        std with n - 1 (arXiv 2402.03300, as TRL has it)
+    ``dr_grpo``  R - mean                         arXiv 2503.20783
+    ``rloo``     R - mean of the others           arXiv 2402.14740
     ``raft``     1 for the best of a problem      where it earned anything; ties all count (arXiv 2304.06767)
     ===========  ===============================  ==========================================================
 
