@@ -7,7 +7,7 @@ micro-batch size is a matter of memory alone: it never changes the maths.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -103,6 +103,26 @@ def _weight(rationale: Rationale) -> float:
     return rationale.weight
 
 
+def _tokens(r: Rationale) -> int:
+    return len(r.prompt_ids) + len(r.completion_ids)
+
+
+def micro_batches(lengths: Mapping[int, int], budget: int) -> list[list[int]]:
+    """Row numbers cut into batches of like length, each at most ``budget`` padded tokens (or a single row).
+
+    Args:
+        lengths: tokens of each row, prompt and completion, by its number.
+    """
+    batches: list[list[int]] = []
+    width = 0
+    for i in sorted(lengths, key=lambda i: (-lengths[i], i)):
+        if not batches or (len(batches[-1]) + 1) * width > budget:
+            batches.append([])
+            width = lengths[i]  # the longest of its batch comes first
+        batches[-1].append(i)
+    return batches
+
+
 class _Fitter:
     """The rows of one M-step, cut into micro-batches of a token budget that shrinks when memory runs out."""
 
@@ -187,16 +207,7 @@ class _Fitter:
         return self.policy.token_logprobs(collate(pairs, self.policy.pad_id, self.policy.device))
 
     def _micro_batches(self, rows: Sequence[int]) -> list[list[int]]:
-        """Rows of like length together, each batch at most ``budget`` padded tokens (or a single row)."""
-        length = {i: len(self.rows[i].prompt_ids) + len(self.rows[i].completion_ids) for i in rows}
-        batches: list[list[int]] = []
-        width = 0
-        for i in sorted(rows, key=lambda i: (-length[i], i)):
-            if not batches or (len(batches[-1]) + 1) * width > self.budget:
-                batches.append([])
-                width = length[i]  # the longest of its batch comes first
-            batches[-1].append(i)
-        return batches
+        return micro_batches({i: _tokens(self.rows[i]) for i in rows}, self.budget)
 
     def _with_backoff(self, work: Callable[[], T]) -> T:
         """Do ``work``; where memory runs out, do it again in half the micro-batch. The result is the same."""
@@ -204,7 +215,7 @@ class _Fitter:
             try:
                 return work()
             except torch.OutOfMemoryError as error:
-                widest = max(len(r.prompt_ids) + len(r.completion_ids) for r in self.rows)
+                widest = max(_tokens(r) for r in self.rows)
                 if self.budget <= widest:
                     raise OutOfMemory(
                         f"one rationale of {widest} tokens does not fit in memory",

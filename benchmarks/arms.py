@@ -1,0 +1,269 @@
+"""One training run of one method, on the bundled models: same sampler, data, reward and budget for all.
+
+An arm of EM is the package itself: its weights, its M-step. The others take the same samples and rewards, and
+make their own step (``baselines.py``) with the same optimiser, warm-up and gradient clipping.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import baselines
+import torch
+from torch import Tensor
+
+from empg_lite.data import ProblemStream, load_splits
+from empg_lite.estep import reward_matrix, sample_rationales, score, weigh
+from empg_lite.evaluate import Examiner
+from empg_lite.learner import Learner, build_learner
+from empg_lite.metrics import View
+from empg_lite.mstep import micro_batches
+from empg_lite.policy.policy import Policy, collate
+from empg_lite.rationale import Group, Problem, Rationale, flatten, group_rationales
+from empg_lite.recipe_file import load_recipe
+from empg_lite.rewards import Grader
+
+#: Arms of EM: name -> what they set in the recipe. Everything else is a baseline of ``baselines.py``.
+EM_ARMS = {
+    "empg": (),
+    "empg-b.5": ("em.baseline=0.5",),
+    "centered": ("em.weighting=centered",),
+}
+#: Training rows kept out of training, on which rates are chosen and the curves are measured.
+VALIDATION = 300
+CURVE = 100
+#: Test problems that are also sampled, eight times each.
+SAMPLED, SAMPLES = 128, 8
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything that decides a run. Rates are nominal: halving-like for more passes, as the package does it.
+
+    Attributes:
+        stale: E-steps between the policy that samples and the one that is fitted.
+        noise: share of wrong answers that the verifier lets pass.
+        kl_stop: of the EM arms, nats a token; None leaves the package's default.
+        test: evaluate on the test problems; False: on the validation rows, for choosing a rate.
+    """
+
+    task: str
+    arm: str
+    rate: float
+    seed: int
+    passes: int = 1
+    stale: int = 0
+    steps: int = 40
+    problems: int = 8
+    samples: int = 8
+    noise: float = 0.0
+    kl_stop: float | None = None
+    test: bool = True
+
+    def overrides(self) -> list[str]:
+        """What differs from the task's recipe."""
+        kl_stop = () if self.kl_stop is None else (f"em.kl_stop={self.kl_stop}",)
+        return [
+            f"optim.learning_rate={self.rate}",
+            f"em.passes={self.passes}",
+            f"sampler.problems_per_step={self.problems}",
+            f"sampler.samples_per_problem={self.samples}",
+            *EM_ARMS.get(self.arm, ()),
+            *kl_stop,
+        ]
+
+
+def train_arm(setting: Setting) -> dict[str, Any]:
+    """Train once and measure. Seconds are CPU seconds of this process: one thread, nothing waits.
+
+    Returns:
+        The setting, its curve (a record a step; ``greedy`` on validation rows every ten), and the figures of
+        the evaluation at the end.
+    """
+    torch.set_num_threads(1)
+    learner = _learner(setting)
+    train, validation, test = _problems(setting.task)
+    stream, sampler = ProblemStream(train, setting.seed), learner.sampler()
+    worn: deque[list[Tensor]] = deque(maxlen=setting.stale + 1)  # the adapters of the last E-steps
+    curve, seconds = [], 0.0
+    with Grader() as grader:
+        examiner = Examiner(learner, sampler, grader, View())
+        for step in range(1, setting.steps + 1):
+            started = time.process_time()
+            worn.append(_adapter(learner.policy))
+            with _wearing(learner.policy, worn[0]):
+                draw = sample_rationales(
+                    learner.policy,
+                    sampler,
+                    stream.take((step - 1) * setting.problems, setting.problems),
+                    learner.decoding,
+                    samples=setting.samples,
+                    seed=setting.seed,
+                    step=step,
+                    policy_step=step - len(worn),
+                )
+                rows = score(flatten(draw.groups), grader, "gsm8k")
+                old = None
+                if setting.arm not in EM_ARMS and (setting.passes > 1 or setting.stale):
+                    old = _logprobs(learner, rows)
+            updates = _fit(learner, setting, group_rationales(_deceived(rows, setting)), old, step)
+            seconds += time.process_time() - started
+            curve.append(_record(step, rows, seconds, updates))
+            if step % 10 == 0:
+                curve[-1]["greedy"] = examiner.evaluate(validation[:CURVE]).accuracy
+        figures = _examine(examiner, test if setting.test else validation, setting.test)
+    return {"setting": asdict(setting), "seconds": seconds, **figures, "curve": curve}
+
+
+def _learner(setting: Setting) -> Learner:
+    recipe = load_recipe(setting.task, setting.overrides(), setting.seed).resolved()
+    return build_learner(recipe)
+
+
+@lru_cache(maxsize=2)
+def _problems(task: str) -> tuple[list[Problem], list[Problem], list[Problem]]:
+    """(training, validation, test) problems; the same for every seed."""
+    splits = load_splits(load_recipe(task, ["data.validation=0"]).resolved())
+    return list(splits.train[:-VALIDATION]), list(splits.train[-VALIDATION:]), list(splits.evaluation)
+
+
+def _fit(
+    learner: Learner, setting: Setting, groups: Sequence[Group], old: dict[int, Tensor] | None, step: int
+) -> int:
+    """The M-step of the arm; optimiser steps taken."""
+    if setting.arm in EM_ARMS:
+        em = learner.recipe.em
+        # with stale samples the package drops negative weights
+        now = step - 1 if setting.stale else None
+        rows = flatten(weigh(groups, weighting=em.weighting, baseline=em.baseline, current_step=now))
+        updates = learner.fit(rows).updates
+    else:
+        updates = baseline_step(learner, setting.arm, groups, old)
+    learner.state.step = step
+    return updates
+
+
+def baseline_step(
+    learner: Learner, method: str, groups: Sequence[Group], old: dict[int, Tensor] | None
+) -> int:
+    """Optimiser steps of a baseline on one E-step's samples, all rows together in each.
+
+    Args:
+        old: log-probs of every row under the policy that sampled it; None: under the policy as it is.
+    """
+    rewards, _ = reward_matrix(groups)
+    advantages = baselines.advantages(method, rewards).flatten().float()
+    rows, settings = flatten(groups), learner.fit_settings()
+    kept = {i: len(r.prompt_ids) + len(r.completion_ids) for i, r in enumerate(rows) if advantages[i] != 0}
+    if not kept:
+        return 0
+    parameters = list(learner.policy.trainable().values())
+    with learner.policy.training():
+        for _ in range(settings.passes):
+            learner.optimizer.zero_grad(set_to_none=True)
+            for batch in micro_batches(kept, settings.micro_batch_tokens):
+                logprobs, mask = _token_logprobs(learner.policy, rows, batch)
+                loss = baselines.policy_loss(
+                    method,
+                    logprobs,
+                    logprobs.detach() if old is None else _padded(old, batch, mask),
+                    mask,
+                    advantages[batch],
+                    rows=len(rows),
+                    max_new_tokens=settings.max_new_tokens,
+                )
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+            for group in learner.optimizer.param_groups:
+                group["lr"] = settings.learning_rate
+            learner.optimizer.step()
+    learner.optimizer.zero_grad(set_to_none=True)
+    return settings.passes
+
+
+def _token_logprobs(policy: Policy, rows: Sequence[Rationale], batch: Sequence[int]) -> tuple[Tensor, Tensor]:
+    pairs = [(rows[i].prompt_ids, rows[i].completion_ids) for i in batch]
+    return policy.token_logprobs(collate(pairs, policy.pad_id, policy.device))
+
+
+@torch.no_grad()
+def _logprobs(learner: Learner, rows: Sequence[Rationale]) -> dict[int, Tensor]:
+    """Trainer log-probs of every row's completion under the policy as it is: {row: (T,)}."""
+    lengths = {i: len(r.prompt_ids) + len(r.completion_ids) for i, r in enumerate(rows)}
+    found = {}
+    for batch in micro_batches(lengths, learner.fit_settings().micro_batch_tokens):
+        logprobs, mask = _token_logprobs(learner.policy, rows, batch)
+        found |= {i: logprobs[b][mask[b]] for b, i in enumerate(batch)}
+    return found
+
+
+def _padded(old: dict[int, Tensor], batch: Sequence[int], mask: Tensor) -> Tensor:
+    """Stored log-probs of a batch in the places of its mask, ``(B, T)``."""
+    flat = torch.cat([old[i] for i in batch])
+    return torch.zeros(mask.shape).masked_scatter(mask, flat)
+
+
+# --- what the arms have in common -----------------------------------------------------------------
+
+
+def _deceived(rows: Sequence[Rationale], setting: Setting) -> list[Rationale]:
+    """The rows as a verifier sees them that lets a share of the wrong answers pass."""
+
+    def passes(r: Rationale) -> bool:
+        rng = random.Random(f"{setting.seed}/{r.step}/{r.problem_id}/{r.sample_index}")
+        return r.reward == 0 and r.finish_reason == "stop" and rng.random() < setting.noise
+
+    return [replace(r, reward=1.0) if passes(r) else r for r in rows]
+
+
+def _adapter(policy: Policy) -> list[Tensor]:
+    return [p.detach().clone() for p in policy.trainable().values()]
+
+
+@contextmanager
+def _wearing(policy: Policy, adapter: Sequence[Tensor]) -> Iterator[None]:
+    """The policy as it was, for sampling."""
+    now = _adapter(policy)
+    _put_on(policy, adapter)
+    yield
+    _put_on(policy, now)
+
+
+def _put_on(policy: Policy, adapter: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, value in zip(policy.trainable().values(), adapter, strict=True):
+            parameter.copy_(value)
+
+
+def _record(step: int, rows: Sequence[Rationale], seconds: float, updates: int) -> dict[str, Any]:
+    """A point of the curve, from the samples of the step: true rewards, whatever the verifier said."""
+    lengths = [len(r.completion_ids) for r in rows]
+    right = [n for r, n in zip(rows, lengths, strict=True) if r.right]
+    return {
+        "step": step,
+        "reward": len(right) / len(rows),
+        "length": sum(lengths) / len(rows),
+        "length_right": sum(right) / len(right) if right else None,
+        "seconds": round(seconds, 3),
+        "updates": updates,
+    }
+
+
+def _examine(examiner: Examiner, problems: Sequence[Problem], full: bool) -> dict[str, Any]:
+    """Greedy figures; in full also those of samples at temperature 1."""
+    summary = examiner.evaluate(problems).summary()
+    kept = ("n", "pass@1", "mean_length", "mean_length_right", "truncated", "behaviors")
+    figures = {name: summary[name] for name in kept}
+    if full:
+        sampled = examiner.evaluate(problems[:SAMPLED], samples=SAMPLES)
+        figures |= {name: sampled.summary()[name] for name in ("t1_accuracy", f"pass@{SAMPLES}")}
+        rows = [r for answers in sampled.sampled for r in answers]
+        figures["t1_length"] = sum(len(r.completion_ids) for r in rows) / len(rows)
+    return figures

@@ -1,0 +1,160 @@
+"""EMPG beside GRPO and its relatives, on the bundled models: which learns more from equal samples?
+
+    python benchmarks/empg_vs_grpo.py run                    # hours; what is done already is kept
+    python benchmarks/empg_vs_grpo.py run --stages main stale --workers 2
+    python benchmarks/empg_vs_grpo.py report                 # tables on stdout, figures into docs/figures/
+
+Rates are chosen for every arm alike on seeds 100-103 and validation rows; results are on seeds 0-7 and test
+problems. Every run is one line of ``benchmarks/results/arms.jsonl.gz``, keyed by its setting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, replace
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from machine import machine
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: one thread a run, as many runs as cores
+
+from arms import Setting, train_arm  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results" / "arms.jsonl.gz"
+ARMS = ("empg", "empg-b.5", "centered", "grpo", "dr_grpo")
+SWEEP_SEEDS, SEEDS = (100, 101, 102, 103), tuple(range(8))
+RATES = {"tiny": (1e-3, 2e-3, 4e-3), "tiny-hard": (1e-3, 2e-3, 4e-3)}
+STEPS = {"tiny": 30, "tiny-hard": 50}
+HARD, TINY = "tiny-hard", "tiny"
+
+Results = dict[Setting, dict[str, Any]]
+
+
+# --- which runs -----------------------------------------------------------------------------------
+
+
+def sweep(task: str, passes: int = 1, arms: Sequence[str] = ARMS) -> list[Setting]:
+    """Every rate for every arm, on seeds that no result uses."""
+    return [
+        Setting(task, arm, rate, seed, passes, steps=STEPS[task], test=False)
+        for seed in SWEEP_SEEDS
+        for rate in RATES[task]
+        for arm in arms
+    ]
+
+
+def best_rate(results: Results, task: str, arm: str, passes: int = 1) -> float:
+    """The rate with the best mean greedy accuracy on validation rows; KeyError before the sweep is done."""
+    score = {
+        rate: mean(results[s]["pass@1"] for s in sweep(task, passes, [arm]) if s.rate == rate)
+        for rate in RATES[task]
+    }
+    return max(score, key=lambda rate: score[rate])
+
+
+def chosen(
+    results: Results, task: str, arms: Sequence[str] = ARMS, passes: int = 1, **changes: Any
+) -> list[Setting]:
+    """Every arm at its own rate on the seeds of the results, with ``changes`` made."""
+    return [
+        replace(
+            Setting(task, arm, best_rate(results, task, arm, passes), seed, passes, steps=STEPS[task]),
+            **changes,
+        )
+        for seed in SEEDS
+        for arm in arms
+    ]
+
+
+def _each(values: Sequence[Any], runs: Callable[[Any], list[Setting]]) -> list[Setting]:
+    return [setting for value in values for setting in runs(value)]
+
+
+#: Stage -> its runs, given what is there: all but the sweeps need the rates that a sweep has chosen.
+STAGES: dict[str, Callable[[Results], list[Setting]]] = {
+    "base": lambda _: [Setting(t, "empg", 1e-3, seed, steps=0) for t in (HARD, TINY) for seed in SEEDS],
+    "sweep": lambda _: sweep(HARD),
+    "main": lambda r: chosen(r, HARD),
+    "stale": lambda r: _each((4, 1), lambda age: chosen(r, HARD, stale=age)),
+    "sweep-tiny": lambda _: sweep(TINY),
+    "main-tiny": lambda r: chosen(r, TINY),
+    "noise": lambda r: _each((0.05, 0.02), lambda share: chosen(r, HARD, noise=share)),
+    "sweep-4": lambda _: sweep(HARD, 4),
+    "passes-4": lambda r: chosen(r, HARD, passes=4),
+    "sweep-2": lambda _: sweep(HARD, 2),
+    "passes-2": lambda r: chosen(r, HARD, passes=2),
+    "k": lambda r: _each(
+        ((16, 4), (4, 16)), lambda pk: chosen(r, HARD, ("empg", "grpo"), problems=pk[0], samples=pk[1])
+    ),
+    "kl-stop": lambda r: _each(
+        (0.001, 0.02, 1e9), lambda stop: chosen(r, HARD, ("empg",), passes=4, kl_stop=stop)
+    ),
+    "sweep-relatives": lambda _: sweep(HARD, arms=("rloo", "raft")),
+    "relatives": lambda r: chosen(r, HARD, ("rloo", "raft")),
+}
+
+
+# --- running and keeping --------------------------------------------------------------------------
+
+
+def read_results(path: Path = RESULTS) -> Results:
+    """Every run by its setting; of two of the same the later counts."""
+    if not path.is_file():
+        return {}
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        records = [json.loads(line) for line in file]
+    return {Setting(**record["setting"]): record for record in records}
+
+
+def run(names: Sequence[str], workers: int, path: Path = RESULTS) -> None:
+    """Every stage of ``names`` (none: all), without the runs that are there already."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results, where = read_results(path), machine()
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for name in names or STAGES:
+            settings = STAGES[name](results)
+            missing = [s for s in settings if s not in results]
+            print(f"{name}: {len(settings) - len(missing)} of {len(settings)} runs there", flush=True)
+            for record in _trained(pool, missing):
+                setting = Setting(**record["setting"])
+                results[setting] = record
+                with gzip.open(path, "at", encoding="utf-8") as file:
+                    file.write(json.dumps({**record, "machine": where}) + "\n")
+                print(f"  {_label(setting)}: {record['pass@1']:.1%}, {record['seconds']:.0f} s", flush=True)
+
+
+def _trained(pool: ProcessPoolExecutor, settings: Iterable[Setting]) -> Iterator[dict[str, Any]]:
+    for future in as_completed([pool.submit(train_arm, setting) for setting in settings]):
+        yield future.result()
+
+
+def _label(setting: Setting) -> str:
+    return " ".join(f"{name}={value}" for name, value in asdict(setting).items() if value not in (None, 0.0))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    runner = commands.add_parser("run", help="train what is missing")
+    runner.add_argument("--stages", nargs="*", choices=STAGES, default=[], help="default: all, in order")
+    runner.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    commands.add_parser("report", help="tables and figures of what is there")
+    args = parser.parse_args()
+    if args.command == "run":
+        run(args.stages, args.workers)
+    else:
+        from empg_vs_grpo_report import report
+
+        report(read_results())
+
+
+if __name__ == "__main__":
+    main()
