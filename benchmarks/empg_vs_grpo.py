@@ -32,7 +32,7 @@ RESULTS = Path(__file__).parent / "results" / "arms.jsonl.gz"
 ARMS = ("empg", "empg-b.5", "centered", "grpo", "dr_grpo")
 SWEEP_SEEDS, SEEDS = (100, 101, 102, 103), tuple(range(8))
 RATES = {"tiny": (1e-3, 2e-3, 4e-3), "tiny-hard": (1e-3, 2e-3, 4e-3)}
-STEPS = {"tiny": 30, "tiny-hard": 50}
+STEPS = {"tiny": 20, "tiny-hard": 30}
 HARD, TINY = "tiny-hard", "tiny"
 
 Results = dict[Setting, dict[str, Any]]
@@ -83,9 +83,10 @@ STAGES: dict[str, Callable[[Results], list[Setting]]] = {
     "base": lambda _: [Setting(t, "empg", 1e-3, seed, steps=0) for t in (HARD, TINY) for seed in SEEDS],
     "sweep": lambda _: sweep(HARD),
     "main": lambda r: chosen(r, HARD),
-    "stale": lambda r: _each((4, 1), lambda age: chosen(r, HARD, stale=age)),
+    "stale-4": lambda r: chosen(r, HARD, stale=4),
     "sweep-tiny": lambda _: sweep(TINY),
     "main-tiny": lambda r: chosen(r, TINY),
+    "stale-1": lambda r: chosen(r, HARD, stale=1),
     "noise": lambda r: _each((0.05, 0.02), lambda share: chosen(r, HARD, noise=share)),
     "sweep-4": lambda _: sweep(HARD, 4),
     "passes-4": lambda r: chosen(r, HARD, passes=4),
