@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from empg_lite.estep import sample_rationales, score
+from empg_lite.estep import sample_rationales
 from empg_lite.learner import Learner, build_learner
 from empg_lite.rationale import Problem, Rationale, problem_id
 from empg_lite.rewards import Grader
 from empg_lite.sampler import Decoding
+from empg_lite.scoring import score
 from empg_lite.target import Target
 
 #: E-step number of chat draws.

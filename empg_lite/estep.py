@@ -1,14 +1,13 @@
-"""E-step: sample rationales from the policy, score them, weigh them. No gradients.
+"""E-step: sample rationales from the policy and weigh them; ``scoring`` grades them between. No gradients.
 
 q(z|x) is proportional to pi_old(z|x) R(x, z); on samples of pi_old it is the weight alone. Each of the
-three functions is usable without the others: that is what ``sample``, ``score`` and ``fit`` do.
+three is usable without the others: that is what ``sample``, ``score`` and ``fit`` do.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,11 +16,7 @@ from torch import Tensor
 from empg_lite.em import effective_sample_size, em_weights, group_signal
 from empg_lite.policy.policy import Policy
 from empg_lite.rationale import FAILURES, Group, Problem, Rationale, flatten
-from empg_lite.rewards import Case, Grader, Verdict
 from empg_lite.sampler import Completion, Decoding, Prompt, Sampler, sample_key
-
-#: What identifies a completion for the purpose of not grading it twice.
-VerdictKey = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,76 +84,6 @@ def sample_rationales(
     )
     logprobs = [x for completions in drawn for c in completions for x in c.logprobs]
     return Draw(groups, -sum(logprobs) / max(len(logprobs), 1))
-
-
-class Scorer:
-    """Grades rationales while others are still being sampled.
-
-    A plain answer is graded in the time it takes to read it, anything else in the grader's processes: what is
-    left when the last sample ends is short. A truncated rationale is wrong without being read.
-
-    Args:
-        reward: the reward's name, as in a recipe's ``data.reward``.
-        known: verdicts given before, by (problem id, completion): they are not given again.
-        on_done: told of each rationale handed over (progress).
-
-    Attributes:
-        error: what the last grader failure said, where it said anything.
-    """
-
-    def __init__(
-        self,
-        grader: Grader,
-        reward: str,
-        known: Mapping[VerdictKey, Rationale] | None = None,
-        on_done: Callable[[int], None] | None = None,
-    ) -> None:
-        self._grader, self._reward, self._known, self._on_done = grader, reward, known or {}, on_done
-        self._submitted: dict[int, tuple[Rationale, Future[Verdict] | None]] = {}  # by id(): not hashable
-        self.error: str | None = None
-
-    def submit(self, r: Rationale) -> None:
-        """Begin to grade a rationale.
-
-        Raises:
-            GraderUnusable: the grader cannot start.
-        """
-        future = None
-        if r.finish_reason != "length" and self._before(r) is None:
-            future = self._grader.submit(self._reward, Case(r.gold, r.completion, r.question or None, r.meta))
-        self._submitted[id(r)] = r, future
-        if self._on_done:
-            self._on_done(1)
-
-    def scored(self, rationales: Sequence[Rationale]) -> list[Rationale]:
-        """The rationales with their verdicts, in order; waits for those that are still out.
-
-        Raises:
-            GraderUnusable: the grader cannot start.
-        """
-        for r in rationales:
-            if id(r) not in self._submitted:
-                self.submit(r)
-        return [self._verdict(r) for r in rationales]
-
-    def _before(self, r: Rationale) -> Rationale | None:
-        before = self._known.get((r.problem_id, r.completion))
-        return None if before is None or before.failed or before.finish_reason != "stop" else before
-
-    def _verdict(self, r: Rationale) -> Rationale:
-        if r.finish_reason == "length":
-            return replace(r, reward=0.0, reason="truncated", extracted=None, rule=None, terms={})
-        future = self._submitted[id(r)][1]
-        v: Verdict | Rationale | None = future.result() if future else self._before(r)
-        assert v is not None and v.reward is not None
-        if isinstance(v, Verdict):
-            self.error = v.error or self.error
-        return replace(r, reward=v.reward, reason=v.reason, extracted=v.extracted, rule=v.rule, terms=v.terms)
-
-
-def score(rationales: Sequence[Rationale], grader: Grader, reward: str) -> list[Rationale]:
-    """Grade rationales that are all there. See ``Scorer``."""
-    return Scorer(grader, reward).scored(rationales)
 
 
 def reward_matrix(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
@@ -229,3 +154,23 @@ def _wrong_paid(groups: Sequence[Group]) -> float:
     wrong = [[r for r in g.rationales if not r.failed] for g in groups]
     paid = [rows for rows in wrong if not any(r.correct for r in rows) and len({r.reward for r in rows}) > 1]
     return len(paid) / len(groups)
+
+
+def mixture_metrics(rows: Sequence[Rationale], policy_step: int) -> dict[str, float]:
+    """Where a step's rows come from and how old they are.
+
+    An age is the number of optimiser steps between the policy that drew a row and the one about to be fitted,
+    which has seen ``policy_step`` of them. It is known where the row's own ``policy_step`` is 0 or more.
+
+    Args:
+        rows: at least one.
+    """
+    ages = [abs(policy_step - r.policy_step) for r in rows if r.policy_step >= 0]
+    origins = Counter(r.origin for r in rows)
+    return {
+        "em/frac_text": origins["text"] / len(rows),
+        "em/frac_memory": origins["memory"] / len(rows),
+        "em/frac_stale": sum(age > 0 for age in ages) / len(rows),
+        "em/staleness": sum(ages) / len(ages) if ages else 0.0,
+        "em/staleness_max": float(max(ages, default=0)),
+    }

@@ -15,7 +15,7 @@ from typing import Any
 
 from empg_lite import __version__, store
 from empg_lite.data import load_problems, subset
-from empg_lite.estep import Scorer, sample_rationales
+from empg_lite.estep import sample_rationales
 from empg_lite.eval_file import AnswerFile
 from empg_lite.eval_summary import Evaluation, paired
 from empg_lite.learner import Learner, build_learner
@@ -24,6 +24,7 @@ from empg_lite.rationale import Problem, Rationale, RolloutHeader, flatten
 from empg_lite.rewards import Grader
 from empg_lite.runs import RUNS
 from empg_lite.sampler import Decoding, Sampler
+from empg_lite.scoring import Scorer
 from empg_lite.target import Target
 
 #: E-step number of evaluation draws: the same random numbers every time, never those of training.

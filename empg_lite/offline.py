@@ -6,9 +6,9 @@ A rationale is text and a reward; no ratio, no stored log-probability ties it to
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from empg_lite import store
 from empg_lite.checkpoint import load_checkpoint, newest_valid, require_valid, stored_state
 from empg_lite.control import RESUME, Clock, stop_request
 from empg_lite.data import ProblemStream, load_splits
-from empg_lite.errors import Interrupted, MissingInput, RecipeError, UsageError
-from empg_lite.estep import sample_rationales, score, weigh
+from empg_lite.errors import DataError, Interrupted, MissingInput, RecipeError, UsageError
+from empg_lite.estep import mixture_metrics, sample_rationales, weigh
 from empg_lite.learner import Learner, build_learner
 from empg_lite.metrics import Journal, View
+from empg_lite.policy.policy import Policy
 from empg_lite.rationale import (
     Group,
     Rationale,
@@ -34,8 +35,7 @@ from empg_lite.rationale import (
     read_rollouts,
 )
 from empg_lite.recipe import Recipe, refused_sampling
-from empg_lite.rewards import Grader, UserCode, pin, refuse_code
-from empg_lite.runs import is_run, open_run
+from empg_lite.runs import is_run, open_run, rollout_path
 from empg_lite.session import Session, finished, summarise
 from empg_lite.train import TrainOptions
 
@@ -135,26 +135,33 @@ def _open_segment(out: Path, learner: Learner, wanted: int, append: bool) -> tup
         asked = {"problems": wanted, "first": first, "from_step": learner.state.step}
         return replace(base, sampler={**base.sampler, **asked})
 
-    segments = read_rollouts(out, torn_tail=True) if out.exists() else []
-    if segments:
-        last = segments[-1]
-        first = int(last.header.sampler.get("first", 0))
-        same = replace(last.header, reward_name=None) == header(first)
-        done = _whole_problems(last, learner, wanted) if same else 0
-        if same and done < wanted:
-            rows = last.rationales[: done * learner.recipe.sampler.samples_per_problem]
-            kept = [*segments[:-1], Segment(last.header, rows)]
-            store.write_file(out, "".join(encode_rollouts(s.header, s.rationales) for s in kept))
-            return first, done
-        if not append:
-            if same:
-                return first, wanted
-            raise UsageError(
-                "the file was sampled with other arguments", str(out), "add --append, or name another --out"
-            )
-        first = first + wanted if same else 0
-    else:
-        first = 0
+    other = UsageError(
+        "the file was sampled with other arguments", str(out), "add --append, or name another --out"
+    )
+    data = out.read_bytes() if out.exists() else b""
+    whole = data.rfind(b"\n") + 1  # a kill may have left the beginning of a line
+    if not whole:
+        if not header_line(header(0)).encode().startswith(data):
+            raise other
+        store.write_file(out, header_line(header(0)) + "\n")
+        return 0, 0
+    segments = read_rollouts(out, torn_tail=True)
+    last = segments[-1]
+    first = int(last.header.sampler.get("first", 0))
+    same = replace(last.header, reward_name=None) == header(first)
+    done = _whole_problems(last, learner, wanted) if same else 0
+    if same and done < wanted:
+        rows = last.rationales[: done * learner.recipe.sampler.samples_per_problem]
+        kept = [*segments[:-1], Segment(last.header, rows)]
+        store.write_file(out, "".join(encode_rollouts(s.header, s.rationales) for s in kept))
+        return first, done
+    if not (same or append):
+        raise other
+    if whole < len(data):
+        store.truncate(out, whole)
+    if not append:
+        return first, wanted
+    first = first + wanted if same else 0
     store.append_text(out, header_line(header(first)) + "\n")
     return first, 0
 
@@ -164,63 +171,6 @@ def _whole_problems(segment: Segment, learner: Learner, wanted: int) -> int:
     s = learner.recipe.sampler
     problems = len(segment.rationales) // s.samples_per_problem
     return problems if problems >= wanted else problems // s.problems_per_step * s.problems_per_step
-
-
-def score_file(
-    path: Path, reward: str | None, view: View | None = None, *, allow_code: bool = False
-) -> dict[str, Any]:
-    """Grade, or grade again under another reward, what a rollout file holds; in place, in one step.
-
-    Args:
-        reward: a reward's name; None: the one in the file's header.
-        allow_code: run the user's own function, where the reward is one.
-
-    Raises:
-        UsageError: no reward is named anywhere, or it is a function that was not allowed.
-    """
-    view = view or View()
-    segments = read_rollouts(path)
-    names, code = _rewards_of(segments, reward, path, allow_code)
-    graded, reasons = [], Counter[str]()
-    with (
-        Grader(code=code) as grader,
-        view.phase("grading", sum(len(s.rationales) for s in segments)) as on_done,
-    ):
-        for segment, name in zip(segments, names, strict=True):
-            rows = score(segment.rationales, grader, name)
-            on_done(len(rows))
-            reasons.update(str(r.reason) for r in rows)
-            header = replace(segment.header, reward_name=name)
-            graded.append(Segment(header, tuple(replace(r, weight=None) for r in rows)))
-    store.write_file(path, "".join(encode_rollouts(s.header, s.rationales) for s in graded))
-    rewards = [r.reward or 0.0 for s in graded for r in s.rationales if not r.failed]
-    mean = sum(rewards) / len(rewards) if rewards else None
-    return {
-        "file": str(path),
-        "rationales": sum(reasons.values()),
-        "reward": mean,
-        "reasons": dict(sorted(reasons.items())),
-    }
-
-
-def _rewards_of(
-    segments: Sequence[Segment], reward: str | None, path: Path, allow_code: bool
-) -> tuple[list[str], UserCode | None]:
-    """The reward of each segment, pinned, and the one function among them."""
-    names, codes = [], dict[str, UserCode]()
-    for segment in segments:
-        name = reward or segment.header.reward_name
-        if name is None:
-            raise UsageError("no reward is named", str(path), "add --reward NAME")
-        name, code = pin(name)
-        if code is not None and not allow_code:
-            raise refuse_code(code.ref, str(path))
-        if code is not None:
-            codes[str(code.ref)] = code
-        names.append(name)
-    if len(codes) > 1:
-        raise UsageError("its parts name different functions", str(path), "say which with --reward")
-    return names, next(iter(codes.values()), None)
 
 
 def fit(
@@ -234,7 +184,7 @@ def fit(
     """M-step only: fit stored rationales, P problems to an optimiser step. No sampler, no reward code runs.
 
     Args:
-        files: scored rollout files; ages and sources may be mixed, statistics never cross them.
+        files: scored rollout files; ages and sources may be mixed, statistics never cross files or segments.
         source: a run or checkpoint to go on from: adapter, moments, step and schedule.
 
     Raises:
@@ -243,11 +193,11 @@ def fit(
     clock = Clock(options.max_minutes)
     view = view or View()
     segments = [segment for path in files for segment in _scored_segments(path)]
-    groups = [group for segment in segments for group in group_rationales(segment.rationales)]
+    problems = sum(len(group_rationales(segment.rationales)) for segment in segments)
     source = source and checkpoint_of(source)
     p = recipe.sampler.problems_per_step
     # The files say how many steps there are; and nothing is sampled here, so nothing is evaluated.
-    steps = (stored_state(source).step if source else 0) + -(-len(groups) // p)
+    steps = (stored_state(source).step if source else 0) + -(-problems // p)
     recipe = recipe.model_copy(
         update={"run": recipe.run.model_copy(update={"eval_every": 0, "steps": steps})}
     )
@@ -257,21 +207,22 @@ def fit(
         if opened.checkpoint is not None and finished(run, opened.recipe):
             view.note(f"{run} is finished: nothing to do")
             return summarise(run, opened.recipe, stored_state(opened.checkpoint), clock)
-        session = Session(run, opened, journal, view, options.command, source)
+        session = _FitSession(run, opened, journal, view, options.command, source)
         learner, state, recipe = session.learner, session.learner.state, session.recipe
-        groups = [_with_ids(group, learner) for group in groups]
+        groups = [
+            (group, segment.header)
+            for segment in (_with_ids(segment, learner.policy) for segment in segments)
+            for group in group_rationales(segment.rationales)
+        ]
         while state.step < recipe.run.steps:
             at = (state.step - state.first_step) * p
             batch = weigh(
-                groups[at : at + p],
+                session.take(groups[at : at + p]),
                 weighting=recipe.em.weighting,
                 baseline=recipe.em.baseline,
                 current_step=state.policy_step,
             )
-            ages = [
-                state.policy_step - r.policy_step for g in batch for r in g.rationales if r.policy_step >= 0
-            ]
-            extra = {"em/staleness": sum(ages) / len(ages)} if ages else {}
+            extra = mixture_metrics(flatten(batch), state.policy_step)
             session.record(
                 session.fit_groups(batch, reward=None, times={}, measure_kl=recipe.em.passes > 1, extra=extra)
             )
@@ -296,17 +247,61 @@ def _scored_segments(path: Path) -> list[Segment]:
     return [s for s in segments if s.rationales]
 
 
-def _with_ids(group: Group, learner: Learner) -> Group:
-    """Tokenise what came as text only; its stop is the template's end token."""
-    policy = learner.policy
+def _with_ids(segment: Segment, policy: Policy) -> Segment:
+    """Tokenise, once, what came as text only, or with the ids of another vocabulary.
 
-    def ids(r: Rationale) -> Rationale:
-        if r.prompt_ids and r.completion_ids:
-            return r
-        prompt = r.prompt or policy.template.render(r.question)
-        prompt_ids = tuple(policy.tokenizer.encode(prompt, add_special_tokens=False))
-        return replace(
-            r, prompt=prompt, prompt_ids=prompt_ids, completion_ids=policy.encode_completion(r.completion)
-        )
+    A completion that stopped gets the template's end token; one that was cut off ends where it was cut.
 
-    return replace(group, rationales=tuple(map(ids, group.rationales)))
+    Raises:
+        DataError: a row has no prompt of any kind.
+    """
+    ours = policy.tokenizer_sha256
+    foreign = bool(segment.header.tokenizer) and segment.header.tokenizer != ours
+
+    def with_ids(r: Rationale) -> Rationale:
+        prompt_ids, completion_ids, origin = r.prompt_ids, r.completion_ids, r.origin
+        if foreign or not prompt_ids:
+            if not (r.prompt or r.question):
+                raise DataError("row has no question, no prompt and no ids", f"problem {r.problem_id}")
+            r = replace(r, prompt=r.prompt or policy.template.render(r.question))
+            prompt_ids = tuple(policy.tokenizer.encode(r.prompt, add_special_tokens=False))
+        if foreign or not completion_ids:
+            ended, origin = policy.encode_completion(r.completion), "text"
+            completion_ids = ended if r.finish_reason == "stop" else ended[:-1]
+        return replace(r, prompt_ids=prompt_ids, completion_ids=completion_ids, origin=origin)
+
+    return Segment(replace(segment.header, tokenizer=ours), tuple(map(with_ids, segment.rationales)))
+
+
+class _FitSession(Session):
+    """A session that keeps the rows of each step under the headers they came with.
+
+    Two files may hold the same problem and step: below one header they would be one group when read again.
+    """
+
+    _headers: tuple[RolloutHeader, ...] = ()
+
+    def take(self, groups: Sequence[tuple[Group, RolloutHeader]]) -> list[Group]:
+        """The groups of the step at hand; its rows will be kept under these headers.
+
+        A row's ``policy_step`` counts the steps of the run that drew it. Where it equals ours and another
+        adapter drew the row all the same, it was another run's: its age is unknown, which is -1.
+        """
+        self._headers = tuple(header for group, header in groups for _ in group.rationales)
+        now, adapter = self.learner.state.policy_step, self.learner.policy.adapter_sha256()
+
+        def aged(r: Rationale, header: RolloutHeader) -> Rationale:
+            theirs = r.policy_step == now and header.adapter not in (None, adapter)
+            return replace(r, policy_step=-1) if theirs else r
+
+        return [
+            replace(group, rationales=tuple(aged(r, header) for r in group.rationales))
+            for group, header in groups
+        ]
+
+    def keep_rollouts(self, step: int, rows: Sequence[Rationale], reward: str | None) -> None:
+        """See ``Session``; the headers name the reward."""
+        pairs = zip(self._headers, rows, strict=True)
+        segments = [list(part) for _, part in groupby(pairs, key=lambda pair: id(pair[0]))]
+        text = "".join(encode_rollouts(part[0][0], [r for _, r in part]) for part in segments)
+        store.write_file(rollout_path(self.run, step), text)

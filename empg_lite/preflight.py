@@ -15,7 +15,7 @@ import torch
 
 from empg_lite.data import ProblemStream, load_splits
 from empg_lite.errors import GraderUnusable, NoSignal
-from empg_lite.estep import Scorer, estep_metrics, sample_rationales, weigh
+from empg_lite.estep import estep_metrics, sample_rationales, weigh
 from empg_lite.health import FAILURES_STOP, Finding, diagnose, graded_failures
 from empg_lite.learner import Learner, build_learner
 from empg_lite.metrics import View
@@ -24,6 +24,7 @@ from empg_lite.rationale import Group, Problem, Rationale, flatten, group_ration
 from empg_lite.recipe import Recipe
 from empg_lite.rewards import Grader
 from empg_lite.sampler import Sampler
+from empg_lite.scoring import Scorer
 
 #: Problems asked, K times each.
 PROBLEMS = 16

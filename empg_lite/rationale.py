@@ -32,6 +32,8 @@ FinishReason = Literal["stop", "length"]
 VERDICTS = frozenset({"equal", "different", "no_answer", "parse", "too_long", "truncated"})
 #: Failures say that the grader found nothing; the row leaves its problem's mean and K.
 FAILURES = frozenset({"timeout", "memory", "crash"})
+#: Where a completion's tokens come from: drawn by a policy, made here from text, recalled from an earlier step.
+ORIGINS = frozenset({"sampled", "text", "memory"})
 
 
 def problem_id(question: str) -> str:
@@ -67,6 +69,7 @@ class Rationale:
         extracted, rule: the answer the grader read and the rule that found it.
         terms: parts of a combined reward by name, each in [0, 1], ``correct`` among them; else empty.
         meta: the problem's.
+        origin: one of ``ORIGINS``. ``text``: the ids were made here from the text, once; no policy drew them.
     """
 
     problem_id: str
@@ -87,6 +90,7 @@ class Rationale:
     rule: str | None = None
     terms: Mapping[str, float] = field(default_factory=dict)
     meta: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = "sampled"
 
     @property
     def correct(self) -> float:
@@ -182,9 +186,11 @@ _DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(("reward", "reason", "weight", "extracted", "rule")),
     "terms": {},
     "meta": {},
+    "origin": "sampled",
 }
 _TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("problem_id", "question", "gold", "prompt", "completion", "finish_reason"), (str,)),
+    **dict.fromkeys(("problem_id", "question", "gold", "prompt", "completion"), (str,)),
+    **dict.fromkeys(("finish_reason", "origin"), (str,)),
     **dict.fromkeys(("step", "policy_step", "sample_index"), (int,)),
     **dict.fromkeys(_IDS, (list, tuple)),
     **dict.fromkeys(("reward", "weight"), (int, float, type(None))),
@@ -306,6 +312,9 @@ def _parse_rationale(record: dict[str, Any], where: str, seen: dict[str, int]) -
             raise DataError(f"{value!r} is not a number in [0, 1]", f"{where}: terms.{term}")
     if values["reason"] is not None and values["reason"] not in VERDICTS | FAILURES:
         raise DataError(f"unknown reason {values['reason']!r}", f"{where}: reason")
+    if values["origin"] not in ORIGINS:
+        known = ", ".join(sorted(ORIGINS))
+        raise DataError(f"unknown origin {values['origin']!r}", f"{where}: origin", f"known: {known}")
     return Rationale(**values)
 
 

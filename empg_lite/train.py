@@ -20,7 +20,7 @@ from empg_lite.checkpoint import stored_state
 from empg_lite.control import RESUME, Clock, stop_request
 from empg_lite.data import ProblemStream, load_splits
 from empg_lite.errors import DataError, Interrupted, RecipeError
-from empg_lite.estep import Scorer, VerdictKey, sample_rationales, weigh
+from empg_lite.estep import sample_rationales, weigh
 from empg_lite.metrics import Journal, View
 from empg_lite.preflight import PREFLIGHT_STEP, first_problems, preflight, refuse_hopeless
 from empg_lite.rationale import Group, Problem, Rationale, flatten, group_rationales, read_rollouts
@@ -28,6 +28,7 @@ from empg_lite.recipe import Recipe, refused_sampling
 from empg_lite.rewards import Grader, UserCode
 from empg_lite.runs import open_run, rollout_path
 from empg_lite.sampler import Sampler
+from empg_lite.scoring import Scorer, VerdictKey
 from empg_lite.session import Session, finished, summarise
 from empg_lite.tester import Tester
 

@@ -29,10 +29,10 @@ FLOORS = [
         "health",
         "stats",
     },
-    {"data", "data_files", "gym_tasks", "policy", "plan", "metrics", "eval_file", "eval_summary"},
+    {"data", "data_files", "gym_tasks", "policy", "plan", "metrics", "eval_file", "eval_summary", "scoring"},
     {"sampler", "checkpoint", "runs", "target"},
     {"estep", "mstep", "learner", "evaluate", "preflight"},
-    {"session", "tester", "train", "offline"},
+    {"session", "tester", "train", "offline", "rescore"},
     {"chat", "check", "doctor"},
     {"cli"},
 ]
@@ -170,7 +170,8 @@ def strip_docstrings(tree: ast.Module) -> ast.Module:
 
 
 @pytest.mark.parametrize(
-    "module", ["empg_lite.cli", "empg_lite.recipe_file", "empg_lite.rewards", "empg_lite.runs_"]
+    "module",
+    ["empg_lite.cli", "empg_lite.recipe_file", "empg_lite.rewards", "empg_lite.rescore", "empg_lite.runs_"],
 )
 def test_what_starts_fast_imports_no_torch(module: str) -> None:
     if module == "empg_lite.runs_":  # negative control: this one does

@@ -11,10 +11,11 @@ import torch
 from empg_lite.checkpoint import list_checkpoints
 from empg_lite.errors import DataError, MissingInput, UsageError
 from empg_lite.metrics import read_metrics
-from empg_lite.offline import SampleOptions, fit, sample, score_file
+from empg_lite.offline import SampleOptions, fit, sample
 from empg_lite.rationale import read_rollouts
 from empg_lite.recipe import Recipe
 from empg_lite.recipe_file import load_recipe
+from empg_lite.rescore import score_file
 from empg_lite.rewards import Grader
 from empg_lite.train import TrainOptions, train
 

@@ -11,12 +11,13 @@ from conftest import load_fixture_policy
 from test_rationale import rationale
 
 from empg_lite.errors import OutOfMemory
-from empg_lite.estep import Scorer, estep_metrics, reward_matrix, sample_rationales, weigh
+from empg_lite.estep import estep_metrics, reward_matrix, sample_rationales, weigh
 from empg_lite.mstep import FitSettings, m_step
 from empg_lite.policy.policy import collate
 from empg_lite.rationale import Group, Problem, Rationale, flatten, group_rationales
 from empg_lite.rewards import Grader
 from empg_lite.sampler import Decoding, make_sampler
+from empg_lite.scoring import Scorer
 
 SETTINGS = FitSettings(
     learning_rate=1e-2,

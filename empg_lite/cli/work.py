@@ -167,7 +167,7 @@ def score(
     debug: DebugOption = False,
 ) -> None:
     """Grade, or grade again, the rationales of a file. No model is loaded."""
-    from empg_lite.offline import score_file
+    from empg_lite.rescore import score_file
 
     out = Output(as_json)
     if reward is not None:
@@ -177,7 +177,12 @@ def score(
         out.line(result)
         mean = "none could be graded" if result["reward"] is None else f"mean reward {result['reward']:.1%}"
         reasons = ", ".join(f"{n} {reason}" for reason, n in result["reasons"].items())
-        out.print(f"{result['rationales']} rationales: {mean} ({reasons})", markup=False, highlight=False)
+        workers = result.get("peak_rss_mb_workers")
+        cost = f"{result['seconds']:.1f} s, at most {result['peak_rss_mb']:.0f} MB"
+        cost += f" and {workers:.0f} MB a worker" if workers else ""
+        out.print(
+            f"{result['rationales']} rationales: {mean} ({reasons}); {cost}", markup=False, highlight=False
+        )
 
 
 def fit(
