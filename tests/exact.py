@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def agree(actual: Any, expected: Any) -> bool:
-    """The one tolerance of the oracles, for float64: relative 1e-10, absolute 1e-12, finite."""
+    """The one tolerance of the oracles, for float64: relative 1e-12, absolute 1e-12, finite."""
     a, e = (np.asarray(x.detach() if isinstance(x, Tensor) else x) for x in (actual, expected))
     finite = bool(np.isfinite(a).all() and np.isfinite(e).all())
-    return finite and a.shape == e.shape and bool(np.allclose(a, e, rtol=1e-10, atol=1e-12))
+    return finite and a.shape == e.shape and bool(np.allclose(a, e, rtol=1e-12, atol=1e-12))
 
 
 def close(actual: Any, expected: Any) -> None:
