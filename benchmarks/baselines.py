@@ -73,6 +73,8 @@ def policy_loss(
         Scalar; over all micro-batches the mean over rows of the token mean (``grpo``), of the token sum over
         ``max_new_tokens`` (``dr_grpo``, ``raft``), or of the whole sequence's clipped ratio (``rloo``).
     """
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
     logprobs = torch.where(mask, logprobs, 0.0)
     if method == "raft":
         return -(advantages * logprobs.sum(1)).sum() / (rows * max_new_tokens)
