@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -50,6 +50,8 @@ class Setting:
     Attributes:
         stale: E-steps between the policy that samples and the one that is fitted.
         noise: share of wrong answers that the verifier lets pass.
+        pool: train on so many problems only, other ones for every seed; None: all.
+        memory: ``em.memory``, right rationales kept of each problem.
         kl_stop: of the EM arms, nats a token; None leaves the package's default.
         test: evaluate on the test problems; False: on the validation rows, for choosing a rate.
     """
@@ -65,6 +67,9 @@ class Setting:
     samples: int = 8
     noise: float = 0.0
     kl_stop: float | None = None
+    pool: int | None = None
+    memory: int = 0
+    memory_weight: str = "group"
     test: bool = True
 
     def overrides(self) -> list[str]:
@@ -73,6 +78,7 @@ class Setting:
         return [
             f"optim.learning_rate={self.rate}",
             f"em.passes={self.passes}",
+            f"em.memory={self.memory}",
             f"sampler.problems_per_step={self.problems}",
             f"sampler.samples_per_problem={self.samples}",
             # what fits this kind of model into a core's cache; neither changes the maths
@@ -93,6 +99,8 @@ def train_arm(setting: Setting) -> dict[str, Any]:
     torch.set_num_threads(1)
     learner = _learner(setting)
     train, validation, test = _problems(setting.task)
+    if setting.pool:
+        train = random.Random(setting.seed).sample(train, setting.pool)
     stream, sampler = ProblemStream(train, setting.seed), learner.sampler()
     worn: deque[list[Tensor]] = deque(maxlen=setting.stale + 1)  # the adapters of the last E-steps
     curve, seconds = [], 0.0
@@ -122,6 +130,8 @@ def train_arm(setting: Setting) -> dict[str, Any]:
             if step % 10 == 0:
                 curve[-1]["greedy"] = examiner.evaluate(validation[:CURVE]).accuracy
         figures = _examine(examiner, test if setting.test else validation, setting.test)
+        if setting.pool:
+            figures["hardest"] = _hardest(learner, examiner, train)
     return {"setting": asdict(setting), "seconds": seconds, **figures, "curve": curve}
 
 
@@ -146,7 +156,18 @@ def _fit(
         # with stale samples the package drops negative weights
         now = step - 1 if setting.stale else None
         rows = flatten(weigh(groups, weighting=em.weighting, baseline=em.baseline, current_step=now))
-        updates = learner.fit(rows).updates
+        recalled = flatten(
+            weigh(
+                learner.memory.recall(groups, policy_step=step - 1),
+                weighting=em.weighting,
+                current_step=step - 1,
+            )
+        )
+        if setting.memory_weight == "group":
+            n = Counter(r.problem_id for r in recalled)
+            recalled = [replace(r, weight=r.weight * setting.samples / n[r.problem_id]) for r in recalled]
+        learner.memory.keep(groups)
+        updates = learner.fit([*rows, *recalled]).updates
     else:
         updates = baseline_step(learner, setting.arm, groups, old)
     learner.state.step = step
@@ -256,6 +277,21 @@ def _record(step: int, rows: Sequence[Rationale], seconds: float, updates: int) 
         "length_right": sum(right) / len(right) if right else None,
         "seconds": round(seconds, 3),
         "updates": updates,
+    }
+
+
+def _hardest(learner: Learner, examiner: Examiner, problems: Sequence[Problem]) -> dict[str, float]:
+    """Shares of right answers on the quarter of the problems that the base model solves least, by its samples."""
+    n = len(problems) // 4
+    with learner.policy.reference():
+        base = examiner.evaluate(problems, samples=4 * SAMPLES).sampled
+    solved = {rows[0].problem_id: sum(r.right for r in rows) / len(rows) for rows in base}
+    hardest = sorted(problems, key=lambda p: (solved[p.id], p.id))[:n]
+    tuned = examiner.evaluate(hardest, samples=4 * SAMPLES)
+    return {
+        "base_t1": sum(solved[p.id] for p in hardest) / n,
+        "greedy": tuned.accuracy,
+        "t1": tuned.summary()["t1_accuracy"],
     }
 
 

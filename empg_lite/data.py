@@ -126,6 +126,10 @@ class ProblemStream:
         self._seed = seed
         self._epoch, self._order = -1, self._problems
 
+    def __len__(self) -> int:
+        """Problems of one epoch."""
+        return len(self._problems)
+
     def take(self, position: int, n: int) -> list[Problem]:
         """The ``n`` problems of the step that begins at ``position`` (problems taken before it).
 

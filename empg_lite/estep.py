@@ -103,20 +103,31 @@ def reward_matrix(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
 
 
 def weigh(
-    groups: Sequence[Group], *, weighting: str, baseline: float = 0.0, current_step: int | None = None
+    groups: Sequence[Group],
+    *,
+    weighting: str,
+    baseline: float = 0.0,
+    current_step: int | None = None,
+    max_age: int | None = None,
 ) -> tuple[Group, ...]:
     """Give every rationale its weight. Negative ones are dropped in groups whose policy has since moved on.
 
     Args:
         current_step: optimiser steps the policy about to be fitted has seen; None for fresh samples.
+        max_age: groups with a rationale older than so many optimiser steps weigh 0; None is no limit. Text
+            from elsewhere has no age.
     """
+    if not groups:
+        return ()
     rewards, valid = reward_matrix(groups)
     weights = em_weights(rewards, valid, weighting=weighting, baseline=baseline)  # (P, K)
     fresh_only = em_weights(rewards, valid, weighting=weighting, baseline=baseline, drop_negative=True)
     weighed = []
     for p, group in enumerate(groups):
-        stale = current_step is not None and any(r.policy_step != current_step for r in group.rationales)
-        row = (fresh_only if stale else weights)[p].tolist()
+        age = 0 if current_step is None else max(abs(current_step - r.policy_step) for r in group.rationales)
+        row = (fresh_only if age else weights)[p].tolist()
+        if max_age is not None and age > max_age and group.rationales[0].policy_step >= 0:
+            row = [0.0] * len(row)
         rationales = tuple(replace(r, weight=row[k]) for k, r in enumerate(group.rationales))
         weighed.append(Group(group.problem_id, group.step, rationales))
     return tuple(weighed)
@@ -140,7 +151,6 @@ def estep_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "frac_reward_zero_std": signal.pop("frac_reward_zero_std"),
         **{f"em/{name}": value for name, value in signal.items()},
         "em/frac_wrong_paid": _wrong_paid(groups),
-        "em/ess": effective_sample_size(torch.tensor([r.weight for r in rows if not r.failed])),
         "completions/mean_length": sum(lengths) / len(lengths),
         "completions/mean_length_right": sum(right) / len(right) if right else 0.0,
         "completions/clipped_ratio": reasons["truncated"] / len(rows),
@@ -157,17 +167,18 @@ def _wrong_paid(groups: Sequence[Group]) -> float:
 
 
 def mixture_metrics(rows: Sequence[Rationale], policy_step: int) -> dict[str, float]:
-    """Where a step's rows come from and how old they are.
+    """What a step fits: where its rows come from, how old they are, how few of them carry it.
 
     An age is the number of optimiser steps between the policy that drew a row and the one about to be fitted,
     which has seen ``policy_step`` of them. It is known where the row's own ``policy_step`` is 0 or more.
 
     Args:
-        rows: at least one.
+        rows: at least one, weighed.
     """
     ages = [abs(policy_step - r.policy_step) for r in rows if r.policy_step >= 0]
     origins = Counter(r.origin for r in rows)
     return {
+        "em/ess": effective_sample_size(torch.tensor([r.weight for r in rows if not r.failed])),
         "em/frac_text": origins["text"] / len(rows),
         "em/frac_memory": origins["memory"] / len(rows),
         "em/frac_stale": sum(age > 0 for age in ages) / len(rows),

@@ -61,10 +61,12 @@ class ConsoleView(View):
     """Plain lines that read well in a log and a notebook; on a terminal also a bar for what is going on."""
 
     _COLUMNS = "   step   reward    mixed   length   loss      tokens/s   s/step   validation"
+    _REUSE = "     ess      kl    age"
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self._header_due = True
+        self._reuse = False
 
     def note(self, text: str) -> None:
         self._line(text)
@@ -80,16 +82,25 @@ class ConsoleView(View):
         self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=soft)
 
     def step(self, record: Mapping[str, Any], total: int) -> None:
+        if not self._reuse and _reuses(record):
+            self._reuse = self._header_due = True
         if self._header_due:
-            self._line(self._COLUMNS, style="bold")
+            self._line(self._COLUMNS + (self._REUSE if self._reuse else ""), style="bold")
             self._header_due = False
         loss = f"{record['loss']:.4f}" if record["loss"] is not None else "no update"
         accuracy, speed = record.get("eval/accuracy"), record.get("time/tokens_per_second", 0.0)
         self._line(
             f"{record['step']:5d}/{total:<5d}{record['reward']:7.1%}{record['em/frac_mixed']:9.0%}"
             f"{record['completions/mean_length']:9.0f}   {loss:9s}{speed:9.0f}"
-            f"{record['step_time']:9.2f}   {'' if accuracy is None else f'{accuracy:.1%}'}"
+            f"{record['step_time']:9.2f}   {'' if accuracy is None else f'{accuracy:.1%}':10s}"
+            f"{self._reuse_columns(record) if self._reuse else ''}".rstrip()
         )
+
+    @staticmethod
+    def _reuse_columns(record: Mapping[str, Any]) -> str:
+        """Effective sample size, KL since the start of the fit, mean age in optimiser steps."""
+        kl = record.get("em/kl_old")
+        return f"{record['em/ess']:8.0%}{'' if kl is None else f'{kl:.4f}':>8s}{record['em/staleness']:7.1f}"
 
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[Any]:
@@ -100,6 +111,11 @@ class ConsoleView(View):
         with Progress(*columns, console=self.console, transient=True) as progress:
             task = progress.add_task(name, total=total)
             yield lambda done: progress.advance(task, done)
+
+
+def _reuses(record: Mapping[str, Any]) -> bool:
+    """Whether the step fitted samples more than once, or samples of an older policy."""
+    return record["em/updates"] > 1 or record["em/staleness"] > 0
 
 
 class Journal:

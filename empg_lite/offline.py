@@ -17,7 +17,7 @@ from empg_lite.checkpoint import load_checkpoint, newest_valid, require_valid, s
 from empg_lite.control import RESUME, Clock, stop_request
 from empg_lite.data import ProblemStream, load_splits
 from empg_lite.errors import DataError, Interrupted, MissingInput, RecipeError, UsageError
-from empg_lite.estep import mixture_metrics, sample_rationales, weigh
+from empg_lite.estep import sample_rationales, weigh
 from empg_lite.learner import Learner, build_learner
 from empg_lite.metrics import Journal, View
 from empg_lite.policy.policy import Policy
@@ -221,10 +221,10 @@ def fit(
                 weighting=recipe.em.weighting,
                 baseline=recipe.em.baseline,
                 current_step=state.policy_step,
+                max_age=recipe.em.max_age,
             )
-            extra = mixture_metrics(flatten(batch), state.policy_step)
             session.record(
-                session.fit_groups(batch, reward=None, times={}, measure_kl=recipe.em.passes > 1, extra=extra)
+                session.fit_groups(batch, reward=None, times={}, measure_kl=recipe.em.passes > 1, extra={})
             )
             out_of_time = clock.out_of_time()
             if session.checkpoint_due() or stop or out_of_time:

@@ -32,7 +32,7 @@ FinishReason = Literal["stop", "length"]
 VERDICTS = frozenset({"equal", "different", "no_answer", "parse", "too_long", "truncated"})
 #: Failures say that the grader found nothing; the row leaves its problem's mean and K.
 FAILURES = frozenset({"timeout", "memory", "crash"})
-#: Where a completion's tokens come from: drawn by a policy, made here from text, recalled from an earlier step.
+#: Where a completion's tokens come from: drawn by a policy, made from text, recalled from an earlier step.
 ORIGINS = frozenset({"sampled", "text", "memory"})
 
 
@@ -281,6 +281,15 @@ def _parse_header(record: dict[str, Any], where: str) -> RolloutHeader:
         raise DataError("wrong type: an object is needed", f"{where}: sampler")
     names = {f.name for f in dataclasses.fields(RolloutHeader)}
     return RolloutHeader(**{name: value for name, value in record.items() if name in names})
+
+
+def parse_rationale_line(text: str, where: str) -> Rationale:
+    """The rationale of one line as ``rationale_line`` writes it.
+
+    Raises:
+        DataError: naming ``where: field``.
+    """
+    return _parse_rationale(_parse_object(text, where), where, {})
 
 
 def _parse_rationale(record: dict[str, Any], where: str, seen: dict[str, int]) -> Rationale:

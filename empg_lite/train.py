@@ -82,8 +82,7 @@ def train(
         tester.before()
 
         while state.step < recipe.run.steps:
-            batch = stream.take(state.position, recipe.sampler.problems_per_step)  # P problems
-            groups, times, extra = e_step(session, sampler, grader, batch)  # z ~ pi(z|x), R(x, z), w
+            groups, times, extra = e_step(session, sampler, grader, stream)  # z ~ pi(z|x), R(x, z), w
             last = state.step + 1 == recipe.run.steps
             record = session.fit_groups(  # raise sum of w log pi
                 groups,
@@ -113,9 +112,39 @@ def train(
 
 
 def e_step(
-    session: Session, sampler: Sampler, grader: Grader, problems: Sequence[Problem]
+    session: Session, sampler: Sampler, grader: Grader, stream: ProblemStream
 ) -> tuple[tuple[Group, ...], dict[str, float], dict[str, Any]]:
-    """Sample, score and weigh one step's rationales; also the seconds each part took, and its metrics."""
+    """Sample, score and weigh one step's rationales; also the seconds each part took, and its metrics.
+
+    P problems, and where fewer than P teach anything as many more, up to ``sampler.refill`` of them.
+    """
+    s, position = session.recipe.sampler, session.learner.state.position
+    p, session.grader_error = s.problems_per_step, None
+    groups, sums = _draw(session, sampler, grader, stream.take(position, p))
+    spare = min(s.refill, len(stream) - p)
+    while spare and (lacking := p - sum(teaches(g) for g in groups)) > 0:
+        further = stream.take(position, len(groups) + min(lacking, spare))[len(groups) :]
+        more, more_sums = _draw(session, sampler, grader, further)
+        groups, spare = groups + more, spare - len(more)
+        sums = {name: value + more_sums[name] for name, value in sums.items()}
+    tokens = sum(len(r.completion_ids) for r in flatten(groups))
+    extra = {
+        "entropy": sums.pop("nats") / max(tokens, 1),
+        "em/refilled": len(groups) - p,
+        "time/tokens_per_second": tokens / sums["sample"],
+    }
+    return groups, sums, extra
+
+
+def teaches(group: Group) -> bool:
+    """Whether a weighed group moves the policy at all."""
+    return any(r.weight for r in group.rationales)
+
+
+def _draw(
+    session: Session, sampler: Sampler, grader: Grader, problems: Sequence[Problem]
+) -> tuple[tuple[Group, ...], dict[str, float]]:
+    """Weighed rationales of some problems; the seconds of each part, and all tokens' surprise in nats."""
     learner, state, recipe = session.learner, session.learner.state, session.recipe
     rows = len(problems) * recipe.sampler.samples_per_problem
     started = time.perf_counter()
@@ -136,11 +165,10 @@ def e_step(
         )
     sampled = time.perf_counter()
     scored = scorer.scored(flatten(draw.groups))
-    session.grader_error = scorer.error
+    session.grader_error = scorer.error or session.grader_error
     groups = weigh(group_rationales(scored), weighting=recipe.em.weighting, baseline=recipe.em.baseline)
-    times = {"sample": sampled - started, "score": time.perf_counter() - sampled}
-    tokens = sum(len(r.completion_ids) for r in scored)
-    return groups, times, {"entropy": draw.entropy, "time/tokens_per_second": tokens / times["sample"]}
+    nats = draw.entropy * sum(len(r.completion_ids) for r in scored)
+    return groups, {"sample": sampled - started, "score": time.perf_counter() - sampled, "nats": nats}
 
 
 def fly_first(

@@ -11,7 +11,7 @@ from conftest import load_fixture_policy
 from test_rationale import rationale
 
 from empg_lite.errors import OutOfMemory
-from empg_lite.estep import estep_metrics, reward_matrix, sample_rationales, weigh
+from empg_lite.estep import estep_metrics, mixture_metrics, reward_matrix, sample_rationales, weigh
 from empg_lite.mstep import FitSettings, m_step
 from empg_lite.policy.policy import collate
 from empg_lite.rationale import Group, Problem, Rationale, flatten, group_rationales
@@ -386,7 +386,8 @@ def test_metrics_of_a_step_by_hand() -> None:
             "c": [(0.0, "truncated"), (0.0, "timeout")],
         }
     )
-    metrics = estep_metrics(weigh(groups, weighting="posterior"))
+    groups = weigh(groups, weighting="posterior")
+    metrics = estep_metrics(groups)
     assert metrics["reward"] == pytest.approx(3 / 5)  # the time-out is no verdict
     assert metrics["reward_std"] == pytest.approx(torch.tensor([1.0, 0, 1, 1, 0]).std().item())
     assert metrics["em/frac_mixed"] == pytest.approx(1 / 3)
@@ -396,4 +397,6 @@ def test_metrics_of_a_step_by_hand() -> None:
     assert metrics["completions/mean_length"] == 3.0
     assert metrics["completions/clipped_ratio"] == pytest.approx(1 / 6)
     assert metrics["reasons/failed"] == pytest.approx(1 / 6)
-    assert metrics["em/ess"] == pytest.approx(4**2 / (5 * (4 + 1 + 1)))  # weights 2, 0, 1, 1, 0
+    assert mixture_metrics(flatten(groups), 0)["em/ess"] == pytest.approx(
+        4**2 / (5 * (4 + 1 + 1))
+    )  # weights 2, 0, 1, 1, 0
