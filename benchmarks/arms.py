@@ -281,10 +281,10 @@ def _record(step: int, rows: Sequence[Rationale], seconds: float, updates: int) 
 
 
 def _hardest(learner: Learner, examiner: Examiner, problems: Sequence[Problem]) -> dict[str, float]:
-    """Shares of right answers on the quarter of the problems that the base model solves least, by its samples."""
+    """Shares of right answers on the quarter of the problems that the base model's samples solve least."""
     n = len(problems) // 4
     with learner.policy.reference():
-        base = examiner.evaluate(problems, samples=4 * SAMPLES).sampled
+        base = examiner.evaluate(problems, samples=2 * SAMPLES).sampled
     solved = {rows[0].problem_id: sum(r.right for r in rows) / len(rows) for rows in base}
     hardest = sorted(problems, key=lambda p: (solved[p.id], p.id))[:n]
     tuned = examiner.evaluate(hardest, samples=4 * SAMPLES)

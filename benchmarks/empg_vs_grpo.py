@@ -74,6 +74,15 @@ def chosen(
     ]
 
 
+def remembering(results: Results, size: int, weights: Sequence[str] = ("group", "one")) -> list[Setting]:
+    """EM on 64 problems that come back six times, with a success memory of ``size``."""
+    return [
+        replace(s, steps=48, pool=64, memory=size, memory_weight=weight)
+        for weight in (weights if size else weights[:1])
+        for s in chosen(results, HARD, ("empg",))
+    ]
+
+
 def _each(values: Sequence[Any], runs: Callable[[Any], list[Setting]]) -> list[Setting]:
     return [setting for value in values for setting in runs(value)]
 
@@ -83,6 +92,7 @@ STAGES: dict[str, Callable[[Results], list[Setting]]] = {
     "base": lambda _: [Setting(t, "empg", 1e-3, seed, steps=0) for t in (HARD, TINY) for seed in SEEDS],
     "sweep": lambda _: sweep(HARD),
     "main": lambda r: chosen(r, HARD),
+    "memory": lambda r: _each((0, 1, 2), lambda size: remembering(r, size)),
     "stale-4": lambda r: chosen(r, HARD, stale=4),
     "sweep-tiny": lambda _: sweep(TINY),
     "main-tiny": lambda r: chosen(r, TINY),
