@@ -42,9 +42,8 @@ def trainers(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     """One trainer a method. TRL is imported here, and the global random numbers it seeds are put back."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
-        return {
-            method: build_trainer(method, model_dir, tmp_path_factory.mktemp("trl")) for method in WITH_RATIO
-        }
+        methods = (*WITH_RATIO, "cispo")
+        return {m: build_trainer(m, model_dir, tmp_path_factory.mktemp("trl")) for m in methods}
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])
@@ -77,6 +76,7 @@ def build_trainer(method: str, model_dir: Path, folder: Path) -> Any:
             max_completion_length=MAX_NEW_TOKENS,
             beta=0.0,
             epsilon=0.2,
+            epsilon_high=1.2 if method == "cispo" else 0.2,  # CISPO's is the cap itself
             **own,
         ),
     )
@@ -319,6 +319,35 @@ def test_nothing_outside_the_mask_counts(baselines: ModuleType, method: str) -> 
             dirty = ours(baselines, method, Draw(step.rewards, step.mask, new, old))
             for a, b in zip(clean, dirty, strict=True):
                 close(a, b)
+
+
+# --- the package's own loss against TRL's ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "weighting", "z"),
+    [("dr_grpo", "centered", "max_length"), ("cispo", "centered", "tokens"), ("rloo", "loo", "rows")],
+)
+def test_a_first_pass_of_trl_is_an_m_step(
+    trainers: dict[str, Any], method: str, weighting: str, z: str
+) -> None:
+    """At theta = old all ratios are 1: the gradients are the M-step's of the same weights (item 13)."""
+    caught = 0
+    for seed in SEEDS:
+        later = draw(3 * seed + 1)
+        first = replace(later, old=later.new)
+        lengths = first.mask.sum(1).tolist()
+        weights = em_weights(first.rewards, torch.ones_like(first.rewards) > 0, weighting=weighting).flatten()
+        total = (
+            len(lengths)
+            if z == "rows"
+            else denominator(lengths, normalization=z, max_new_tokens=MAX_NEW_TOKENS)
+        )
+        leaf = first.new.clone().requires_grad_()
+        m_step_loss(leaf, first.mask, weights, total).backward()
+        close(trl(trainers[method], first)[2], leaf.grad)
+        caught += not agree(trl(trainers[method], later)[2], leaf.grad)
+    assert caught > 20  # the error: the same on later passes; the others have no signal
 
 
 # --- by the papers' definitions ----------------------------------------------------------------------
