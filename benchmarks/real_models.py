@@ -182,7 +182,7 @@ def plan(args: argparse.Namespace) -> Job:
     no_gpu = args.cpu or recipe.model.name in BUNDLED
     here = {"name": cpu(), "gpu_gib": None, "cuda": None} if no_gpu else card()
     if here is None:
-        raise UsageError("torch finds no GPU", f"--recipe {args.recipe}", "say --cpu to go on without (days)")
+        raise UsageError("torch finds no GPU", f"--recipe {args.recipe}", "say --cpu to go on without")
     commit = code_commit(CODE, "empg_lite", "recipes") or f"v{empg_lite.__version__}"
     identity = json.dumps([recipe.model_dump(mode="json"), args.limit], sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()[:6]

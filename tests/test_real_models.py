@@ -23,7 +23,7 @@ from conftest import write_recipe
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "real_models.py"
-LIMIT, STEPS = "--limit=4", 30
+LIMIT, STEPS = "--limit=4", 20
 
 
 @pytest.fixture
@@ -222,8 +222,14 @@ def test_what_is_another_row(
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(
-    real_models: ModuleType, tmp_path: Path, capfd, monkeypatch, more: list[str], code: int, said: str
-) -> None:  # type: ignore[no-untyped-def]
+    real_models: ModuleType,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    more: list[str],
+    code: int,
+    said: str,
+) -> None:
     """Nothing is started and nothing is written."""
     monkeypatch.setattr(real_models, "run_command", None)
     monkeypatch.setattr(real_models, "card", lambda: None)
@@ -236,9 +242,14 @@ def test_bad_input_is_one_line(
 
 
 def test_a_training_that_fails_fills_no_row(
-    real_models: ModuleType, recipe_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    real_models: ModuleType,
+    recipe_file: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Missing data: the line and the code are those of ``train``."""
+    monkeypatch.setattr(real_models, "run_command", in_this_process)
     docs = empty_docs(tmp_path / "docs")
     (tmp_path / "problems.jsonl").unlink()
     options = ["--recipe", str(recipe_file), "--cpu", "--docs", str(docs), "--runs", str(tmp_path / "runs")]
@@ -248,10 +259,36 @@ def test_a_training_that_fails_fills_no_row(
     assert rows(docs) == [] and not (docs / "results").exists()
 
 
+def test_a_card_is_used_unless_told_otherwise(
+    real_models: ModuleType, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bundled model stays on the CPU: its table says so."""
+    child, used = importlib.import_module("child"), []
+
+    def run(words: list[str], *, cpu: bool, beat: Any) -> Any:
+        used.append(cpu)
+        return child.Ended(71, "", None)
+
+    monkeypatch.setattr(real_models, "run_command", run)
+    monkeypatch.setattr(real_models, "card", lambda: {"name": "Card A", "gpu_gib": 8.0, "cuda": "12.8"})
+    folders = ["--docs", str(empty_docs(tmp_path / "docs")), "--runs", str(tmp_path / "runs")]
+    for more in (
+        ["--recipe", str(recipe_file)],
+        ["--recipe", str(recipe_file), "--cpu"],
+        ["--recipe", "tiny"],
+    ):
+        assert real_models.main([*more, *folders]) == 71
+    assert used == [False, True, True]
+
+
 @pytest.mark.parametrize("fails", ["train", "eval", "time"])
 def test_only_two_commands_that_ended_well_make_a_row(
-    made: dict[str, Any], real_models: ModuleType, tmp_path: Path, monkeypatch, fails: str
-) -> None:  # type: ignore[no-untyped-def]
+    made: dict[str, Any],
+    real_models: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fails: str,
+) -> None:
     """Killed in training or evaluation, or out of time: no row; the next attempt fills it."""
     child = importlib.import_module("child")
     state = json.loads((made["run"] / "row.json").read_text())
@@ -290,9 +327,13 @@ def test_rows_are_appended_and_replaced(
     results_page.add_record(docs, record)
     other = copy.deepcopy(record) | {"name": "other", "seed": 1, "finished": "2999-01-01T00:00:00+00:00"}
     other |= {"command": "python benchmarks/real_models.py --set 'data.reward=regex:a|b'"}
+    card = {"name": "Card A", "gpu_gib": 7.996, "cuda": "12.8"}
+    other |= {"machines": [card, card | {"name": "Card B"}], "peak_mib": {"gpu": 2560.0, "rss": 512.0}}
     results_page.add_record(docs, other)
     assert [r["seed"] for r in rows(docs)] == ["0", "1"]
     assert r"regex:a\|b" in rows(docs)[1]["command"], "a bar does not end the cell"
+    assert rows(docs)[1]["machine"] == "Card A, 8.0 GiB, then Card B, 8.0 GiB"
+    assert rows(docs)[1]["peak memory"] == "GPU 2.50 GiB, process 0.50 GiB"
     again = copy.deepcopy(record)
     again["evaluation"]["pass@8"] = 0.125
     results_page.add_record(docs, again)
@@ -329,11 +370,12 @@ def test_broken_raw_figures_are_named(results_page: ModuleType, tmp_path: Path, 
 
 
 def test_the_committed_page_is_what_its_raw_figures_say(results_page: ModuleType) -> None:
-    """No row was written by hand, and none is real that was not run on a card."""
+    """No row was written by hand, and the bundled models are rehearsals."""
     text, records = results_page.check_page(ROOT / "docs"), results_page.read_records(ROOT / "docs")
     assert results_page.render(text, records) == text
     assert len(records) == len(rows(ROOT / "docs")) + len(rows(ROOT / "docs", "rehearsal")) > 0
     assert text != results_page.render(text, records[:-1]), "a row without figures would be seen"
+    assert all(r["rehearsal"] == (r["model"] in ("tiny", "tiny-hard")) for r in records)
 
 
 def test_the_commit_is_that_of_the_code(real_models: ModuleType, tmp_path: Path) -> None:
