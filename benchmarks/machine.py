@@ -1,31 +1,69 @@
-"""The machine and the versions that a figure was measured with."""
+"""The machine, the code and the versions that a figure was measured with."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
 import subprocess
+import sys
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+_CARD = """import json, torch
+facts = None
+if torch.cuda.is_available():
+    card = torch.cuda.get_device_properties(0)
+    facts = {"name": card.name, "gpu_gib": card.total_memory / 2**30, "cuda": torch.version.cuda}
+print(json.dumps(facts))"""
 
 
 def machine() -> dict[str, str]:
     """Where and on what this ran."""
-    model = (
-        re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if os.name == "posix" else None
-    )
     commit = subprocess.run(
         ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True
     )
-    gmpy2 = "off" if os.environ.get("SYMPY_GROUND_TYPES") == "python" else metadata.version("gmpy2")
+    gmpy2 = metadata.version("gmpy2") if find_spec("gmpy2") else "absent"
     return {
         "commit": commit.stdout.strip(),
-        "cpu": f"{model.group(1) if model else platform.processor()} x {os.cpu_count()}",
+        "cpu": cpu(),
         "load": f"{os.getloadavg()[0]:.1f}",
         "python": platform.python_version(),
         "math-verify": metadata.version("math-verify"),
-        "gmpy2": gmpy2,
+        "gmpy2": "off" if os.environ.get("SYMPY_GROUND_TYPES") == "python" else gmpy2,
     }
+
+
+def cpu() -> str:
+    """Model and cores."""
+    model = (
+        re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if os.name == "posix" else None
+    )
+    return f"{model.group(1) if model else platform.processor()} x {os.cpu_count()}"
+
+
+def card() -> dict[str, Any] | None:
+    """``name``, ``gpu_gib`` and ``cuda`` of the card that torch uses; None without one.
+
+    Asked in a process of its own: a CUDA context in this one would take memory from whoever trains.
+    """
+    done = subprocess.run([sys.executable, "-c", _CARD], capture_output=True, text=True, check=False)
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+
+
+def code_commit(code: Path, *folders: str) -> str | None:
+    """The last commit that changed these folders of the checkout ``code``; ``-dirty`` where they differ.
+
+    A commit of documents, such as one that adds a figure, leaves it as it is. None outside a checkout.
+    """
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(code), *words, "--", *folders]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    commit = git("log", "-1", "--format=%h") if (code / ".git").exists() else ""
+    return commit + ("-dirty" if git("status", "--porcelain") else "") if commit else None
