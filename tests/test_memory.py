@@ -109,12 +109,16 @@ def _fields(r: Rationale) -> dict[str, object]:
     return {name: getattr(r, name) for name in r.__dataclass_fields__}
 
 
+#: Of the fixture's twenty, two are for validation and two for evaluation.
+PROBLEMS = 16
+
+
 # --- in a run ---------------------------------------------------------------------------------------
 
 
 def small(recipe_file: Path, *changes: str) -> Recipe:
-    """Two samples a problem, of which few are right; six problems a step, so that they come back at step 4."""
-    common = ["run.eval_every=0", "data.reward=regex:[a-f]", "sampler.samples_per_problem=2"]
+    """Two samples a problem, few of them right; six problems a step, so that they come back at step 3."""
+    common = ["run.eval_every=0", "sampler.samples_per_problem=2"]
     return load_recipe(str(recipe_file), [*common, "sampler.problems_per_step=6", "run.steps=6", *changes])
 
 
@@ -142,8 +146,8 @@ def test_a_run_with_memory_resumes_to_the_bit(remembering: Recipe, recipe_file: 
     assert last(resumed(remembering, tmp_path / "cut")) == last(tmp_path / "straight")
     train(small(recipe_file), tmp_path / "without", TrainOptions(force=True))
     records = read_metrics(tmp_path / "straight" / "metrics.jsonl")
-    assert [r["em/frac_memory"] > 0 for r in records][:3] == [False] * 3, "every problem comes once"
-    assert any(r["em/frac_memory"] > 0 and r["em/staleness_max"] >= 3 for r in records[3:])
+    assert [r["em/frac_memory"] > 0 for r in records][:2] == [False] * 2, "every problem comes once"
+    assert any(r["em/frac_memory"] > 0 and r["em/staleness_max"] >= 3 for r in records[2:])
     assert (
         last(tmp_path / "without")["adapter_model.safetensors"]
         != last(tmp_path / "straight")["adapter_model.safetensors"]
@@ -200,7 +204,7 @@ def test_refill_draws_until_enough_teach_or_the_cap_is_reached(
     recipe = small(recipe_file, f"sampler.refill={refill}", "sampler.problems_per_step=5")
     train(recipe, tmp_path / "run", TrainOptions(force=True))
     steps = list(drawn(tmp_path / "run"))
-    cap = min(refill, 18 - 5)  # no step holds a problem twice
+    cap = min(refill, PROBLEMS - 5)  # no step holds a problem twice
     for record, groups in steps:
         teach = [any(r.weight for r in rows) for rows in groups]
         assert record["em/refilled"] == len(groups) - 5 <= cap
@@ -210,7 +214,7 @@ def test_refill_draws_until_enough_teach_or_the_cap_is_reached(
     refilled = sum(len(groups) - 5 for _, groups in steps)
     assert (refilled > 0) == (refill > 0)
     # The stream goes on behind what was drawn: the first epoch holds every problem once.
-    order = [rows[0].problem_id for _, groups in steps for rows in groups][:18]
-    assert len(set(order)) == 18
+    order = [rows[0].problem_id for _, groups in steps for rows in groups][:PROBLEMS]
+    assert len(set(order)) == PROBLEMS
     if refill == 4:
         assert last(resumed(recipe, tmp_path / "cut")) == last(tmp_path / "run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -75,7 +76,7 @@ def train(
         else:
             typer.echo(dump_recipe(resolved), nl=False)
         return
-    run = output_dir or next_run_dir(Path(name or "tiny").stem)
+    run = output_dir or next_run_dir(_run_name(name))
     from empg_lite.train import TrainOptions
     from empg_lite.train import train as run_training
 
@@ -85,6 +86,11 @@ def train(
         result = run_training(plan, run, options, out.view())
         out.line(result)
         _say_result(out, result, run)
+
+
+def _run_name(recipe: str | None) -> str:
+    """What runs of a recipe are called: its name, or its file's. A built-in name may hold a dot."""
+    return re.sub(r"\.ya?ml$", "", Path(recipe or "tiny").name)
 
 
 def _say_result(out: Output, result: dict[str, Any], run: Path) -> None:
@@ -209,7 +215,7 @@ def fit(
     from empg_lite.train import TrainOptions
 
     out = Output(as_json)
-    run = output_dir or next_run_dir(f"{Path(recipe or 'tiny').stem}-fit")
+    run = output_dir or next_run_dir(f"{_run_name(recipe)}-fit")
     options = TrainOptions(resume, force, max_minutes, tuple(allow_change or ()), command_line())
     with out.guarded():
         result = run_fit(plan, files, run, source, options, out.view())
