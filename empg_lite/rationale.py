@@ -32,7 +32,8 @@ FinishReason = Literal["stop", "length"]
 VERDICTS = frozenset({"equal", "different", "no_answer", "parse", "too_long", "truncated"})
 #: Failures say that the grader found nothing; the row leaves its problem's mean and K.
 FAILURES = frozenset({"timeout", "memory", "crash"})
-#: Where a completion's tokens come from: drawn by a policy, made here from text, recalled from an earlier step.
+#: Where a completion's tokens come from: drawn by a policy, made here from text, recalled from an earlier
+#: step.
 ORIGINS = frozenset({"sampled", "text", "memory"})
 
 
