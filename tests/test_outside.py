@@ -248,7 +248,7 @@ def test_rows_of_a_server_are_scored_and_fitted(
     stored = read_rollouts(run / "rollouts" / "step-000001.jsonl")[0]
     assert stored.header.sampler["engine"] == "server" and stored.header.reward_name == REWARD
     for r in stored.rationales:
-        assert r.origin == "text" and r.prompt_ids == tuple(r.prompt.encode())
+        assert r.origin == "text" and r.prompt_ids == byte_ids(r.prompt)
         end = (256,) if r.finish_reason == "stop" else ()  # what was cut off did not end
         assert r.completion_ids == (*byte_ids(r.completion), *end)
 

@@ -11,7 +11,7 @@ from conftest import load_fixture_policy
 from test_rationale import rationale
 
 from empg_lite.errors import OutOfMemory
-from empg_lite.estep import estep_metrics, reward_matrix, sample_rationales, weigh
+from empg_lite.estep import estep_metrics, mixture_metrics, reward_matrix, sample_rationales, weigh
 from empg_lite.mstep import FitSettings, m_step
 from empg_lite.policy.policy import collate
 from empg_lite.rationale import Group, Problem, Rationale, flatten, group_rationales
@@ -397,3 +397,19 @@ def test_metrics_of_a_step_by_hand() -> None:
     assert metrics["completions/clipped_ratio"] == pytest.approx(1 / 6)
     assert metrics["reasons/failed"] == pytest.approx(1 / 6)
     assert metrics["em/ess"] == pytest.approx(4**2 / (5 * (4 + 1 + 1)))  # weights 2, 0, 1, 1, 0
+
+
+def test_mixture_metrics_say_where_rows_come_from_and_how_old_they_are() -> None:
+    made = [("sampled", 7), ("sampled", 7), ("sampled", 4), ("text", -1), ("memory", 1)]
+    rows = [rationale(origin=origin, policy_step=step) for origin, step in made]
+    assert mixture_metrics(rows, 7) == {
+        "em/frac_text": 0.2,
+        "em/frac_memory": 0.2,
+        "em/frac_stale": 0.4,  # those drawn at 4 and at 1; the age of text is unknown
+        "em/staleness": (0 + 0 + 3 + 6) / 4,
+        "em/staleness_max": 6.0,
+    }
+    later = mixture_metrics([rationale(policy_step=9), rationale(policy_step=5)], 7)
+    assert (later["em/staleness"], later["em/frac_stale"]) == (2.0, 1.0)  # a later policy is another one too
+    unknown = mixture_metrics([rationale(policy_step=-1)], 7)
+    assert set(unknown.values()) == {0.0}
