@@ -104,6 +104,29 @@ def load_problems(data: DataSection, split: str) -> list[Problem]:
     return _read(data, split, (data.eval_path if evaluates else None) or data.path)[0]
 
 
+def load_solutions(data: DataSection, column: str | None = None) -> dict[str, str]:
+    """Worked solutions of the training rows, as they stand in the file, by problem id.
+
+    Args:
+        column: where they stand; None is ``solution``, or else where the answers are.
+
+    Raises:
+        MissingInput: there is no such split, or its problems come without files.
+        DataError: naming ``file:line: field``.
+    """
+    if data.source in BUNDLED or data.source.startswith(GYM):
+        what = f"the {data.source} problems come without written solutions"
+        raise MissingInput(what, "data.source", "name a source with files, as gsm8k or local")
+    found: dict[str, str] = {}
+    for row in _rows(data, data.split, data.path):
+        question = row.fields[_column(row, data.question_column, _QUESTION_COLUMNS, "question")]
+        named = column or ("solution" if "solution" in row.fields else data.answer_column)
+        cell = row.fields[_column(row, named, _ANSWER_COLUMNS, "answer")]
+        if isinstance(question, str) and isinstance(cell, str):
+            found.setdefault(problem_id(question.strip()), cell.strip())
+    return found
+
+
 def subset(problems: Sequence[Problem], limit: int | None) -> list[Problem]:
     """At most ``limit`` problems, in file order: always the same ones, and not the first of a sorted file."""
     return _cut(problems, min(limit, len(problems)), "subset")[1] if limit is not None else list(problems)
@@ -182,9 +205,7 @@ def _read(data: DataSection, split: str, path: str | None) -> tuple[list[Problem
     if data.source.startswith(GYM):
         problems, left_out = gym_problems(data.source, split)
         return problems, Counter(left_out)
-    rows = (
-        read_rows(find_file(Path(path), split, _file_stem(data.source))) if path else _hub_rows(data, split)
-    )
+    rows = _rows(data, split, path)
     seen: dict[str, tuple[Problem, str]] = {}
     dropped: Counter[str] = Counter()
     for row in rows:
@@ -204,6 +225,13 @@ def _read(data: DataSection, split: str, path: str | None) -> tuple[list[Problem
         what = f"no row has {'an answer' if data.source == 'math' else f'the level {_MATH_HARD_LEVEL!r}'}"
         raise DataError(what, f"{rows[0].where}: level", "check that this is the right file")
     return [problem for problem, _ in seen.values()], dropped
+
+
+def _rows(data: DataSection, split: str, path: str | None) -> list[Row]:
+    """The rows of a split as they stand in its file, or on the hub where no path is set."""
+    if path is None or path == "":
+        return _hub_rows(data, split)
+    return read_rows(find_file(Path(path), split, _file_stem(data.source)))
 
 
 def _file_stem(source: str) -> str:

@@ -154,7 +154,7 @@ def estep_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "completions/mean_length": sum(lengths) / len(lengths),
         "completions/mean_length_right": sum(right) / len(right) if right else 0.0,
         "completions/clipped_ratio": reasons["truncated"] / len(rows),
-        **{f"reasons/{name}": count / len(rows) for name, count in sorted(reasons.items()) if name},
+        **{f"reasons/{name}": reasons[name] / len(rows) for name in sorted(filter(None, reasons))},
         "reasons/failed": sum(reasons[name] for name in FAILURES) / len(rows),
     }
 

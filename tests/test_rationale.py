@@ -93,6 +93,8 @@ def test_foreign_text_needs_little(tmp_path: Path) -> None:
         ({"step": True}, ":2: step"),
         ({"finish_reason": "eos"}, ":2: finish_reason"),
         ({"reason": "meh"}, ":2: reason"),
+        ({"origin": "dreamt"}, ":2: origin"),
+        ({"origin": 1}, ":2: origin"),
         ({"completion": None}, ":2: completion"),
     ],
 )
@@ -170,3 +172,14 @@ def test_a_term_outside_its_range_is_refused(tmp_path: Path, bad: object) -> Non
     path.write_text(json.dumps(line) + "\n")
     with pytest.raises(DataError, match=r"r.jsonl:1: terms.concise"):
         read_rollouts(path)
+
+
+def test_origin_survives_and_older_files_have_none(tmp_path: Path) -> None:
+    rows = [rationale(origin=origin) for origin in ("sampled", "text", "memory")]
+    path = tmp_path / "r.jsonl"
+    path.write_text(encode_rollouts(HEADER, rows), "utf-8")
+    assert list(read_rollouts(path)[0].rationales) == rows
+    older = json.loads(rationale_line(rows[1]))
+    del older["origin"]
+    path.write_text(json.dumps(older) + "\n")
+    assert read_rollouts(path)[0].rationales[0].origin == "sampled"

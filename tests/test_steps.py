@@ -397,6 +397,23 @@ def test_metrics_of_a_step_by_hand() -> None:
     assert metrics["completions/mean_length"] == 3.0
     assert metrics["completions/clipped_ratio"] == pytest.approx(1 / 6)
     assert metrics["reasons/failed"] == pytest.approx(1 / 6)
-    assert mixture_metrics(flatten(groups), 0)["em/ess"] == pytest.approx(
-        4**2 / (5 * (4 + 1 + 1))
-    )  # weights 2, 0, 1, 1, 0
+    weights = [r.weight for r in flatten(groups) if not r.failed]
+    assert weights == [2.0, 0.0, 1.0, 1.0, 0.0]
+    assert mixture_metrics(flatten(groups), 0)["em/ess"] == pytest.approx(4**2 / (5 * (4 + 1 + 1)))
+
+
+def test_mixture_metrics_say_where_rows_come_from_and_how_old_they_are() -> None:
+    made = [("sampled", 7), ("sampled", 7), ("sampled", 4), ("text", -1), ("memory", 1)]
+    rows = [rationale(origin=origin, policy_step=step, weight=1.0) for origin, step in made]
+    assert mixture_metrics(rows, 7) == {
+        "em/ess": 1.0,
+        "em/frac_text": 0.2,
+        "em/frac_memory": 0.2,
+        "em/frac_stale": 0.4,  # those drawn at 4 and at 1; the age of text is unknown
+        "em/staleness": (0 + 0 + 3 + 6) / 4,
+        "em/staleness_max": 6.0,
+    }
+    later = mixture_metrics([rationale(policy_step=s, weight=1.0) for s in (9, 5)], 7)
+    assert (later["em/staleness"], later["em/frac_stale"]) == (2.0, 1.0)  # a later policy is another one too
+    unknown = mixture_metrics([rationale(policy_step=-1, weight=0.0)], 7)
+    assert set(unknown.values()) == {0.0}
