@@ -20,6 +20,7 @@ Shapes: P problems, K rationales of each, B rows (sequences), T padded tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -159,6 +160,44 @@ def k3(logprobs: Tensor, logprobs_old: Tensor, mask: Tensor) -> float:
         mask: ``(B, T)`` bool.
     """
     return k3_sum(logprobs, logprobs_old, mask) / max(int(mask.sum()), 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """How far a fit has moved the policy, measured on the step's own samples.
+
+    Attributes:
+        k3, k1: two estimates of KL(pi_old || pi_theta), nats a token, over all rows, right and wrong.
+        right, wrong: mean of log pi_theta - log pi_old of a whole rationale, nats; 0 where there is none.
+            Wrong ones diving while right ones hardly rise is how weights below 0 end a run.
+        largest: largest absolute log-ratio of a token, nats.
+    """
+
+    k3: float = 0.0
+    k1: float = 0.0
+    right: float = 0.0
+    wrong: float = 0.0
+    largest: float = 0.0
+
+
+def drift(logprobs: Tensor, logprobs_old: Tensor, mask: Tensor, right: Tensor) -> Drift:
+    """See ``Drift``.
+
+    Args:
+        logprobs, logprobs_old: ``(B, T)`` nats, of the trainer, all rows of the step.
+        mask: ``(B, T)`` bool.
+        right: ``(B,)`` bool.
+    """
+    assert right.shape == mask.shape[:1] and right.dtype == torch.bool
+    d = log_ratios(logprobs, logprobs_old, mask).double()  # (B, T)
+    rows, tokens = d.sum(1), int(mask.sum())  # (B,)
+    return Drift(
+        k3=k3(logprobs, logprobs_old, mask),
+        k1=-float(d.sum()) / max(tokens, 1),
+        right=float(rows[right].mean()) if right.any() else 0.0,
+        wrong=float(rows[~right].mean()) if not right.all() else 0.0,
+        largest=float(d.abs().max()) if d.numel() else 0.0,
+    )
 
 
 def effective_sample_size(weights: Tensor) -> float:

@@ -143,6 +143,7 @@ def estep_metrics(groups: Sequence[Group]) -> dict[str, float]:
     graded = rewards[valid]
     lengths = [len(r.completion_ids) for r in rows]
     right = [n for r, n in zip(rows, lengths, strict=True) if r.reward and not r.failed]
+    texts = {(r.problem_id, r.completion) for r in rows if r.reward and not r.failed}
     reasons = Counter(r.reason for r in rows)
     signal = group_signal(rewards, valid)
     return {
@@ -153,6 +154,7 @@ def estep_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "em/frac_wrong_paid": _wrong_paid(groups),
         "completions/mean_length": sum(lengths) / len(lengths),
         "completions/mean_length_right": sum(right) / len(right) if right else 0.0,
+        "completions/distinct_right": len(texts) / len(right) if right else 0.0,
         "completions/clipped_ratio": reasons["truncated"] / len(rows),
         **{f"reasons/{name}": reasons[name] / len(rows) for name in sorted(filter(None, reasons))},
         "reasons/failed": sum(reasons[name] for name in FAILURES) / len(rows),
@@ -178,6 +180,7 @@ def mixture_metrics(rows: Sequence[Rationale], policy_step: int) -> dict[str, fl
     ages = [abs(policy_step - r.policy_step) for r in rows if r.policy_step >= 0]
     origins = Counter(r.origin for r in rows)
     return {
+        "em/weight_max": max(abs(r.weight or 0.0) for r in rows),
         "em/ess": effective_sample_size(torch.tensor([r.weight for r in rows if not r.failed])),
         "em/frac_text": origins["text"] / len(rows),
         "em/frac_memory": origins["memory"] / len(rows),

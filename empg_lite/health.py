@@ -18,6 +18,8 @@ MIXED_WARN = 0.1
 #: Share of the answers handed to the grader on which it failed: above the first it is said; above the second,
 #: two steps in a row, the rewards are noise.
 FAILURES_WARN, FAILURES_STOP = 0.2, 0.5
+#: Nats that a wrong rationale may lose in one fit while a right one gains less than the second figure.
+WRONG_DIVES, RIGHT_RISES = 2.0, 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ def diagnose(
     """What keeps a step's samples from teaching; empty where they are fine.
 
     Args:
-        record: ``estep_metrics`` of the samples.
+        record: ``estep_metrics`` of the samples, and what the fit measured of its ``Drift``, if it did.
         rows: how many samples those are.
         error: what the last grader failure said.
     """
@@ -74,6 +76,11 @@ def diagnose(
         what = f"in {share} of the problems no answer is right, yet rewards differ, which teaches to be wrong"
         todo = "let shaping multiply correctness (`math * concise:600`)"
         found.append(Finding("wrong_paid", what, todo))
+    if record.get("em/dlogp_wrong", 0.0) < -WRONG_DIVES and record["em/dlogp_right"] < RIGHT_RISES:
+        what = f"the fit took {-record['em/dlogp_wrong']:.1f} nats from each wrong rationale and gave the "
+        what += f"right ones {record['em/dlogp_right']:.1f}: it pushes away more than it teaches"
+        todo = "lower optim.learning_rate or em.passes, or take em.weighting: posterior"
+        found.append(Finding("collapse", what, todo))
     return tuple(found)
 
 

@@ -13,8 +13,9 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from empg_lite.em import denominator, k3_sum, m_step_loss
+from empg_lite.em import Drift, denominator, drift, m_step_loss
 from empg_lite.errors import OutOfMemory
 from empg_lite.policy.policy import Policy, collate
 from empg_lite.rationale import Rationale
@@ -43,7 +44,7 @@ class FitStats:
         updates: optimiser steps taken (0 where every weight is 0).
         skipped_nonfinite: passes whose gradient was not finite and was thrown away.
         loss, grad_norm: of the first pass; None where there was none.
-        kl_old: k3 estimate of KL(policy at the start || now) in nats a token; None where not measured.
+        drift: how far the policy moved from where the fit began; None where not measured.
         rows_fitted: rows of non-zero weight in the first pass.
         micro_batch_tokens: the budget in force at the end (smaller after an out-of-memory back-off).
     """
@@ -52,9 +53,14 @@ class FitStats:
     skipped_nonfinite: int
     loss: float | None
     grad_norm: float | None
-    kl_old: float | None
+    drift: Drift | None
     rows_fitted: int
     micro_batch_tokens: int
+
+    @property
+    def kl_old(self) -> float | None:
+        """k3 estimate of KL(policy at the start || now), nats a token."""
+        return None if self.drift is None else self.drift.k3
 
 
 def m_step(
@@ -72,7 +78,7 @@ def m_step(
     Args:
         rationales: every row of the step, those of weight 0 too: they count in the denominator.
         scaler: loss scaling for float16.
-        measure_kl: measure ``kl_old`` at the end even where nothing else asks for it.
+        measure_kl: measure ``drift`` at the end even where nothing else asks for it.
 
     Raises:
         OutOfMemory: a single row does not fit.
@@ -83,7 +89,7 @@ def m_step(
     fitter = _Fitter(policy, optimizer, rationales, z, settings, scaler, on_done)
     if not any(weights):
         # Not even an empty optimiser step: Adam's momentum would move the weights.
-        return fitter.stats(kl_old=0.0 if measure_kl else None)
+        return fitter.stats(Drift() if measure_kl else None)
 
     reuse = settings.passes > 1
     with policy.training():
@@ -91,11 +97,11 @@ def m_step(
         for n_pass in range(settings.passes):
             if n_pass == 1:
                 weights = [max(w, 0.0) for w in weights]  # from here on the samples are reused
-            if n_pass and old is not None and fitter.kl(old) > settings.kl_stop:
+            if n_pass and old is not None and fitter.drift(old).k3 > settings.kl_stop:
                 break
             if any(weights):
                 fitter.fit(weights)
-        return fitter.stats(kl_old=fitter.kl(old) if old is not None else None)
+        return fitter.stats(fitter.drift(old) if old is not None else None)
 
 
 def _weight(rationale: Rationale) -> float:
@@ -177,30 +183,28 @@ class _Fitter:
                 self.on_done(len(batch))
         return total
 
-    def logprobs(self) -> dict[int, Tensor]:
-        """Trainer log-probs of every row's completion, right and wrong: {row: (T,)} on the CPU."""
+    def logprobs(self) -> Tensor:
+        """Trainer log-probs of every row's completion, right and wrong: (B, T) on the CPU, 0 behind it."""
 
-        def measure() -> dict[int, Tensor]:
+        def measure() -> Tensor:
             found: dict[int, Tensor] = {}
             with torch.no_grad():
                 for batch in self._micro_batches(range(len(self.rows))):
                     logprobs, mask = self._score(batch)
                     found |= {i: logprobs[b][mask[b]].cpu() for b, i in enumerate(batch)}
-            return found
+            return pad_sequence([found[i] for i in range(len(self.rows))], batch_first=True)
 
         return self._with_backoff(measure)
 
-    def kl(self, old: dict[int, Tensor]) -> float:
-        """k3 over all rows against the log-probs at the start, nats a token."""
-        now = self.logprobs()
-        flat_old = torch.cat([old[i] for i in sorted(old)])[None]
-        flat_now = torch.cat([now[i] for i in sorted(now)])[None]
-        total = k3_sum(flat_now, flat_old, torch.ones_like(flat_now, dtype=torch.bool))
-        return total / max(flat_now.numel(), 1)
+    def drift(self, old: Tensor) -> Drift:
+        """Over all rows, against the log-probs at the start."""
+        lengths = torch.tensor([len(r.completion_ids) for r in self.rows])
+        mask = torch.arange(old.shape[1]) < lengths[:, None]  # (B, T)
+        return drift(self.logprobs(), old, mask, torch.tensor([r.right for r in self.rows]))
 
-    def stats(self, kl_old: float | None) -> FitStats:
+    def stats(self, moved: Drift | None) -> FitStats:
         loss, norm = self.first or (None, None)
-        return FitStats(self.updates, self.nonfinite, loss, norm, kl_old, self.fitted, self.budget)
+        return FitStats(self.updates, self.nonfinite, loss, norm, moved, self.fitted, self.budget)
 
     def _score(self, batch: Sequence[int]) -> tuple[Tensor, Tensor]:
         pairs = [(self.rows[i].prompt_ids, self.rows[i].completion_ids) for i in batch]

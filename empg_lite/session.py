@@ -25,6 +25,7 @@ from empg_lite.checkpoint import (
     save_checkpoint,
 )
 from empg_lite.control import Clock
+from empg_lite.em import Drift
 from empg_lite.errors import GraderUnusable, NoSignal, NumericalStop
 from empg_lite.estep import estep_metrics, mixture_metrics, weigh
 from empg_lite.health import FAILURES_STOP, Finding, diagnose, graded_failures
@@ -125,7 +126,7 @@ class Session:
             "em/updates": stats.updates,
             "em/policy_step": state.policy_step,
             "em/skipped_nonfinite": stats.skipped_nonfinite,
-            **({"em/kl_old": stats.kl_old} if stats.kl_old is not None else {}),
+            **_drift_metrics(stats.drift),
             "step_time": sum(times.values()),
             **{f"time/{name}": seconds for name, seconds in times.items()},
             **_memory(),
@@ -280,6 +281,18 @@ def summarise(run: Path, recipe: Recipe, state: TrainState, clock: Clock) -> dic
         result[f"accuracy_{name}"] = figures and figures["pass@1"]
         result[f"t1_accuracy_{name}"] = figures and figures["t1_accuracy"]
     return result
+
+
+def _drift_metrics(drift: Drift | None) -> dict[str, float]:
+    if drift is None:
+        return {}
+    return {
+        "em/kl_old": drift.k3,
+        "em/kl_old_k1": drift.k1,
+        "em/dlogp_right": drift.right,
+        "em/dlogp_wrong": drift.wrong,
+        "em/logratio_max": drift.largest,
+    }
 
 
 def _memory() -> dict[str, float]:

@@ -227,6 +227,23 @@ def test_k3_is_the_kl_of_old_from_new() -> None:
         close(log_ratios(new, old, MASK).sum(1), np.log(q / p))
 
 
+def test_drift_by_definition() -> None:
+    old, new = table(torch.tensor(THETA)), table(torch.tensor(THETA + np.array([0.3, 0, 0.3, 0, -0.2])))
+    right = torch.tensor([True, False, True, False, False, True, False])
+    moved = em.drift(new, old, MASK, right)
+    d = [
+        [float(new[b, t] - old[b, t]) for t in range(2) if MASK[b, t]] for b in range(7)
+    ]  # token by token, ragged
+    tokens, sums = [x for row in d for x in row], np.array([sum(row) for row in d])
+    close(moved.k1, -sum(tokens) / len(tokens))
+    close(moved.k3, ref.k3(new.tolist(), old.tolist(), MASK.tolist()))
+    close([moved.right, moved.wrong], [sums[right].mean(), sums[~right].mean()])
+    rejects(moved.right, sums.mean())
+    close(moved.largest, max(map(abs, tokens)))
+    assert em.drift(old, old, MASK, right) == em.Drift()
+    assert em.drift(new, old, MASK, right | True).wrong == 0.0
+
+
 def test_effective_sample_size() -> None:
     assert em.effective_sample_size(torch.zeros(4)) == 0.0
     assert em.effective_sample_size(torch.zeros(0)) == 0.0

@@ -56,6 +56,17 @@ def test_findings(groups: list[str], expected: list[tuple[str, bool]]) -> None:
     assert findings(samples(*groups)) == expected
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong", "said"),
+    [(0.1, -2.1, True), (0.3, -2.1, False), (0.1, -1.9, False), (-3.0, -3.0, True)],
+)
+def test_a_fit_that_only_pushes_away_is_named(right: float, wrong: float, said: bool) -> None:
+    record = estep_metrics(weigh(group_rationales(samples("RRww")), weighting="centered"))
+    record |= {"em/dlogp_right": right, "em/dlogp_wrong": wrong}
+    kinds = [f.kind for f in diagnose(record, rows=4, max_new_tokens=64)]
+    assert kinds == (["collapse"] if said else [])
+
+
 def test_what_helps_depends_on_the_cause() -> None:
     def advice(*groups: str) -> str:
         rows = samples(*groups)

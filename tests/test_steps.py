@@ -190,7 +190,7 @@ def test_kl_stop_ends_the_passes(model_dir: Path) -> None:
 
 def test_measured_kl_is_k3_over_all_rows(model_dir: Path) -> None:
     policy = load_fixture_policy(model_dir)
-    given = rows()
+    given = [dataclasses.replace(r, reward=float(i % 2)) for i, r in enumerate(rows())]
 
     def logprobs() -> torch.Tensor:
         with torch.no_grad():
@@ -203,6 +203,12 @@ def test_measured_kl_is_k3_over_all_rows(model_dir: Path) -> None:
     stats = m_step(policy, sgd(policy), given, SETTINGS, measure_kl=True)
     d = logprobs() - old
     assert stats.kl_old == pytest.approx(float((d.exp() - 1 - d).mean()), rel=1e-3)
+    assert stats.drift is not None
+    sums = [float(part.sum()) for part in d.split([len(r.completion_ids) for r in given])]
+    for mean, wanted in ((stats.drift.right, True), (stats.drift.wrong, False)):
+        own = [s for s, r in zip(sums, given, strict=True) if r.right == wanted]
+        assert mean == pytest.approx(sum(own) / len(own), rel=1e-4)
+    assert stats.drift.largest == pytest.approx(float(d.abs().max()), rel=1e-4)
 
 
 @pytest.mark.parametrize("fail_on_call", [1, 2])
@@ -397,6 +403,8 @@ def test_metrics_of_a_step_by_hand() -> None:
     assert metrics["completions/mean_length"] == 3.0
     assert metrics["completions/clipped_ratio"] == pytest.approx(1 / 6)
     assert metrics["reasons/failed"] == pytest.approx(1 / 6)
+    assert metrics["completions/distinct_right"] == pytest.approx(2 / 3)  # "b" said the same thing twice
+    assert mixture_metrics(flatten(groups), 0)["em/weight_max"] == 2.0
     weights = [r.weight for r in flatten(groups) if not r.failed]
     assert weights == [2.0, 0.0, 1.0, 1.0, 0.0]
     assert mixture_metrics(flatten(groups), 0)["em/ess"] == pytest.approx(4**2 / (5 * (4 + 1 + 1)))
@@ -407,6 +415,7 @@ def test_mixture_metrics_say_where_rows_come_from_and_how_old_they_are() -> None
     rows = [rationale(origin=origin, policy_step=step, weight=1.0) for origin, step in made]
     assert mixture_metrics(rows, 7) == {
         "em/ess": 1.0,
+        "em/weight_max": 1.0,
         "em/frac_text": 0.2,
         "em/frac_memory": 0.2,
         "em/frac_stale": 0.4,  # those drawn at 4 and at 1; the age of text is unknown
