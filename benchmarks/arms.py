@@ -276,6 +276,7 @@ def _record(step: int, rows: Sequence[Rationale], seconds: float, updates: int) 
         "reward": len(right) / len(rows),
         "length": sum(lengths) / len(rows),
         "length_right": sum(right) / len(right) if right else None,
+        "worked": sum(" = " in r.completion for r in rows) / len(rows),
         "seconds": round(seconds, 3),
         "updates": updates,
     }
@@ -305,5 +306,6 @@ def _examine(examiner: Examiner, problems: Sequence[Problem], full: bool) -> dic
         sampled = examiner.evaluate(problems[:SAMPLED], samples=SAMPLES)
         figures |= {name: sampled.summary()[name] for name in ("t1_accuracy", f"pass@{SAMPLES}")}
         rows = [r for answers in sampled.sampled for r in answers]
+        figures["t1_worked"] = sum(" = " in r.completion for r in rows) / len(rows)
         figures["t1_length"] = sum(len(r.completion_ids) for r in rows) / len(rows)
     return figures
