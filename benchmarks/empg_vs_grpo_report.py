@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -12,7 +13,8 @@ from arms import Setting
 from empg_vs_grpo import ARMS, HARD, RATES, SEEDS, TINY, Results, best_rate, chosen, remembering, sweep
 from scipy.stats import t as student
 
-FIGURES = Path(__file__).parents[1] / "docs" / "figures"
+PAGE = Path(__file__).parents[1] / "docs" / "empg-vs-grpo.md"
+FIGURES = PAGE.parent / "figures"
 LABELS = {
     "empg": "EMPG",
     "empg-b.5": "EMPG, baseline .5",
@@ -405,9 +407,19 @@ def _stale(axis: Any, ages: Mapping[str, Sequence[Any]]) -> None:
     axis.legend(frameon=False, fontsize=8)
 
 
+def fill(page: str, made: Mapping[str, str]) -> str:
+    """The page with each table between its markers, ``<!-- NAME -->`` and ``<!-- /NAME -->``, made anew."""
+    for name, text in made.items():
+        inside = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        page = inside.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page)
+    return page
+
+
 def report(results: Results) -> None:
-    """Print every table and draw every figure."""
-    for name, text in tables(results).items():
+    """Print every table, put it into the page, and draw every figure."""
+    made = tables(results)
+    for name, text in made.items():
         print(f"## {name}\n\n{text}\n")
-    for path in draw(results):
+    PAGE.write_text(fill(PAGE.read_text("utf-8"), made), "utf-8")
+    for path in (PAGE, *draw(results)):
         print(path)

@@ -21,8 +21,17 @@ from hypothesis import strategies as st
 
 from empg_lite.policy.templates import TEMPLATES
 from empg_lite.rationale import Problem, problem_id
-from empg_lite.tiny import HARD, TINY, Difficulty, model_path, tiny_problems
-from empg_lite.tiny.problems import Story, blurted, careful, careless, stories
+from empg_lite.tiny import BUNDLED, HARD, TINY, Difficulty, model_path, tiny_problems
+from empg_lite.tiny.problems import (
+    Story,
+    blurted,
+    careful,
+    careless,
+    compute,
+    habit,
+    habitual,
+    stories,
+)
 
 STEP = re.compile(r" (-?\d+) ([-+*/]) (\d+) = (-?\d+)\.")
 
@@ -44,6 +53,16 @@ def test_problems_are_the_same_everywhere() -> None:
     )
 
 
+def test_the_harder_problems_are_the_same_everywhere() -> None:
+    rows = [
+        f"{p.id}\t{p.question}\t{p.gold}\n"
+        for split in ("train", "test")
+        for p in tiny_problems(split, BUNDLED["tiny-hard"])
+    ]
+    assert len(rows) == 4500
+    assert hashlib.sha256("".join(rows).encode()).hexdigest()[:16] == "75cf20af5c1f2b30"
+
+
 def test_splits_are_disjoint_by_text_and_ids_come_from_the_text() -> None:
     train, test = tiny_problems("train"), tiny_problems("test")
     assert (len(train), len(test)) == (4000, 500)
@@ -55,6 +74,9 @@ def test_splits_are_disjoint_by_text_and_ids_come_from_the_text() -> None:
 def test_an_unknown_split_names_the_known_ones() -> None:
     with pytest.raises(ValueError, match="'validation'.*test, train"):
         tiny_problems("validation")
+
+
+bundled = pytest.mark.parametrize("name", BUNDLED)
 
 
 def numbers(text: str) -> list[int]:
@@ -131,6 +153,30 @@ def test_careless_and_blurted_solutions_are_mostly_wrong_and_look_the_part() -> 
     assert [careless(s, rng, slip=0.0) for s in drawn] == [careful(s) for s in drawn]
 
 
+def test_a_habit_slips_as_often_as_it_says_and_always_the_same_way() -> None:
+    drawn, rng = list(islice(stories(5, HARD), 3000)), Random(0)
+    expected = variance = 0.0
+    slips, all_right = 0, 0
+    for story in drawn:
+        text = habitual(story, rng)
+        steps = [(int(a), op, int(b), int(c)) for a, op, b, c in STEP.findall(text)]
+        assert len(steps) == len(story.steps)
+        assert text.rpartition("#### ")[2] == str(steps[-1][3])
+        assert all(one[3] == two[0] for one, two in zip(steps, steps[1:], strict=False)), "carried on"
+        for left, op, right, result in steps:
+            true = compute(left, op, right).result
+            slip, by = habit(op, left % 10, right % 10)
+            assert result in (true, max(true + by, 1)) and (slip or result == true)
+            if max(true + by, 1) != true:
+                expected, variance = expected + slip, variance + slip * (1 - slip)
+                slips += result != true
+        all_right += text.endswith(f"#### {story.answer}")
+    assert abs(slips - expected) < 4 * variance**0.5
+    assert 0.3 < all_right / 3000 < 0.6
+    facts = [habit(op, a, b)[0] for op in "+-*/" for a in range(10) for b in range(10)]
+    assert 0.35 < sum(p > 0 for p in facts) / 400 < 0.55, "most facts are known well"
+
+
 def test_answers_are_not_degenerate() -> None:
     golds = Counter(p.gold for p in tiny_problems("train"))
     assert len(golds) >= 45
@@ -150,8 +196,9 @@ def test_neither_torch_nor_transformers_is_imported() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_the_model_folder_is_complete_and_small() -> None:
-    sizes = {path.name: path.stat().st_size for path in model_path().iterdir()}
+@bundled
+def test_the_model_folder_is_complete_and_small(name: str) -> None:
+    sizes = {path.name: path.stat().st_size for path in model_path(name).iterdir()}
     assert set(sizes) == {
         "config.json",
         "generation_config.json",
@@ -264,12 +311,17 @@ def test_completions_fit_the_recipe(tokenizer: Any) -> None:
 # ---- model -----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module", params=BUNDLED)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def model() -> Any:
+def model(name: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     loaded, report = AutoModelForCausalLM.from_pretrained(
-        model_path(), local_files_only=True, output_loading_info=True
+        model_path(name), local_files_only=True, output_loading_info=True
     )
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return loaded.eval()
@@ -288,10 +340,10 @@ def test_the_model_is_a_small_qwen2(model: Any, tokenizer: Any) -> None:
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def test_the_base_model_can_reason_and_usually_does_not(model: Any, tokenizer: Any) -> None:
+def test_the_base_model_can_reason_and_usually_does_not(model: Any, name: str, tokenizer: Any) -> None:
     import torch
 
-    problems = tiny_problems("test")[:60]
+    problems = tiny_problems("test", BUNDLED[name])[:60]
     prompts = [TEMPLATES["plain"].render(p.question) for p in problems]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
 
@@ -305,7 +357,7 @@ def test_the_base_model_can_reason_and_usually_does_not(model: Any, tokenizer: A
 
     greedy = completions(do_sample=False)
     assert sum(right(greedy, 1)) / 60 < 0.35
-    assert all(text.startswith(" ####") for text in greedy)
+    assert sum(text.startswith(" ####") for text in greedy) / 60 >= {"tiny": 1.0, "tiny-hard": 0.7}[name]
 
     torch.manual_seed(0)
     samples = completions(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=8)
