@@ -10,9 +10,9 @@ minutes with two threads beside other work; greedy 12.4%, 14 tokens; T=1 20%, 26
 The corpus is an endless stream of the project's own word problems with written solutions in three manners:
 most blurt out an answer, some work step by step carelessly, a minority work step by step and get it right.
 What comes out is a base model that can reason and usually does not. Two phases: mostly careful solutions,
-where the arithmetic is learned, then the mix, with the learning rate falling to zero. For ``tiny-hard`` the
-worked solutions of the mix know some facts wrongly, each in its own way: training can unlearn them one by one,
-so that there is something left to learn when working has won.
+where the arithmetic is learned, then the mix, with the learning rate falling to zero. The worked solutions of
+``tiny-hard``'s mix know some facts wrongly, each in its own way: training can unlearn them one by one, so
+something is left to learn when working has won.
 """
 
 from __future__ import annotations
