@@ -40,6 +40,8 @@ from empg_lite.runs import METRICS, Opened, rollout_path, write_run_files
 #: Steps in a row without any signal, or with a non-finite gradient, after which going on is pointless.
 DEAD_STEPS = 10
 NONFINITE_STEPS = 5
+#: Passes above which reuse trades with the learning rate and gains nothing (measured on toy tasks).
+MANY_PASSES = 4
 #: Steps within which the same finding is not said again.
 SILENCE = 10
 
@@ -71,6 +73,8 @@ class Session:
             journal.event("resumed", step=self.learner.state.step, checkpoint=opened.checkpoint.name)
             view.note(f"resumed from {opened.checkpoint.name}")
         self._recent: deque[Mapping[str, Any]] = deque(read_metrics(run / METRICS)[-SILENCE:], SILENCE)
+        if self.recipe.em.passes > MANY_PASSES:
+            view.warn(f"em.passes {self.recipe.em.passes}: above {MANY_PASSES} more passes gain little, and drift")
         for event in opened.events:
             journal.event(**event)
         write_run_files(run, self.recipe, command)
