@@ -74,7 +74,9 @@ class Session:
             view.note(f"resumed from {opened.checkpoint.name}")
         self._recent: deque[Mapping[str, Any]] = deque(read_metrics(run / METRICS)[-SILENCE:], SILENCE)
         if self.recipe.em.passes > MANY_PASSES:
-            view.warn(f"em.passes {self.recipe.em.passes}: above {MANY_PASSES} more passes gain little, and drift")
+            view.warn(
+                f"em.passes is {self.recipe.em.passes}: above {MANY_PASSES} they gain little, and drift"
+            )
         for event in opened.events:
             journal.event(**event)
         write_run_files(run, self.recipe, command)
