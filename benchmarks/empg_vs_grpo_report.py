@@ -123,7 +123,6 @@ def main_table(
     results: Results, task: str, passes: int = 1, arms: Sequence[str] = ARMS, **changes: Any
 ) -> str:
     base = base_of(results, task)
-    rival = row_of(results, task, "grpo", passes, **changes)
     rows = [
         [
             "base model",
@@ -132,14 +131,13 @@ def main_table(
             points([r["pass@8"] for r in base]),
             f"{base[0]['mean_length']:.1f}",
             f"{mean(r['t1_length'] for r in base):.1f}",
-            *[""] * 4,
+            *[""] * 2,
         ]
     ]
     for arm in arms:
         runs = row_of(results, task, arm, passes, **changes)
         if runs is None:
             continue
-        beside = difference(runs, rival, greedy) if rival and arm != "grpo" else None
         rows.append(
             [
                 LABELS[arm],
@@ -150,12 +148,27 @@ def main_table(
                 f"{mean(r['t1_length'] for r in runs):.1f}",
                 f"{mean(r['seconds'] for r in runs):.0f}",
                 f"{sum(collapsed(r, mean(map(t1, base))) for r in runs)} of {len(runs)}",
-                points(beside, signed=True) if beside else "",
-                f"{sum(d > 0 for d in beside)} of {len(beside)}" if beside else "",
             ]
         )
-    header = "arm|greedy|T=1|pass@8|length|length, T=1|CPU s|collapsed|greedy − GRPO|seeds won".split("|")
+    header = "arm|greedy|T=1|pass@8|length|length, T=1|CPU s|collapsed".split("|")
     return table(header, rows) if len(rows) > 1 else ""
+
+
+def paired_table(
+    results: Results, task: str, passes: int = 1, arms: Sequence[str] = ARMS, **changes: Any
+) -> str:
+    """EMPG minus each other arm, seed by seed."""
+    ours = row_of(results, task, "empg", passes, **changes)
+    rows = []
+    for arm in arms:
+        theirs = row_of(results, task, arm, passes, **changes)
+        if arm == "empg" or ours is None or theirs is None:
+            continue
+        gain = difference(ours, theirs, greedy)
+        others = [difference(ours, theirs, figure) for figure in (t1, lambda r: float(r["pass@8"]))]
+        won = f"{sum(d > 0 for d in gain)} of {len(gain)}"
+        rows.append([LABELS[arm], points(gain, signed=True), won, *(points(d, signed=True) for d in others)])
+    return table(["EMPG minus", "greedy", "seeds won", "T=1", "pass@8"], rows) if rows else ""
 
 
 def changes_table(
@@ -314,6 +327,7 @@ def tables(results: Results) -> dict[str, str]:
     found = {
         "rates": rates_table(results, HARD),
         "main": main_table(results, HARD),
+        "paired": paired_table(results, HARD),
         "clock": clock_table(results, HARD),
         "stale": changes_table(results, ARMS, "stale", (1, 4), ("1 step stale", "4 steps stale")),
         "noise": changes_table(results, ARMS, "noise", (0.02, 0.05), ("2% let pass", "5% let pass")),
@@ -321,6 +335,7 @@ def tables(results: Results) -> dict[str, str]:
         "length": length_table(results, HARD),
         "rates-tiny": rates_table(results, TINY),
         "main-tiny": main_table(results, TINY),
+        "paired-tiny": paired_table(results, TINY),
         "k": k_table(results),
         "kl-stop": kl_stop_table(results),
         "relatives": main_table(results, HARD, arms=("empg", "grpo", "rloo", "raft"))
@@ -330,6 +345,7 @@ def tables(results: Results) -> dict[str, str]:
     for passes in (2, 4):
         found[f"rates-{passes}"] = rates_table(results, HARD, passes)
         found[f"passes-{passes}"] = main_table(results, HARD, passes)
+        found[f"paired-{passes}"] = paired_table(results, HARD, passes)
     return {name: text for name, text in found.items() if text}
 
 

@@ -139,9 +139,11 @@ def test_rates_are_chosen_on_their_own_seeds_and_differences_are_paired() -> Non
     assert ours is not None and theirs is not None
     gains = report.difference(ours, theirs, report.greedy)
     assert gains == pytest.approx([0.05 + 0.001 * seed for seed in range(8)])
-    table = report.main_table(results, "tiny")
     # half-width: t(7) = 2.3646 times sd 0.0024495 / sqrt(8)
-    assert "| +5.4 ± 0.2 | 8 of 8 |" in table.splitlines()[3]
+    table = report.paired_table(results, "tiny").splitlines()
+    assert [
+        line for line in table if "GRPO | +5.4 ± 0.2 | 8 of 8 | +2.7 ± 0.1 |" in line and "Dr" not in line
+    ]
     assert report.row_of(results, "tiny-hard", "empg") is None
 
 
