@@ -15,8 +15,9 @@ import gzip
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, replace
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
@@ -92,7 +93,7 @@ STAGES: dict[str, Callable[[Results], list[Setting]]] = {
     "base": lambda _: [Setting(t, "empg", 1e-3, seed, steps=0) for t in (HARD, TINY) for seed in SEEDS],
     "sweep": lambda _: sweep(HARD),
     "main": lambda r: chosen(r, HARD),
-    "memory": lambda r: _each((0, 1, 2), lambda size: remembering(r, size)),
+    "memory": lambda r: _each((0, 1), lambda size: remembering(r, size)),
     "stale-4": lambda r: chosen(r, HARD, stale=4),
     "sweep-tiny": lambda _: sweep(TINY),
     "main-tiny": lambda r: chosen(r, TINY),
@@ -134,7 +135,7 @@ def run(names: Sequence[str], workers: int, path: Path = RESULTS) -> None:
             settings = STAGES[name](results)
             missing = [s for s in settings if s not in results]
             print(f"{name}: {len(settings) - len(missing)} of {len(settings)} runs there", flush=True)
-            for record in _trained(pool, missing):
+            for record in _trained(pool, missing, workers):
                 setting = Setting(**record["setting"])
                 results[setting] = record
                 with gzip.open(path, "at", encoding="utf-8") as file:
@@ -142,9 +143,15 @@ def run(names: Sequence[str], workers: int, path: Path = RESULTS) -> None:
                 print(f"  {_label(setting)}: {record['pass@1']:.1%}, {record['seconds']:.0f} s", flush=True)
 
 
-def _trained(pool: ProcessPoolExecutor, settings: Iterable[Setting]) -> Iterator[dict[str, Any]]:
-    for future in as_completed([pool.submit(train_arm, setting) for setting in settings]):
-        yield future.result()
+def _trained(pool: Executor, settings: Iterable[Setting], workers: int) -> Iterator[dict[str, Any]]:
+    """Records as they come. No more is handed out than is worked on: a kill leaves little running."""
+    waiting, running = iter(settings), set[Future[dict[str, Any]]]()
+    while True:
+        running |= {pool.submit(train_arm, s) for s in islice(waiting, workers - len(running))}
+        if not running:
+            return
+        done, running = wait(running, return_when=FIRST_COMPLETED)
+        yield from (future.result() for future in done)
 
 
 def _label(setting: Setting) -> str:

@@ -204,7 +204,7 @@ def memory_table(results: Results) -> str:
         plain = there(results, remembering(results, 0))
         kinds = [
             (size, weight, there(results, remembering(results, size, (weight,))))
-            for size in (1, 2)
+            for size in (1,)
             for weight in ("one", "group")
         ]
     except KeyError:

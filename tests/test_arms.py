@@ -95,6 +95,20 @@ def test_a_lenient_verifier_lets_its_share_pass(monkeypatch: pytest.MonkeyPatch)
     assert arms._deceived(rows, Setting("tiny", "empg", 1e-3, 0)) == rows
 
 
+def test_runs_are_handed_out_one_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    handed: list[int] = []
+    monkeypatch.setattr(empg_vs_grpo, "train_arm", lambda s: {"seed": s.seed})
+    settings = [Setting("tiny", "empg", 1e-3, seed) for seed in range(7)]
+    waiting = (handed.append(s.seed) or s for s in settings)  # type: ignore[func-returns-value]
+    with ThreadPoolExecutor(2) as pool:
+        records = empg_vs_grpo._trained(pool, waiting, 2)
+        first = next(records)
+        assert len(handed) == 2
+        assert sorted(r["seed"] for r in [first, *records]) == list(range(7))
+
+
 # --- the report ---------------------------------------------------------------------------------------
 
 
