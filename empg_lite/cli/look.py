@@ -88,7 +88,8 @@ def _show_rationale(out: Output, r: Rationale) -> None:
     style = "none" if r.reward is None else "green" if r.reward == 1 else "red"
     body = Text(safe(r.question or r.prompt).strip() + "\n", style="italic")
     body.append(safe(r.completion).strip() or "(nothing)", style="not italic")
-    facts = f"{score}{weight}{answer} · gold {r.gold} · {len(r.completion_ids)} tokens"
+    origin = {"text": " · from text", "memory": f" · remembered, of step {r.step}"}.get(r.origin, "")
+    facts = f"{score}{weight}{origin}{answer} · gold {r.gold} · {len(r.completion_ids)} tokens"
     body.append("\n" + safe(facts), style="not italic dim")
     title = Text(f"{r.problem_id} · step {r.step} · sample {r.sample_index}")
     out.print(Panel(body, title=title, border_style=style))
