@@ -52,6 +52,7 @@ class Setting:
         stale: E-steps between the policy that samples and the one that is fitted.
         noise: share of wrong answers that the verifier lets pass.
         pool: train on so many problems only, other ones for every seed; None: all.
+        pool_steps: of those, take problems of so many arithmetic steps; None: any.
         memory: ``em.memory``, right rationales kept of each problem.
         kl_stop: of the EM arms, nats a token; None leaves the package's default.
         test: evaluate on the test problems; False: on the validation rows, for choosing a rate.
@@ -69,6 +70,7 @@ class Setting:
     noise: float = 0.0
     kl_stop: float | None = None
     pool: int | None = None
+    pool_steps: int | None = None
     memory: int = 0
     memory_weight: str = "group"
     test: bool = True
@@ -101,7 +103,9 @@ def train_arm(setting: Setting) -> dict[str, Any]:
     learner = _learner(setting)
     train, validation, test = _problems(setting.task)
     if setting.pool:
-        train = random.Random(setting.seed).sample(train, setting.pool)
+        steps = setting.pool_steps
+        fitting = [p for p in train if steps is None or p.meta["steps"] == str(steps)]
+        train = random.Random(setting.seed).sample(fitting, setting.pool)
     stream, sampler = ProblemStream(train, setting.seed), learner.sampler()
     worn: deque[list[Tensor]] = deque(maxlen=setting.stale + 1)  # the adapters of the last E-steps
     curve, seconds = [], 0.0

@@ -36,6 +36,9 @@ RATES = {"tiny": (1e-3, 2e-3, 4e-3), "tiny-hard": (1e-3, 2e-3, 4e-3)}
 STEPS = {"tiny": 20, "tiny-hard": 30}
 HARD, TINY = "tiny-hard", "tiny"
 
+#: Where an all-wrong group is common: the longest problems, four samples each.
+SCARCE = {"samples": 4, "pool_steps": 5}
+
 Results = dict[Setting, dict[str, Any]]
 
 
@@ -75,10 +78,12 @@ def chosen(
     ]
 
 
-def remembering(results: Results, size: int, weights: Sequence[str] = ("group", "one")) -> list[Setting]:
+def remembering(
+    results: Results, size: int, weights: Sequence[str] = ("group", "one"), **changes: Any
+) -> list[Setting]:
     """EM on 64 problems that come back six times, with a success memory of ``size``."""
     return [
-        replace(s, steps=48, pool=64, memory=size, memory_weight=weight)
+        replace(s, steps=48, pool=64, memory=size, memory_weight=weight, **changes)
         for weight in (weights if size else weights[:1])
         for s in chosen(results, HARD, ("empg",))
     ]
@@ -94,6 +99,7 @@ STAGES: dict[str, Callable[[Results], list[Setting]]] = {
     "sweep": lambda _: sweep(HARD),
     "main": lambda r: chosen(r, HARD),
     "memory": lambda r: _each((0, 1), lambda size: remembering(r, size)),
+    "memory-hard": lambda r: _each((0, 1), lambda size: remembering(r, size, **SCARCE)),
     "stale-4": lambda r: chosen(r, HARD, stale=4),
     "sweep-tiny": lambda _: sweep(TINY),
     "main-tiny": lambda r: chosen(r, TINY),

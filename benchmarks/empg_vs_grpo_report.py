@@ -10,7 +10,19 @@ from statistics import mean, stdev
 from typing import Any
 
 from arms import Setting
-from empg_vs_grpo import ARMS, HARD, RATES, SEEDS, TINY, Results, best_rate, chosen, remembering, sweep
+from empg_vs_grpo import (
+    ARMS,
+    HARD,
+    RATES,
+    SCARCE,
+    SEEDS,
+    TINY,
+    Results,
+    best_rate,
+    chosen,
+    remembering,
+    sweep,
+)
 from scipy.stats import t as student
 
 PAGE = Path(__file__).parents[1] / "docs" / "empg-vs-grpo.md"
@@ -199,11 +211,11 @@ def changes_table(
     return table(header, rows) if rows else ""
 
 
-def memory_table(results: Results) -> str:
+def memory_table(results: Results, **changes: Any) -> str:
     try:
-        plain = there(results, remembering(results, 0))
+        plain = there(results, remembering(results, 0, **changes))
         kinds = [
-            (size, weight, there(results, remembering(results, size, (weight,))))
+            (size, weight, there(results, remembering(results, size, (weight,), **changes)))
             for size in (1,)
             for weight in ("one", "group")
         ]
@@ -332,6 +344,7 @@ def tables(results: Results) -> dict[str, str]:
         "stale": changes_table(results, ARMS, "stale", (1, 4), ("1 step stale", "4 steps stale")),
         "noise": changes_table(results, ARMS, "noise", (0.02, 0.05), ("2% let pass", "5% let pass")),
         "memory": memory_table(results),
+        "memory-hard": memory_table(results, **SCARCE),
         "length": length_table(results, HARD),
         "rates-tiny": rates_table(results, TINY),
         "main-tiny": main_table(results, TINY),
