@@ -17,6 +17,7 @@ from typing import Any
 
 import baselines
 import torch
+from memory import SuccessMemory
 from torch import Tensor
 
 from empg_lite.data import ProblemStream, load_splits
@@ -53,7 +54,8 @@ class Setting:
         noise: share of wrong answers that the verifier lets pass.
         pool: train on so many problems only, other ones for every seed; None: all.
         pool_steps: of those, take problems of so many arithmetic steps; None: any.
-        memory: ``em.memory``, right rationales kept of each problem.
+        memory: right rationales kept of each problem; ``memory_weight``: each weighs ``one``, or all of a
+            problem as much as those of a solved one (``group``).
         kl_stop: of the EM arms, nats a token; None leaves the package's default.
         test: evaluate on the test problems; False: on the validation rows, for choosing a rate.
     """
@@ -81,7 +83,6 @@ class Setting:
         return [
             f"optim.learning_rate={self.rate}",
             f"em.passes={self.passes}",
-            f"em.memory={self.memory}",
             f"sampler.problems_per_step={self.problems}",
             f"sampler.samples_per_problem={self.samples}",
             # what fits this kind of model into a core's cache; neither changes the maths
@@ -108,7 +109,7 @@ def train_arm(setting: Setting) -> dict[str, Any]:
         train = random.Random(setting.seed).sample(fitting, setting.pool)
     stream, sampler = ProblemStream(train, setting.seed), learner.sampler()
     worn: deque[list[Tensor]] = deque(maxlen=setting.stale + 1)  # the adapters of the last E-steps
-    curve, seconds = [], 0.0
+    memory, curve, seconds = SuccessMemory(setting.memory), [], 0.0
     with Grader() as grader:
         examiner = Examiner(learner, sampler, grader, View())
         for step in range(1, setting.steps + 1):
@@ -129,7 +130,7 @@ def train_arm(setting: Setting) -> dict[str, Any]:
                 old = None
                 if setting.arm not in EM_ARMS and (setting.passes > 1 or setting.stale):
                     old = _logprobs(learner, rows)
-            updates = _fit(learner, setting, group_rationales(_deceived(rows, setting)), old, step)
+            updates = _fit(learner, setting, group_rationales(_deceived(rows, setting)), old, memory, step)
             seconds += time.process_time() - started
             curve.append(_record(step, rows, seconds, updates))
             if step % 10 == 0:
@@ -152,8 +153,23 @@ def _problems(task: str) -> tuple[list[Problem], list[Problem], list[Problem]]:
     return list(splits.train[:-VALIDATION]), list(splits.train[-VALIDATION:]), list(splits.evaluation)
 
 
+def _recalled(memory: SuccessMemory, groups: Sequence[Group], setting: Setting) -> list[Rationale]:
+    """Weighed rows of the memory for problems that ``groups`` do not solve; it then takes ``groups`` in."""
+    rows = flatten(memory.recall(groups))
+    memory.keep(groups)
+    a_problem = Counter(r.problem_id for r in rows)
+    if setting.memory_weight == "one":
+        return [replace(r, weight=1.0) for r in rows]
+    return [replace(r, weight=setting.samples / a_problem[r.problem_id]) for r in rows]
+
+
 def _fit(
-    learner: Learner, setting: Setting, groups: Sequence[Group], old: dict[int, Tensor] | None, step: int
+    learner: Learner,
+    setting: Setting,
+    groups: Sequence[Group],
+    old: dict[int, Tensor] | None,
+    memory: SuccessMemory,
+    step: int,
 ) -> int:
     """The M-step of the arm; optimiser steps taken."""
     if setting.arm in EM_ARMS:
@@ -161,18 +177,7 @@ def _fit(
         # with stale samples the package drops negative weights
         now = step - 1 if setting.stale else None
         rows = flatten(weigh(groups, weighting=em.weighting, baseline=em.baseline, current_step=now))
-        recalled = flatten(
-            weigh(
-                learner.memory.recall(groups, policy_step=step - 1),
-                weighting=em.weighting,
-                current_step=step - 1,
-            )
-        )
-        if setting.memory_weight == "group":
-            n = Counter(r.problem_id for r in recalled)
-            recalled = [replace(r, weight=r.weight * setting.samples / n[r.problem_id]) for r in recalled]
-        learner.memory.keep(groups)
-        updates = learner.fit([*rows, *recalled]).updates
+        updates = learner.fit([*rows, *_recalled(memory, groups, setting)]).updates
     else:
         updates = baseline_step(learner, setting.arm, groups, old)
     learner.state.step = step

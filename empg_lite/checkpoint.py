@@ -1,9 +1,8 @@
 """What a checkpoint holds, which one is the newest whole one, and how it is put back.
 
 ``step-NNNNNN/`` holds the adapter (plain PEFT), the optimiser's moments by parameter *name* (an index would
-shift when a parameter comes or goes), every random generator, ``state.json`` (step, data position, counters,
-byte lengths of the logs) and, where one is kept, the success memory. safetensors and JSON only; one rename
-publishes it.
+shift when a parameter comes or goes), every random generator, and ``state.json``: step, data position,
+counters and the byte lengths of the logs. safetensors and JSON only; one rename publishes it.
 """
 
 from __future__ import annotations
@@ -18,13 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from empg_lite import store
 from empg_lite.errors import CheckpointError, DataError
-from empg_lite.memory import SuccessMemory
 from empg_lite.policy.adapter import WEIGHTS, adapter_files, load_adapter_bytes
 
 if TYPE_CHECKING:
     from empg_lite.policy.policy import Policy
 
-MEMORY = "memory.jsonl"
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -118,13 +115,11 @@ def save_checkpoint(
     *,
     logs: Mapping[str, int],
     keep: int,
-    memory: SuccessMemory | None = None,
 ) -> Path:
     """Publish the checkpoint of ``state.step`` and prune older ones down to ``keep``.
 
     Args:
         logs: byte length of each log file at this moment; on resume they are cut back to it.
-        memory: None or an empty one leaves no file.
 
     Raises:
         StorageError: nothing was published.
@@ -141,8 +136,6 @@ def save_checkpoint(
         "rng.safetensors": _rng_bytes(),
         "state.json": json.dumps(record, indent=1).encode(),
     }
-    if remembered := memory.encode() if memory is not None else b"":
-        files[MEMORY] = remembered
     store.write_dir(path, files)
     for old in list_checkpoints(run)[:-keep]:
         store.remove_dir(old)
@@ -160,20 +153,6 @@ def stored_state(path: Path) -> TrainState:
         return TrainState(**json.loads((path / "state.json").read_bytes())["state"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"state.json cannot be read ({error})", str(path)) from error
-
-
-def load_memory(path: Path, size: int) -> SuccessMemory:
-    """The success memory in a checkpoint; an empty one where it holds none.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    if not (path / MEMORY).is_file():
-        return SuccessMemory(size)
-    try:
-        return SuccessMemory.decode(size, (path / MEMORY).read_bytes())
-    except (DataError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"the success memory cannot be read ({error})", str(path / MEMORY)) from error
 
 
 def load_checkpoint(

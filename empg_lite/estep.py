@@ -183,7 +183,6 @@ def mixture_metrics(rows: Sequence[Rationale], policy_step: int) -> dict[str, fl
         "em/weight_max": max(abs(r.weight or 0.0) for r in rows),
         "em/ess": effective_sample_size(torch.tensor([r.weight for r in rows if not r.failed])),
         "em/frac_text": origins["text"] / len(rows),
-        "em/frac_memory": origins["memory"] / len(rows),
         "em/frac_stale": sum(age > 0 for age in ages) / len(rows),
         "em/staleness": sum(ages) / len(ages) if ages else 0.0,
         "em/staleness_max": float(max(ages, default=0)),

@@ -15,7 +15,6 @@ import torch
 from empg_lite import plan
 from empg_lite.checkpoint import TrainState
 from empg_lite.errors import DataError
-from empg_lite.memory import SuccessMemory
 from empg_lite.mstep import FitSettings, FitStats, m_step
 from empg_lite.policy import load_policy
 from empg_lite.policy.policy import Policy
@@ -36,7 +35,6 @@ class Learner:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None
     state: TrainState
-    memory: SuccessMemory
 
     @property
     def decoding(self) -> Decoding:
@@ -147,7 +145,7 @@ def build_learner(recipe: Recipe) -> Learner:
         list(policy.trainable().values()), lr=recipe.optim.learning_rate, betas=(0.9, 0.999), weight_decay=0.0
     )
     scaler = torch.amp.GradScaler(policy.device.type) if policy.dtype == torch.float16 else None
-    return Learner(recipe, policy, optimizer, scaler, TrainState(), SuccessMemory(recipe.em.memory))
+    return Learner(recipe, policy, optimizer, scaler, TrainState())
 
 
 def settle_auto(recipe: Recipe, policy: Policy) -> Recipe:

@@ -300,10 +300,8 @@ class _FitSession(Session):
         ]
 
     def keep_rollouts(self, step: int, rows: Sequence[Rationale], reward: str | None) -> None:
-        """See ``Session``; the headers name the reward. What the memory recalled comes last, under ours."""
-        ours = self.learner.header(reward)
-        headers = (*self._headers, *[ours] * (len(rows) - len(self._headers)))
-        pairs = zip(headers, rows, strict=True)
+        """See ``Session``; the headers name the reward."""
+        pairs = zip(self._headers, rows, strict=True)
         segments = [list(part) for _, part in groupby(pairs, key=lambda pair: id(pair[0]))]
         text = "".join(encode_rollouts(part[0][0], [r for _, r in part]) for part in segments)
         store.write_file(rollout_path(self.run, step), text)

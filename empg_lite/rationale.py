@@ -32,8 +32,8 @@ FinishReason = Literal["stop", "length"]
 VERDICTS = frozenset({"equal", "different", "no_answer", "parse", "too_long", "truncated"})
 #: Failures say that the grader found nothing; the row leaves its problem's mean and K.
 FAILURES = frozenset({"timeout", "memory", "crash"})
-#: Where a completion's tokens come from: drawn by a policy, made from text, recalled from an earlier step.
-ORIGINS = frozenset({"sampled", "text", "memory"})
+#: Where a completion's tokens come from: drawn by a policy, or made from text.
+ORIGINS = frozenset({"sampled", "text"})
 
 
 def problem_id(question: str) -> str:
@@ -281,15 +281,6 @@ def _parse_header(record: dict[str, Any], where: str) -> RolloutHeader:
         raise DataError("wrong type: an object is needed", f"{where}: sampler")
     names = {f.name for f in dataclasses.fields(RolloutHeader)}
     return RolloutHeader(**{name: value for name, value in record.items() if name in names})
-
-
-def parse_rationale_line(text: str, where: str) -> Rationale:
-    """The rationale of one line as ``rationale_line`` writes it.
-
-    Raises:
-        DataError: naming ``where: field``.
-    """
-    return _parse_rationale(_parse_object(text, where), where, {})
 
 
 def _parse_rationale(record: dict[str, Any], where: str, seen: dict[str, int]) -> Rationale:

@@ -170,8 +170,7 @@ class EmSection(Section):
     )
     passes: Annotated[int, Field(ge=1, le=64)] = key(1, "optimiser steps on one set of samples")
     kl_stop: PositiveNumber = key(0.005, "passes stop at this KL from the start of the fit, nats per token")
-    memory: CountOrZero = key(0, "right rationales kept of each problem, for steps that fail it; 0: off")
-    max_age: Count | None = key(None, "older rationales weigh 0, in optimiser steps; null: no limit")
+    max_age: Count | None = key(None, "fit: older rationales weigh 0, in optimiser steps; null: no limit")
 
     @field_validator("normalization", mode="before")
     @classmethod
@@ -247,9 +246,6 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     if em.baseline and em.weighting != "posterior":
         what = f"the baseline is taken off posterior weights only, not off {em.weighting}"
         yield "em.baseline", what, "set em.baseline to 0, or em.weighting to posterior"
-    if em.memory and (em.weighting not in ("posterior", "raw") or em.baseline == 1):
-        what = "a remembered rationale stands alone, and weighs 0 where weights sum to 0"
-        yield "em.memory", what, "set em.memory to 0, or em.weighting to posterior with a baseline below 1"
     if data.source == "local" and not data.path:
         yield "data.path", "source local has no path", "set data.path to a file or a folder"
     made = "bundled" if data.source in BUNDLED else "generated" if data.source.startswith(GYM) else None

@@ -17,17 +17,11 @@ from typing import Any
 import torch
 
 from empg_lite import store
-from empg_lite.checkpoint import (
-    TrainState,
-    list_checkpoints,
-    load_checkpoint,
-    load_memory,
-    save_checkpoint,
-)
+from empg_lite.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
 from empg_lite.control import Clock
 from empg_lite.em import Drift
 from empg_lite.errors import GraderUnusable, NoSignal, NumericalStop
-from empg_lite.estep import estep_metrics, mixture_metrics, weigh
+from empg_lite.estep import estep_metrics, mixture_metrics
 from empg_lite.health import FAILURES_STOP, Finding, diagnose, graded_failures
 from empg_lite.learner import Learner, build_learner
 from empg_lite.metrics import Journal, View, read_metrics
@@ -84,7 +78,6 @@ class Session:
     def _restore(self, checkpoint: Path) -> dict[str, int]:
         learner = self.learner
         learner.state, logs = load_checkpoint(checkpoint, learner.policy, learner.optimizer, learner.scaler)
-        learner.memory = load_memory(checkpoint, learner.recipe.em.memory)
         return logs
 
     # --- one step ---------------------------------------------------------------------------------
@@ -100,8 +93,7 @@ class Session:
     ) -> dict[str, Any]:
         """Write the rollouts of the step at hand, fit them, advance the state; returns the metrics record."""
         learner, state = self.learner, self.learner.state
-        recalled = self._recall(groups)
-        drawn, rows = flatten(groups), flatten((*groups, *recalled))
+        rows = flatten(groups)
         rate, step = learner.learning_rate(), state.step + 1
         mixture = mixture_metrics(rows, state.policy_step)
         self.keep_rollouts(step, rows, reward)
@@ -116,7 +108,7 @@ class Session:
             self.journal.event("nonfinite_gradient", step=step, skipped=stats.skipped_nonfinite)
         state.step = step
         state.position += len(groups)
-        state.num_tokens += sum(len(r.completion_ids) for r in drawn)
+        state.num_tokens += sum(len(r.completion_ids) for r in rows)
         state.seconds += sum(times.values())
         return {
             "step": step,
@@ -137,18 +129,6 @@ class Session:
             **{f"time/{name}": seconds for name, seconds in times.items()},
             **_memory(),
         }
-
-    def _recall(self, groups: Sequence[Group]) -> tuple[Group, ...]:
-        """What the memory has for problems that ``groups`` do not solve, weighed; then it takes them in."""
-        em, memory, now = self.recipe.em, self.learner.memory, self.learner.state.policy_step
-        recalled = weigh(
-            memory.recall(groups, policy_step=now, max_age=em.max_age),
-            weighting=em.weighting,
-            baseline=em.baseline,
-            current_step=now,
-        )
-        memory.keep(groups)
-        return recalled
 
     def keep_rollouts(self, step: int, rows: Sequence[Rationale], reward: str | None) -> None:
         """The rationales of a step, by the policy as it is, before they are fitted."""
@@ -228,7 +208,6 @@ class Session:
             learner.state,
             logs=self.journal.lengths(),
             keep=self.recipe.run.keep,
-            memory=learner.memory,
         )
 
     def checkpoint_due(self) -> bool:

@@ -36,7 +36,6 @@ FLOORS = [
         "policy",
         "plan",
         "metrics",
-        "memory",
         "eval_file",
         "eval_summary",
         "scoring",
@@ -135,7 +134,7 @@ def test_a_library_has_one_home(library: str, home: str) -> None:
 
 
 def test_em_knows_torch_only() -> None:
-    allowed = {"__future__", "collections", "torch"}
+    allowed = {"__future__", "collections", "dataclasses", "torch"}
     assert {name.split(".")[0] for name in imports(PACKAGE / "em.py")} <= allowed
 
 

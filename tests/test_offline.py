@@ -259,10 +259,8 @@ def test_files_of_several_ages_keep_positive_weights_only_where_stale(
     fit(recipe, [fresh, stale, text], tmp_path / "run")
     assert [r.weight for r in stored_rows(tmp_path / "run")] == [0.5, -0.5, 0.5, 0, 0.5, 0]
     (record,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    named = {
-        name: record[f"em/{name}"] for name in ("frac_text", "frac_memory", "frac_stale", "staleness_max")
-    }
-    assert named == {"frac_text": 2 / 6, "frac_memory": 0, "frac_stale": 2 / 6, "staleness_max": 9}
+    named = {name: record[f"em/{name}"] for name in ("frac_text", "frac_stale", "staleness_max")}
+    assert named == {"frac_text": 2 / 6, "frac_stale": 2 / 6, "staleness_max": 9}
     assert record["em/staleness"] == (0 + 0 + 9 + 9) / 4
 
 

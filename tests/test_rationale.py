@@ -175,7 +175,7 @@ def test_a_term_outside_its_range_is_refused(tmp_path: Path, bad: object) -> Non
 
 
 def test_origin_survives_and_older_files_have_none(tmp_path: Path) -> None:
-    rows = [rationale(origin=origin) for origin in ("sampled", "text", "memory")]
+    rows = [rationale(origin=origin) for origin in ("sampled", "text")]
     path = tmp_path / "r.jsonl"
     path.write_text(encode_rollouts(HEADER, rows), "utf-8")
     assert list(read_rollouts(path)[0].rationales) == rows

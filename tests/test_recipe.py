@@ -51,7 +51,7 @@ DEFAULTS = {
     "sampler.max_new_tokens": 512, "sampler.temperature": 1.0, "sampler.top_p": 1.0, "sampler.top_k": 0,
     "sampler.refill": 0, "sampler.batch_rows": "auto",
     "em.weighting": "posterior", "em.baseline": 0.0, "em.normalization": "tokens", "em.passes": 1,
-    "em.kl_stop": 0.005, "em.memory": 0, "em.max_age": None,
+    "em.kl_stop": 0.005, "em.max_age": None,
     "optim.learning_rate": 2e-5, "optim.warmup_steps": 5, "optim.max_grad_norm": 1.0,
     "optim.micro_batch_tokens": "auto", "optim.gradient_checkpointing": "auto",
     "run.steps": 100, "run.seed": 0, "run.eval_every": 20, "run.eval_limit": None, "run.save_every": 20,

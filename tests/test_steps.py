@@ -411,13 +411,12 @@ def test_metrics_of_a_step_by_hand() -> None:
 
 
 def test_mixture_metrics_say_where_rows_come_from_and_how_old_they_are() -> None:
-    made = [("sampled", 7), ("sampled", 7), ("sampled", 4), ("text", -1), ("memory", 1)]
+    made = [("sampled", 7), ("sampled", 7), ("sampled", 4), ("text", -1), ("sampled", 1)]
     rows = [rationale(origin=origin, policy_step=step, weight=1.0) for origin, step in made]
     assert mixture_metrics(rows, 7) == {
         "em/ess": 1.0,
         "em/weight_max": 1.0,
         "em/frac_text": 0.2,
-        "em/frac_memory": 0.2,
         "em/frac_stale": 0.4,  # those drawn at 4 and at 1; the age of text is unknown
         "em/staleness": (0 + 0 + 3 + 6) / 4,
         "em/staleness_max": 6.0,

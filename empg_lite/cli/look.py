@@ -88,7 +88,7 @@ def _show_rationale(out: Output, r: Rationale) -> None:
     style = "none" if r.reward is None else "green" if r.reward == 1 else "red"
     body = Text(safe(r.question or r.prompt).strip() + "\n", style="italic")
     body.append(safe(r.completion).strip() or "(nothing)", style="not italic")
-    origin = {"text": " · from text", "memory": f" · remembered, of step {r.step}"}.get(r.origin, "")
+    origin = " · from text" if r.origin == "text" else ""
     facts = f"{score}{weight}{origin}{answer} · gold {r.gold} · {len(r.completion_ids)} tokens"
     body.append("\n" + safe(facts), style="not italic dim")
     title = Text(f"{r.problem_id} · step {r.step} · sample {r.sample_index}")
