@@ -89,6 +89,13 @@ def remembering(
     ]
 
 
+def reusing(
+    results: Results, passes: int, arms: Sequence[str] = ("empg", "dr_grpo", "grpo")
+) -> list[Setting]:
+    """Several passes at the rate that one pass chose, times 0.6 a doubling: no sweep of their own."""
+    return [replace(s, passes=passes) for s in chosen(results, HARD, arms)]
+
+
 def _each(values: Sequence[Any], runs: Callable[[Any], list[Setting]]) -> list[Setting]:
     return [setting for value in values for setting in runs(value)]
 
@@ -104,6 +111,7 @@ STAGES: dict[str, Callable[[Results], list[Setting]]] = {
     "sweep-tiny": lambda _: sweep(TINY),
     "main-tiny": lambda r: chosen(r, TINY),
     "stale-1": lambda r: chosen(r, HARD, stale=1),
+    "reuse": lambda r: _each((4, 2), lambda passes: reusing(r, passes)),
     "noise": lambda r: _each((0.05, 0.02), lambda share: chosen(r, HARD, noise=share)),
     "sweep-4": lambda _: sweep(HARD, 4),
     "passes-4": lambda r: chosen(r, HARD, passes=4),

@@ -21,6 +21,7 @@ from empg_vs_grpo import (
     best_rate,
     chosen,
     remembering,
+    reusing,
     sweep,
 )
 from scipy.stats import t as student
@@ -323,6 +324,23 @@ def kl_stop_table(results: Results) -> str:
     return table(["kl_stop", "greedy", "T=1", "passes done"], rows) if rows else ""
 
 
+def reuse_table(results: Results) -> str:
+    rows = []
+    for arm in ARMS:
+        plain = row_of(results, HARD, arm)
+        for passes in (1, 2, 4):
+            runs = plain and there(results, reusing(results, passes, (arm,)))
+            if not plain or not runs or (passes == 1 and not there(results, reusing(results, 4, (arm,)))):
+                continue
+            cells = [points([figure(r) for r in runs]) for figure in (greedy, t1)]
+            gain = points(difference(runs, plain, greedy), signed=True) if passes > 1 else ""
+            done = mean(mean(p["updates"] for p in r["curve"]) for r in runs)
+            seconds = f"{mean(r['seconds'] for r in runs):.0f}"
+            rows.append([LABELS[arm], str(passes), cells[0], gain, cells[1], f"{done:.1f}", seconds])
+    header = ["arm", "passes", "greedy", "Δ greedy", "T=1", "passes done", "CPU s"]
+    return table(header, rows) if rows else ""
+
+
 def k_table(results: Results) -> str:
     rows = []
     for arm in ("empg", "grpo"):
@@ -349,6 +367,7 @@ def tables(results: Results) -> dict[str, str]:
         "rates-tiny": rates_table(results, TINY),
         "main-tiny": main_table(results, TINY),
         "paired-tiny": paired_table(results, TINY),
+        "reuse": reuse_table(results),
         "k": k_table(results),
         "kl-stop": kl_stop_table(results),
         "relatives": main_table(results, HARD, arms=("empg", "grpo", "rloo", "raft"))
