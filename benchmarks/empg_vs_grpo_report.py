@@ -187,29 +187,20 @@ def paired_table(
 def changes_table(
     results: Results, arms: Sequence[str], name: str, values: Sequence[Any], labels: Sequence[str]
 ) -> str:
-    """Greedy and T=1 under changed settings, each beside the same arm unchanged."""
-    rows = []
-    for arm in arms:
-        plain = row_of(results, HARD, arm)
-        changed = [row_of(results, HARD, arm, **{name: value}) for value in values]
-        if plain is None or all(runs is None for runs in changed):
-            continue
-        cells = [LABELS[arm], points([greedy(r) for r in plain])]
-        for runs in changed:
-            cells += (
-                ["", "", ""]
-                if runs is None
-                else [
-                    points([greedy(r) for r in runs]),
-                    points(difference(runs, plain, greedy), signed=True),
-                    points(difference(runs, plain, t1), signed=True),
-                ]
-            )
-        rows.append(cells)
-    header = ["arm", "unchanged"]
-    for label in labels:
+    """Greedy and T=1 under changed settings, each beside the same arm unchanged; only what every arm has."""
+    kinds = [({}, "unchanged"), *(({name: v}, label) for v, label in zip(values, labels, strict=True))]
+    rows_of = {label: [row_of(results, HARD, arm, **changes) for arm in arms] for changes, label in kinds}
+    whole = {label: [r for r in rows if r] for label, rows in rows_of.items() if all(rows)}
+    if len(whole) < 2 or "unchanged" not in whole:
+        return ""
+    header, plain = ["arm", "unchanged"], whole.pop("unchanged")
+    rows = [[LABELS[arm], points([greedy(r) for r in runs])] for arm, runs in zip(arms, plain, strict=True)]
+    for label, changed in whole.items():
         header += [f"{label}: greedy", "Δ greedy", "Δ T=1"]
-    return table(header, rows) if rows else ""
+        for row, before, after in zip(rows, plain, changed, strict=True):
+            row.append(points([greedy(r) for r in after]))
+            row += [points(difference(after, before, figure), signed=True) for figure in (greedy, t1)]
+    return table(header, rows)
 
 
 def memory_table(results: Results, **changes: Any) -> str:
@@ -402,10 +393,11 @@ def draw(results: Results) -> list[Path]:
             figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.2))
             _curves(axes, runs_of, greedy(base_of(results, task)[0]))
             drawn.append(_save(figure, f"empg-vs-grpo-{task}"))
-    ages = {arm: [row_of(results, HARD, arm, stale=age) for age in (0, 1, 4)] for arm in ARMS}
-    if all(runs is not None for row in ages.values() for runs in row):
-        figure, axis = plt.subplots(figsize=(4.6, 3.2))
-        _stale(axis, ages)
+    ages = {age: [row_of(results, HARD, arm, stale=age) for arm in ARMS] for age in (0, 1, 4)}
+    whole = {age: row for age, row in ages.items() if all(row)}
+    if len(whole) > 1:
+        figure, axis = plt.subplots(figsize=(5.6, 3.2))
+        _stale(axis, whole)
         drawn.append(_save(figure, "empg-vs-grpo-stale"))
     return drawn
 
@@ -437,22 +429,15 @@ def _curves(axes: Any, runs_of: Mapping[str, list[dict[str, Any]]], base: float)
     axes[0].legend(frameon=False, fontsize=8)
 
 
-def _stale(axis: Any, ages: Mapping[str, Sequence[Any]]) -> None:
-    for arm, row in ages.items():
-        spans = [interval([100 * greedy(r) for r in runs]) for runs in row]
-        at = [i + 0.04 * (list(ages).index(arm) - 2) for i in range(3)]
-        axis.errorbar(
-            at,
-            [m for m, _ in spans],
-            [h for _, h in spans],
-            color=COLORS[arm],
-            label=LABELS[arm],
-            fmt=".-",
-            capsize=2,
-        )
+def _stale(axis: Any, ages: Mapping[int, Sequence[Any]]) -> None:
+    for n, arm in enumerate(ARMS):
+        spans = [interval([100 * greedy(r) for r in row[n]]) for row in ages.values()]
+        at = [age + 0.06 * (n - 2) for age in ages]
+        middle, half = zip(*spans, strict=True)
+        axis.errorbar(at, middle, half, color=COLORS[arm], label=LABELS[arm], fmt=".-", capsize=2)
     axis.set(xlabel="E-steps between sampling and fitting", ylabel="greedy accuracy, test (%)")
-    axis.set_xticks(range(3), ["0", "1", "4"])
-    axis.legend(frameon=False, fontsize=8)
+    axis.set_xticks(list(ages))
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def fill(page: str, made: Mapping[str, str]) -> str:
