@@ -195,7 +195,7 @@ def baseline_step(
     rewards, _ = reward_matrix(groups)
     advantages = baselines.advantages(method, rewards).flatten().float()
     rows, settings = flatten(groups), learner.fit_settings()
-    kept = {i: len(r.prompt_ids) + len(r.completion_ids) for i, r in enumerate(rows) if advantages[i] != 0}
+    kept = {i: r.tokens for i, r in enumerate(rows) if advantages[i] != 0}
     if not kept:
         return 0
     parameters = list(learner.policy.trainable().values())
@@ -230,7 +230,7 @@ def _token_logprobs(policy: Policy, rows: Sequence[Rationale], batch: Sequence[i
 @torch.no_grad()
 def _logprobs(learner: Learner, rows: Sequence[Rationale]) -> dict[int, Tensor]:
     """Trainer log-probs of every row's completion under the policy as it is: {row: (T,)}."""
-    lengths = {i: len(r.prompt_ids) + len(r.completion_ids) for i, r in enumerate(rows)}
+    lengths = {i: r.tokens for i, r in enumerate(rows)}
     found = {}
     for batch in micro_batches(lengths, learner.fit_settings().micro_batch_tokens):
         logprobs, mask = _token_logprobs(learner.policy, rows, batch)

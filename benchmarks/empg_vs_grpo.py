@@ -183,9 +183,12 @@ def main() -> None:
     if args.command == "run":
         run(args.stages, args.workers)
     else:
+        from empg_vs_grpo_figures import draw
         from empg_vs_grpo_report import report
 
-        report(read_results())
+        results = read_results()
+        report(results)
+        print(*draw(results), sep="\n")
 
 
 if __name__ == "__main__":

@@ -229,7 +229,7 @@ def _read(data: DataSection, split: str, path: str | None) -> tuple[list[Problem
 
 def _rows(data: DataSection, split: str, path: str | None) -> list[Row]:
     """The rows of a split as they stand in its file, or on the hub where no path is set."""
-    if path is None or path == "":
+    if not path:
         return _hub_rows(data, split)
     return read_rows(find_file(Path(path), split, _file_stem(data.source)))
 

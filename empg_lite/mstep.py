@@ -109,10 +109,6 @@ def _weight(rationale: Rationale) -> float:
     return rationale.weight
 
 
-def _tokens(r: Rationale) -> int:
-    return len(r.prompt_ids) + len(r.completion_ids)
-
-
 def micro_batches(lengths: Mapping[int, int], budget: int) -> list[list[int]]:
     """Row numbers cut into batches of like length, each at most ``budget`` padded tokens (or a single row).
 
@@ -211,7 +207,7 @@ class _Fitter:
         return self.policy.token_logprobs(collate(pairs, self.policy.pad_id, self.policy.device))
 
     def _micro_batches(self, rows: Sequence[int]) -> list[list[int]]:
-        return micro_batches({i: _tokens(self.rows[i]) for i in rows}, self.budget)
+        return micro_batches({i: self.rows[i].tokens for i in rows}, self.budget)
 
     def _with_backoff(self, work: Callable[[], T]) -> T:
         """Do ``work``; where memory runs out, do it again in half the micro-batch. The result is the same."""
@@ -219,7 +215,7 @@ class _Fitter:
             try:
                 return work()
             except torch.OutOfMemoryError as error:
-                widest = max(_tokens(r) for r in self.rows)
+                widest = max(r.tokens for r in self.rows)
                 if self.budget <= widest:
                     raise OutOfMemory(
                         f"one rationale of {widest} tokens does not fit in memory",

@@ -93,6 +93,11 @@ class Rationale:
     origin: str = "sampled"
 
     @property
+    def tokens(self) -> int:
+        """Length of the row it makes: prompt and completion."""
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+    @property
     def correct(self) -> float:
         """The part of the reward that says whether the answer is right: all of it, unless it was shaped."""
         return self.terms.get("correct", self.reward or 0.0)
