@@ -1,0 +1,126 @@
+"""The Qwen2 forward pass, layer by layer, over the policy's own modules.
+
+``transformers`` runs a whole batch from its first layer to its last. Sampling from a cache of fixed place and
+fitting K completions behind one prompt need to put something of their own where attention happens. So the
+parts around it are here, once: a layer turns tokens into queries, keys and values (``heads_of``), somebody lets
+them attend, and the layer goes on from there (``after``).
+
+Shapes: N packed tokens, D hidden, H query heads, G key/value heads, d of one head. Nothing here knows of
+batches or padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+#: (N, in) -> (N, out)
+Map = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer.
+
+    Attributes:
+        norm, mlp_norm: ``(D,)`` RMSNorm weights before attention and before the MLP.
+        qkv: ``(N, D) -> (N, (H + 2 G) d)``, queries, keys and values side by side.
+        out: ``(N, H d) -> (N, D)``.
+        mlp: ``(N, D) -> (N, D)``.
+    """
+
+    norm: Tensor
+    qkv: Map
+    out: Map
+    mlp_norm: Tensor
+    mlp: Map
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """Everything below the head.
+
+    Attributes:
+        embed: ``(N,) -> (N, D)``.
+        rotary: positions ``(N,)`` -> cosines and sines, ``(N, d)`` each.
+        norm: ``(D,)`` weight of the last RMSNorm.
+    """
+
+    embed: Map
+    layers: tuple[Layer, ...]
+    rotary: Callable[[Tensor], tuple[Tensor, Tensor]]
+    norm: Tensor
+    eps: float
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines ``(N, 1, d)`` of positions ``(N,)``, as ``heads_of`` wants them."""
+        cos, sin = self.rotary(positions)
+        half = self.head_dim // 2
+        # rotate_half(x) is x rolled by half a head with its first half negated: let the sine carry the sign
+        signed = torch.cat((-sin[:, :half], sin[:, half:]), -1)
+        return cos[:, None], signed[:, None]
+
+    def heads_of(
+        self, layer: Layer, x: Tensor, angles: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries ``(N, H, d)`` and keys ``(N, G, d)``, and values ``(N, G, d)``."""
+        cos, sin = angles
+        mixed = layer.qkv(self.normed(x, layer.norm)).view(len(x), -1, self.head_dim)  # (N, H + 2 G, d)
+        turning, values = mixed.split((self.heads + self.kv_heads, self.kv_heads), 1)
+        turned = turning * cos + turning.roll(self.head_dim // 2, -1) * sin
+        queries, keys = turned.split((self.heads, self.kv_heads), 1)
+        return queries, keys, values
+
+    def after(self, layer: Layer, x: Tensor, attended: Tensor) -> Tensor:
+        """The layer's output ``(N, D)``, given its input and what attention gave, ``(N, H d)``."""
+        x = x + layer.out(attended)
+        return x + layer.mlp(self.normed(x, layer.mlp_norm))
+
+    def normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm, computed in float32."""
+        return weight * F.rms_norm(x.float(), weight.shape, None, self.eps).to(x.dtype)
+
+
+def live_network(causal: Any) -> Network:
+    """The network over the modules of a (LoRA-adapted) causal LM: gradients reach the adapter.
+
+    Args:
+        causal: a ``Qwen2ForCausalLM``, possibly with PEFT layers in it.
+    """
+    config, model = causal.config, causal.model
+
+    def qkv(attention: Any, x: Tensor) -> Tensor:
+        return torch.cat([attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)], -1)
+
+    def rotary(positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = model.rotary_emb(model.norm.weight, positions[None])
+        return cos[0], sin[0]
+
+    return Network(
+        embed=model.embed_tokens,
+        layers=tuple(
+            Layer(
+                norm=layer.input_layernorm.weight,
+                qkv=partial(qkv, layer.self_attn),
+                out=layer.self_attn.o_proj,
+                mlp_norm=layer.post_attention_layernorm.weight,
+                mlp=layer.mlp,
+            )
+            for layer in model.layers
+        ),
+        rotary=rotary,
+        norm=model.norm.weight,
+        eps=config.rms_norm_eps,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+    )
