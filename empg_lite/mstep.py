@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -17,7 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from empg_lite.em import Drift, denominator, drift, m_step_loss
 from empg_lite.errors import OutOfMemory
-from empg_lite.policy.policy import Policy, collate
+from empg_lite.policy.packing import Ids
+from empg_lite.policy.policy import Policy
 from empg_lite.rationale import Rationale
 
 T = TypeVar("T")
@@ -109,6 +111,35 @@ def _weight(rationale: Rationale) -> float:
     return rationale.weight
 
 
+def packed_batches(rows: Mapping[int, tuple[Ids, int]], budget: int) -> list[list[int]]:
+    """Row numbers cut into batches of at most ``budget`` tokens (or one row), equal prompts counted once.
+
+    Problems of like length lie together, as attention pads; one is cut only if it does not fit as a whole.
+
+    Args:
+        rows: prompt, and tokens of the completion, of each row by its number.
+    """
+    problems: dict[Ids, list[int]] = {}
+    for i in sorted(rows, key=lambda i: (-rows[i][1], i)):
+        problems.setdefault(rows[i][0], []).append(i)  # in the order of their longest completion
+    batches: list[list[int]] = []
+    used = 0
+    for prompt, members in problems.items():
+        whole = len(prompt) + sum(rows[i][1] for i in members)
+        together = bool(batches) and used + min(whole, budget) <= budget
+        if not together:
+            batches.append([])
+            used = 0
+        used += len(prompt)
+        for i in members:
+            if batches[-1] and used + rows[i][1] > budget:
+                batches.append([])
+                used = len(prompt)
+            batches[-1].append(i)
+            used += rows[i][1]
+    return batches
+
+
 def micro_batches(lengths: Mapping[int, int], budget: int) -> list[list[int]]:
     """Row numbers cut into batches of like length, each at most ``budget`` padded tokens (or a single row).
 
@@ -166,29 +197,34 @@ class _Fitter:
 
     def _backward(self, weights: Sequence[float]) -> float:
         self.optimizer.zero_grad(set_to_none=True)
-        kept = [i for i, w in enumerate(weights) if w != 0]
+        kept = [i for i, w in enumerate(weights) if w != 0 and self.rows[i].completion_ids]
         self.fitted = self.fitted or len(kept)
-        total = 0.0
+        one = torch.ones((), device=self.policy.device)
+        scale = one if self.scaler is None else self.scaler.scale(one)
+        total = torch.zeros((), device=self.policy.device)
         for batch in self._micro_batches(kept):
-            logprobs, mask = self._score(batch)
-            w = torch.tensor([weights[i] for i in batch], dtype=torch.float32, device=logprobs.device)
-            loss = m_step_loss(logprobs, mask, w, self.z)
-            (self.scaler.scale(loss) if self.scaler is not None else loss).backward()
-            total += float(loss.detach())
+            w = torch.tensor([weights[i] for i in batch], dtype=torch.float32, device=self.policy.device)
+            loss = self.policy.completion_loss(self._pairs(batch), partial(self._loss, w, scale))
+            loss.backward()
+            total += loss.detach() / scale
             if self.on_done:
                 self.on_done(len(batch))
-        return total
+        return float(total)
+
+    def _loss(self, weights: Tensor, scale: Tensor, rows: Tensor, logprobs: Tensor) -> Tensor:
+        """Of some tokens, ``(n,)``: each is a row of its own here, so that a row may be cut anywhere."""
+        tokens = logprobs[:, None]
+        return scale * m_step_loss(tokens, torch.ones_like(tokens, dtype=torch.bool), weights[rows], self.z)
 
     def logprobs(self) -> Tensor:
         """Trainer log-probs of every row's completion, right and wrong: (B, T) on the CPU, 0 behind it."""
 
         def measure() -> Tensor:
-            found: dict[int, Tensor] = {}
-            with torch.no_grad():
-                for batch in self._micro_batches(range(len(self.rows))):
-                    logprobs, mask = self._score(batch)
-                    found |= {i: logprobs[b][mask[b]].cpu() for b, i in enumerate(batch)}
-            return pad_sequence([found[i] for i in range(len(self.rows))], batch_first=True)
+            found = {i: torch.zeros(0) for i in range(len(self.rows))}
+            for batch in self._micro_batches([i for i in found if self.rows[i].completion_ids]):
+                measured = self.policy.completion_logprobs(self._pairs(batch))
+                found |= {i: row.cpu() for i, row in zip(batch, measured, strict=True)}
+            return pad_sequence(list(found.values()), batch_first=True)
 
         return self._with_backoff(measure)
 
@@ -202,11 +238,13 @@ class _Fitter:
         loss, norm = self.first or (None, None)
         return FitStats(self.updates, self.nonfinite, loss, norm, moved, self.fitted, self.budget)
 
-    def _score(self, batch: Sequence[int]) -> tuple[Tensor, Tensor]:
-        pairs = [(self.rows[i].prompt_ids, self.rows[i].completion_ids) for i in batch]
-        return self.policy.token_logprobs(collate(pairs, self.policy.pad_id, self.policy.device))
+    def _pairs(self, batch: Sequence[int]) -> list[tuple[Ids, Ids]]:
+        return [(self.rows[i].prompt_ids, self.rows[i].completion_ids) for i in batch]
 
     def _micro_batches(self, rows: Sequence[int]) -> list[list[int]]:
+        if self.policy.packs:
+            sizes = {i: (self.rows[i].prompt_ids, len(self.rows[i].completion_ids)) for i in rows}
+            return packed_batches(sizes, self.budget)
         return micro_batches({i: self.rows[i].tokens for i in rows}, self.budget)
 
     def _with_backoff(self, work: Callable[[], T]) -> T:

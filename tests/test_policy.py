@@ -82,7 +82,7 @@ def test_collate_masks_by_length_not_by_id() -> None:
 
 @pytest.mark.parametrize("chunk", [1 << 24, 700, 1])
 def test_chunked_head_value_and_gradient(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr("empg_lite.policy.logprobs.CHUNK_ELEMENTS", chunk)
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", chunk)
     torch.manual_seed(0)
     hidden = torch.randn(37, 16, requires_grad=True)
     weight, targets, grad = torch.randn(301, 16), torch.randint(0, 301, (37,)), torch.randn(37)
@@ -114,7 +114,7 @@ def test_no_full_logits_ever_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, targets = torch.randn(151_936, 8), torch.randint(0, 151_936, (512,))
     with Watch():
         chosen_logprobs(hidden, weight, targets).sum().backward()
-    assert 151_936 <= largest <= CHUNK_ELEMENTS < 512 * 151_936
+    assert 151_936 <= largest <= CHUNK_ELEMENTS["cpu"] < 512 * 151_936
 
 
 def test_gradient_reaches_every_lora_matrix(model_dir: Path) -> None:

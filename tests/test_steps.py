@@ -113,9 +113,9 @@ def test_row_order_does_not_change_the_gradient(model_dir: Path) -> None:
 def test_zero_weight_rows_are_not_computed(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     policy = load_fixture_policy(model_dir)
-    real = policy.token_logprobs
+    real = policy.completion_loss
     monkeypatch.setattr(
-        policy, "token_logprobs", lambda batch: seen.append(len(batch.input_ids)) or real(batch)
+        policy, "completion_loss", lambda pairs, loss: seen.append(len(pairs)) or real(pairs, loss)
     )
     m_step(policy, sgd(policy), rows(), SETTINGS)
     assert sum(seen) == sum(w != 0 for w in WEIGHTS)
@@ -217,18 +217,16 @@ def test_out_of_memory_halves_the_micro_batch_and_nothing_else(
 ) -> None:
     whole, _ = step_of(model_dir, rows(), dataclasses.replace(SETTINGS, micro_batch_tokens=31))
     policy = load_fixture_policy(model_dir)
-    before, real, calls = parameters(policy), policy.token_logprobs, 0
+    before, real, calls = parameters(policy), policy.completion_loss, 0
 
-    def failing(batch):  # type: ignore[no-untyped-def]
+    def failing(pairs, loss):  # type: ignore[no-untyped-def]
         nonlocal calls
         calls += 1
-        if (
-            batch.input_ids.numel() > 15 and calls >= fail_on_call
-        ):  # 2: with half of the gradient summed already
+        if calls == fail_on_call:  # 2: with half of the gradient summed already
             raise torch.OutOfMemoryError("pretended")
-        return real(batch)
+        return real(pairs, loss)
 
-    monkeypatch.setattr(policy, "token_logprobs", failing)
+    monkeypatch.setattr(policy, "completion_loss", failing)
     settings = dataclasses.replace(SETTINGS, micro_batch_tokens=31, learning_rate=1.0)
     stats = m_step(policy, sgd(policy), rows(), settings)
     assert torch.linalg.norm(whole - (parameters(policy) - before)) <= 1e-6 * whole.norm()
@@ -240,10 +238,10 @@ def test_out_of_memory_ends_when_one_row_does_not_fit(
 ) -> None:
     policy = load_fixture_policy(model_dir)
 
-    def failing(batch):  # type: ignore[no-untyped-def]
+    def failing(pairs, loss):  # type: ignore[no-untyped-def]
         raise torch.OutOfMemoryError("pretended")
 
-    monkeypatch.setattr(policy, "token_logprobs", failing)
+    monkeypatch.setattr(policy, "completion_loss", failing)
     with pytest.raises(OutOfMemory, match="max_new_tokens") as raised:
         m_step(policy, sgd(policy), rows(), SETTINGS)
     assert raised.value.exit_code == 71

@@ -104,6 +104,7 @@ def load_policy(model: Any, prompt: str, *, seed: int, gradient_checkpointing: b
         backend=backend,
         name=model.name,
         revision=revision,
+        checkpointing=checkpointing,
         set_mode=set_mode,
     )
     if adapter:

@@ -1,8 +1,8 @@
 """The Qwen2 forward pass, layer by layer, over the policy's own modules.
 
 ``transformers`` runs a whole batch from its first layer to its last. Sampling from a cache of fixed place and
-fitting K completions behind one prompt need to put something of their own where attention happens. So the
-parts around it are here, once: a layer turns tokens into queries, keys and values (``heads_of``), somebody lets
+fitting K completions behind one prompt need to put something of their own where attention happens. So what
+lies around it is here, once: a layer turns tokens into queries, keys and values (``heads_of``), somebody lets
 them attend, and the layer goes on from there (``after``).
 
 Shapes: N packed tokens, D hidden, H query heads, G key/value heads, d of one head. Nothing here knows of
@@ -86,8 +86,13 @@ class Network:
         return x + layer.mlp(self.normed(x, layer.mlp_norm))
 
     def normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMSNorm, computed in float32."""
-        return weight * F.rms_norm(x.float(), weight.shape, None, self.eps).to(x.dtype)
+        """RMSNorm, computed in float32 or better."""
+        return weight * F.rms_norm(wide(x), weight.shape, None, self.eps).to(x.dtype)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32; in float64 where it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def live_network(causal: Any) -> Network:
@@ -99,7 +104,11 @@ def live_network(causal: Any) -> Network:
     config, model = causal.config, causal.model
 
     def qkv(attention: Any, x: Tensor) -> Tensor:
-        return torch.cat([attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)], -1)
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        return torch.cat([adapted(projection, x) for projection in projections], -1)
+
+    def mlp(module: Any, x: Tensor) -> Tensor:
+        return adapted(module.down_proj, F.silu(adapted(module.gate_proj, x)) * adapted(module.up_proj, x))
 
     def rotary(positions: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = model.rotary_emb(model.norm.weight, positions[None])
@@ -111,9 +120,9 @@ def live_network(causal: Any) -> Network:
             Layer(
                 norm=layer.input_layernorm.weight,
                 qkv=partial(qkv, layer.self_attn),
-                out=layer.self_attn.o_proj,
+                out=partial(adapted, layer.self_attn.o_proj),
                 mlp_norm=layer.post_attention_layernorm.weight,
-                mlp=layer.mlp,
+                mlp=partial(mlp, layer.mlp),
             )
             for layer in model.layers
         ),
@@ -124,3 +133,12 @@ def live_network(causal: Any) -> Network:
         kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
     )
+
+
+def adapted(linear: Any, x: Tensor) -> Tensor:
+    """What a PEFT LoRA layer computes, ``(N, in) -> (N, out)``, scale and sum inside the second product."""
+    base = linear.base_layer(x)
+    if linear.disable_adapters:
+        return base
+    a, b = linear.lora_A["default"].weight, linear.lora_B["default"].weight
+    return torch.addmm(base, x @ a.T, b.T, alpha=linear.scaling["default"])

@@ -1,9 +1,9 @@
 """Completions behind their prompts, each prompt once: what the M-step feeds the network.
 
-K completions of one problem share its prompt. Written out K times it is a third of the M-step's work
-(prompt 150, completion 180 tokens, K = 8), and padding to the longest row is as much again. So all real tokens
-of a micro-batch lie in one row of N, prompts first; only attention sees rows, of which a completion's look at
-their prompt's keys as well as at their own.
+K completions of one problem share its prompt. Written out K times it is a third of the M-step's work (prompt
+150, completion 180 tokens, K = 8), and padding to the longest row is as much again. So all real tokens of a
+micro-batch lie in one row of N, prompts first; only attention sees rows, where completions look at the keys
+of their prompt as well as at their own.
 
 Shapes: P prompts, B completions (rows), N packed tokens, M scored tokens (all completion tokens).
 """
@@ -149,7 +149,7 @@ def packed_hidden(network: Network, packed: Pack, *, checkpointing: bool = False
 
 
 def _mask(packed: Pack, network: Network) -> Tensor:
-    """What a completion's tokens see, ``(B, 1, H/G Tc, Tp + Tc)`` bool: its prompt, and itself up to there."""
+    """What a completion's tokens see, ``(B, 1, H/G Tc, Tp + Tc)`` bool: its prompt, itself up to there."""
     owner, prompts, completions = packed.owner, packed.prompts, packed.completions
     width, prompt_width = completions.gather.shape[1], prompts.gather.shape[1]
     device = packed.ids.device

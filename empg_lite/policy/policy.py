@@ -11,13 +11,19 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from empg_lite.policy.logprobs import chosen_logprobs
+from empg_lite.policy.logprobs import chosen_logprobs, head_loss
+from empg_lite.policy.network import Network, live_network
+from empg_lite.policy.packing import Ids, pack, packed_hidden
 from empg_lite.policy.templates import Template
+
+#: (row of each token ``(n,)``, its log-prob ``(n,)``) -> scalar, a sum over tokens.
+RowLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,7 @@ class Policy:
         model: the ``PeftModel``.
         stop_ids: every end token that the model, the tokenizer and the template know.
         backend: ``unsloth`` or ``transformers``.
+        checkpointing: whether fitting computes activations again rather than keep them.
         revision: commit of the base model on the hub, or None.
     """
 
@@ -73,10 +80,12 @@ class Policy:
         backend: str,
         name: str,
         revision: str | None = None,
+        checkpointing: bool = False,
         set_mode: Callable[[Any, bool], None] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.dtype, self.backend, self.name, self.revision = dtype, backend, name, revision
+        self.checkpointing = checkpointing
         self.device = next(model.parameters()).device
         self.stop_ids = _stop_ids(model, tokenizer, template)
         self.pad_id = int(
@@ -120,6 +129,16 @@ class Policy:
         """``(V, D)`` output embedding, frozen."""
         return self.causal.lm_head.weight
 
+    @cached_property
+    def network(self) -> Network:
+        """The layers one by one, over the modules of the model."""
+        return live_network(self.causal)
+
+    @property
+    def packs(self) -> bool:
+        """Whether completions share their prompt in a forward pass; Unsloth's own passes want whole rows."""
+        return self.backend != "unsloth"
+
     def autocast(self) -> AbstractContextManager[Any]:
         """16-bit compute over fp32 adapters: PEFT keeps them in fp32 and would upcast every product."""
         if self.dtype == torch.float32:
@@ -127,20 +146,57 @@ class Policy:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def token_logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the completion tokens, computed at those places only.
+        """Log-probabilities of the completion tokens, row by row through the backend's own forward pass.
+
+        What other losses than the M-step's are built on; the M-step takes ``completion_loss``.
 
         Returns:
             ``(B, T-1)`` float32 log-probs, 0 where the mask is False, and that mask ``(B, T-1)``: place t
             scores token t + 1.
         """
-        targets, mask = batch.input_ids[:, 1:], batch.completion_mask[:, 1:]
         with self.autocast():
-            # Right padding under a causal mask: no real token can see a pad, so no attention mask is needed.
-            hidden = self.backbone(batch.input_ids, use_cache=False).last_hidden_state[:, :-1]
-            assert hidden.shape[:2] == mask.shape, f"backbone returned {tuple(hidden.shape)}"
+            hidden, targets, mask = self._padded_hidden(batch)
             chosen = chosen_logprobs(hidden[mask], self.head_weight, targets[mask])
         logprobs = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
         return logprobs.masked_scatter(mask, chosen), mask
+
+    def _padded_hidden(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states ``(B, T-1, D)``, the token after each ``(B, T-1)``, whether it is of a completion."""
+        targets, mask = batch.input_ids[:, 1:], batch.completion_mask[:, 1:]
+        # Right padding under a causal mask: no real token can see a pad, so no attention mask is needed.
+        hidden = self.backbone(batch.input_ids, use_cache=False).last_hidden_state[:, :-1]
+        assert hidden.shape[:2] == mask.shape, f"backbone returned {tuple(hidden.shape)}"
+        return hidden, targets, mask
+
+    def completion_loss(self, pairs: Sequence[tuple[Ids, Ids]], loss: RowLoss) -> Tensor:
+        """A sum over completion tokens of something of their log-probabilities, ready to go backward.
+
+        Args:
+            pairs: (prompt_ids, completion_ids) of B rows, neither empty.
+            loss: ``(rows (n,), log-probs (n,)) -> scalar``; which of the B each token belongs to, nats in
+                float32. See ``head_loss`` for what it must be.
+        """
+        with self.autocast():
+            hidden, targets, rows = self._scored(pairs)
+            return head_loss(hidden, self.head_weight, targets, lambda at, logprobs: loss(rows[at], logprobs))
+
+    @torch.no_grad()
+    def completion_logprobs(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[Tensor]:
+        """Log-probabilities of every completion's tokens: ``(T,)`` float32 for each pair; no gradient."""
+        with self.autocast():
+            hidden, targets, _ = self._scored(pairs)
+            flat = chosen_logprobs(hidden, self.head_weight, targets)
+        return list(flat.split([len(completion) for _, completion in pairs]))
+
+    def _scored(self, pairs: Sequence[tuple[Ids, Ids]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states ``(M, D)`` before each completion token, the tokens and their rows ``(M,)``."""
+        if self.packs:
+            packed = pack(pairs, self.device)
+            hidden = packed_hidden(self.network, packed, checkpointing=self.checkpointing)
+            return hidden, packed.targets, packed.rows
+        batch = collate(pairs, self.pad_id, self.device)
+        hidden, targets, mask = self._padded_hidden(batch)
+        return hidden[mask], targets[mask], mask.nonzero()[:, 0]
 
     # --- modes ------------------------------------------------------------------------------------
 
