@@ -19,14 +19,15 @@ import baselines
 import torch
 from memory import SuccessMemory
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from empg_lite.data import ProblemStream, load_splits
 from empg_lite.estep import reward_matrix, sample_rationales, weigh
 from empg_lite.evaluate import Examiner
 from empg_lite.learner import Learner, build_learner
 from empg_lite.metrics import View
-from empg_lite.mstep import micro_batches
-from empg_lite.policy.policy import Policy, collate
+from empg_lite.mstep import packed_batches
+from empg_lite.policy.policy import Policy
 from empg_lite.rationale import Group, Problem, Rationale, flatten, group_rationales
 from empg_lite.recipe_file import load_recipe
 from empg_lite.rewards import Grader
@@ -195,19 +196,19 @@ def baseline_step(
     rewards, _ = reward_matrix(groups)
     advantages = baselines.advantages(method, rewards).flatten().float()
     rows, settings = flatten(groups), learner.fit_settings()
-    kept = {i: r.tokens for i, r in enumerate(rows) if advantages[i] != 0}
+    kept = {i: _size(r) for i, r in enumerate(rows) if advantages[i] != 0}
     if not kept:
         return 0
     parameters = list(learner.policy.trainable().values())
     with learner.policy.training():
         for _ in range(settings.passes):
             learner.optimizer.zero_grad(set_to_none=True)
-            for batch in micro_batches(kept, settings.micro_batch_tokens):
-                logprobs, mask = _token_logprobs(learner.policy, rows, batch)
+            for batch in packed_batches(kept, settings.micro_batch_tokens):
+                logprobs, mask = _in_rows(_completion_logprobs(learner.policy, rows, batch))
                 loss = baselines.policy_loss(
                     method,
                     logprobs,
-                    logprobs.detach() if old is None else _padded(old, batch, mask),
+                    logprobs.detach() if old is None else _in_rows([old[i] for i in batch])[0],
                     mask,
                     advantages[batch],
                     rows=len(rows),
@@ -222,26 +223,29 @@ def baseline_step(
     return settings.passes
 
 
-def _token_logprobs(policy: Policy, rows: Sequence[Rationale], batch: Sequence[int]) -> tuple[Tensor, Tensor]:
-    pairs = [(rows[i].prompt_ids, rows[i].completion_ids) for i in batch]
-    return policy.token_logprobs(collate(pairs, policy.pad_id, policy.device))
+def _size(row: Rationale) -> tuple[tuple[int, ...], int]:
+    return row.prompt_ids, len(row.completion_ids)
+
+
+def _completion_logprobs(policy: Policy, rows: Sequence[Rationale], batch: Sequence[int]) -> list[Tensor]:
+    """As the M-step of EM computes them: every prompt once, no padding."""
+    return policy.completion_logprobs([(rows[i].prompt_ids, rows[i].completion_ids) for i in batch])
 
 
 @torch.no_grad()
 def _logprobs(learner: Learner, rows: Sequence[Rationale]) -> dict[int, Tensor]:
     """Trainer log-probs of every row's completion under the policy as it is: {row: (T,)}."""
-    lengths = {i: r.tokens for i, r in enumerate(rows)}
-    found = {}
-    for batch in micro_batches(lengths, learner.fit_settings().micro_batch_tokens):
-        logprobs, mask = _token_logprobs(learner.policy, rows, batch)
-        found |= {i: logprobs[b][mask[b]] for b, i in enumerate(batch)}
+    sizes, found = {i: _size(r) for i, r in enumerate(rows)}, {}
+    for batch in packed_batches(sizes, learner.fit_settings().micro_batch_tokens):
+        found |= dict(zip(batch, _completion_logprobs(learner.policy, rows, batch), strict=True))
     return found
 
 
-def _padded(old: dict[int, Tensor], batch: Sequence[int], mask: Tensor) -> Tensor:
-    """Stored log-probs of a batch in the places of its mask, ``(B, T)``."""
-    flat = torch.cat([old[i] for i in batch])
-    return torch.zeros(mask.shape).masked_scatter(mask, flat)
+def _in_rows(logprobs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows of their own length, padded to ``(B, T)``, and which places are real."""
+    lengths = torch.tensor([len(row) for row in logprobs])
+    padded = pad_sequence(list(logprobs), batch_first=True)
+    return padded, torch.arange(padded.shape[1]) < lengths[:, None]
 
 
 # --- what the arms have in common -----------------------------------------------------------------

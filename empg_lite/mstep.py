@@ -222,7 +222,8 @@ class _Fitter:
         def measure() -> Tensor:
             found = {i: torch.zeros(0) for i in range(len(self.rows))}
             for batch in self._micro_batches([i for i in found if self.rows[i].completion_ids]):
-                measured = self.policy.completion_logprobs(self._pairs(batch))
+                with torch.no_grad():
+                    measured = self.policy.completion_logprobs(self._pairs(batch))
                 found |= {i: row.cpu() for i, row in zip(batch, measured, strict=True)}
             return pad_sequence(list(found.values()), batch_first=True)
 

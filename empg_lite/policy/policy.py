@@ -148,7 +148,7 @@ class Policy:
     def token_logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the completion tokens, row by row through the backend's own forward pass.
 
-        What other losses than the M-step's are built on; the M-step takes ``completion_loss``.
+        The plain way, prompts written out for every row: what ``completion_logprobs`` is measured against.
 
         Returns:
             ``(B, T-1)`` float32 log-probs, 0 where the mask is False, and that mask ``(B, T-1)``: place t
@@ -180,9 +180,11 @@ class Policy:
             hidden, targets, rows = self._scored(pairs)
             return head_loss(hidden, self.head_weight, targets, lambda at, logprobs: loss(rows[at], logprobs))
 
-    @torch.no_grad()
     def completion_logprobs(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[Tensor]:
-        """Log-probabilities of every completion's tokens: ``(T,)`` float32 for each pair; no gradient."""
+        """Log-probabilities of every completion's tokens: ``(T,)`` float32 nats for each pair.
+
+        Differentiable, for losses other than the M-step's: these form the head's softmax twice.
+        """
         with self.autocast():
             hidden, targets, _ = self._scored(pairs)
             flat = chosen_logprobs(hidden, self.head_weight, targets)
