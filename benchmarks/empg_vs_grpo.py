@@ -113,7 +113,7 @@ STAGES: dict[str, Callable[[Results], list[Setting]]] = {
     "sweep-2": lambda _: sweep(HARD, 2, CLOSE),
     "passes-2": lambda r: chosen(r, HARD, CLOSE, passes=2),
     "k": lambda r: _each(
-        ((16, 4), (4, 16)), lambda pk: chosen(r, HARD, ("empg", "grpo"), problems=pk[0], samples=pk[1])
+        ((16, 4), (4, 16)), lambda pk: chosen(r, HARD, ("empg",), problems=pk[0], samples=pk[1])
     ),
     "kl-stop": lambda r: _each((0.001, 1e9), lambda stop: chosen(r, HARD, ("empg",), passes=4, kl_stop=stop)),
     "sweep-relatives": lambda _: sweep(HARD, arms=("rloo", "raft")),

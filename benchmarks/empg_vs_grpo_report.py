@@ -12,6 +12,7 @@ from typing import Any
 from arms import Setting
 from empg_vs_grpo import (
     ARMS,
+    CLOSE,
     HARD,
     RATES,
     SCARCE,
@@ -21,7 +22,6 @@ from empg_vs_grpo import (
     best_rate,
     chosen,
     remembering,
-    reusing,
     sweep,
 )
 from scipy.stats import t as student
@@ -293,7 +293,6 @@ def kl_stop_table(results: Results) -> str:
     kinds = {
         "0.005 (default)": {},
         "0.001": {"kl_stop": 0.001},
-        "0.02": {"kl_stop": 0.02},
         "none": {"kl_stop": 1e9},
     }
     rows = []
@@ -307,32 +306,15 @@ def kl_stop_table(results: Results) -> str:
     return table(["kl_stop", "greedy", "T=1", "passes done"], rows) if rows else ""
 
 
-def reuse_table(results: Results) -> str:
-    rows = []
-    for arm in ARMS:
-        plain = row_of(results, HARD, arm)
-        for passes in (1, 2, 4):
-            runs = plain and there(results, reusing(results, passes, (arm,)))
-            if not plain or not runs or (passes == 1 and not there(results, reusing(results, 4, (arm,)))):
-                continue
-            cells = [points([figure(r) for r in runs]) for figure in (greedy, t1)]
-            gain = points(difference(runs, plain, greedy), signed=True) if passes > 1 else ""
-            done = mean(mean(p["updates"] for p in r["curve"]) for r in runs)
-            seconds = f"{mean(r['seconds'] for r in runs):.0f}"
-            rows.append([LABELS[arm], str(passes), cells[0], gain, cells[1], f"{done:.1f}", seconds])
-    header = ["arm", "passes", "greedy", "Δ greedy", "T=1", "passes done", "CPU s"]
-    return table(header, rows) if rows else ""
-
-
 def k_table(results: Results) -> str:
+    """EMPG with as many samples a step, split otherwise into problems and samples of each."""
     rows = []
-    for arm in ("empg", "grpo"):
-        for p, k in ((16, 4), (8, 8), (4, 16)):
-            runs = row_of(results, HARD, arm, problems=p, samples=k)
-            if runs is not None:
-                cells = [points([figure(r) for r in runs]) for figure in (greedy, t1)]
-                rows.append([LABELS[arm], f"{p} × {k}", *cells, points([r["pass@8"] for r in runs])])
-    return table(["arm", "P × K", "greedy", "T=1", "pass@8"], rows) if rows else ""
+    for p, k in ((16, 4), (8, 8), (4, 16)):
+        runs = row_of(results, HARD, "empg", problems=p, samples=k)
+        if runs is not None:
+            cells = [points([figure(r) for r in runs]) for figure in (greedy, t1)]
+            rows.append([f"{p} × {k}", *cells, points([r["pass@8"] for r in runs])])
+    return table(["P × K", "greedy", "T=1", "pass@8"], rows) if len(rows) > 1 else ""
 
 
 def tables(results: Results) -> dict[str, str]:
@@ -342,15 +324,15 @@ def tables(results: Results) -> dict[str, str]:
         "main": main_table(results, HARD),
         "paired": paired_table(results, HARD),
         "clock": clock_table(results, HARD),
-        "stale": changes_table(results, ARMS, "stale", (1, 4), ("1 step stale", "4 steps stale")),
-        "noise": changes_table(results, ARMS, "noise", (0.02, 0.05), ("2% let pass", "5% let pass")),
+        "stale": changes_table(results, ARMS, "stale", (4,), ("4 steps stale",)),
+        "stale-1": changes_table(results, CLOSE, "stale", (1,), ("1 step stale",)),
+        "noise": changes_table(results, CLOSE, "noise", (0.02, 0.05), ("2% let pass", "5% let pass")),
         "memory": memory_table(results),
         "memory-hard": memory_table(results, **SCARCE),
         "length": length_table(results, HARD),
         "rates-tiny": rates_table(results, TINY),
         "main-tiny": main_table(results, TINY),
         "paired-tiny": paired_table(results, TINY),
-        "reuse": reuse_table(results),
         "k": k_table(results),
         "kl-stop": kl_stop_table(results),
         "relatives": main_table(results, HARD, arms=("empg", "grpo", "rloo", "raft"))
