@@ -51,9 +51,11 @@ class Session:
         view: View,
         command: str,
         source: Path | None = None,
+        *,
+        refuse: bool = False,
     ) -> None:
         self.run, self.journal, self.view = run, journal, view
-        self.learner: Learner = build_learner(opened.recipe)
+        self.learner: Learner = build_learner(opened.recipe, refuse=refuse)
         self.recipe: Recipe = self.learner.recipe
         self.grader_error: str | None = None  # what the last grader failure said
         if opened.checkpoint is None:
@@ -127,7 +129,7 @@ class Session:
             **_drift_metrics(stats.drift),
             "step_time": sum(times.values()),
             **{f"time/{name}": seconds for name, seconds in times.items()},
-            **_memory(),
+            **_memory(learner.predicted),
         }
 
     def keep_rollouts(self, step: int, rows: Sequence[Rationale], reward: str | None) -> None:
@@ -280,11 +282,15 @@ def _drift_metrics(drift: Drift | None) -> dict[str, float]:
     }
 
 
-def _memory() -> dict[str, float]:
-    """Peak memory so far in MB: of the process, and of the card where there is one."""
+def _memory(predicted: int) -> dict[str, float]:
+    """Peak memory so far in MB, of the process and of the card where there is one; and what was planned: on a
+    card beside ``peak_gpu_mb``, else beside ``peak_rss_mb``."""
     import resource
 
-    peak = {"memory/peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    peak = {
+        "memory/peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "memory/predicted_mb": predicted / 2**20,
+    }
     if torch.cuda.is_available():
         peak["memory/peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 2**20
     return peak

@@ -71,7 +71,8 @@ def train(
 
         grader.self_test(str(opened.recipe.data.reward))
         splits = load_splits(opened.recipe)
-        session = Session(run, opened, journal, view, options.command)
+        new = opened.checkpoint is None  # what was begun has its sizes, and fitted once
+        session = Session(run, opened, journal, view, options.command, refuse=new and not options.force)
         learner, state, recipe = session.learner, session.learner.state, session.recipe
         problems = fitting_problems(session, splits.train)
         stream = ProblemStream(problems, recipe.run.seed)
