@@ -32,7 +32,8 @@ class Learner:
 
     Attributes:
         recipe: has no ``auto`` left in it.
-        predicted: peak memory by the plan, in bytes: of the process on a CPU, of the tensors on a GPU.
+        planned: the memory that it takes.
+        held: bytes that the process had before, on a CPU, where its peak is that of the process; 0 on a GPU.
     """
 
     recipe: Recipe
@@ -40,7 +41,8 @@ class Learner:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None
     state: TrainState
-    predicted: int
+    planned: plan.Plan
+    held: int
 
     @property
     def decoding(self) -> Decoding:
@@ -145,7 +147,8 @@ def build_learner(recipe: Recipe, *, refuse: bool = False) -> Learner:
         what ``load_policy`` raises.
     """
     recipe = recipe.resolved()
-    predicted, recipe = plan_here(recipe, refuse=refuse)
+    planned, held = plan_here(recipe, refuse=refuse)
+    recipe = plan.with_sizes(recipe, planned.settings)
     policy = load_policy(
         recipe.model,
         str(recipe.data.prompt),
@@ -157,13 +160,11 @@ def build_learner(recipe: Recipe, *, refuse: bool = False) -> Learner:
         list(policy.trainable().values()), lr=recipe.optim.learning_rate, betas=(0.9, 0.999), weight_decay=0.0
     )
     scaler = torch.amp.GradScaler(policy.device.type) if policy.dtype == torch.float16 else None
-    return Learner(recipe, policy, optimizer, scaler, TrainState(), predicted)
+    return Learner(recipe, policy, optimizer, scaler, TrainState(), planned, held)
 
 
-def plan_here(recipe: Recipe, *, refuse: bool) -> tuple[int, Recipe]:
-    """Bytes that the recipe is going to take on this machine, and the recipe with its sizes settled.
-
-    On a CPU the bytes include what the process holds already: they stand beside its peak.
+def plan_here(recipe: Recipe, *, refuse: bool) -> tuple[plan.Plan, int]:
+    """The recipe's plan on this machine as it is, and what the process holds already (0 with a GPU).
 
     Raises:
         MissingInput, DataError: the model's configuration is not to be had.
@@ -175,8 +176,8 @@ def plan_here(recipe: Recipe, *, refuse: bool) -> tuple[int, Recipe]:
     held = 0 if device.type == "cuda" else plan.resident_memory()
     found = plan.plan_recipe(recipe, shape, plan.Machine(device.type, plan.free_memory(device)))
     if refuse:
-        plan.refuse_unfit(found, shape)
-    return held + found.peak, plan.with_sizes(recipe, found.settings)
+        plan.refuse_unfit(found)
+    return found, held
 
 
 def settle_names(recipe: Recipe, policy: Policy) -> Recipe:

@@ -47,6 +47,8 @@ class FitStats:
         drift: how far the policy moved from where the fit began; None where not measured.
         rows_fitted: rows of non-zero weight in the first pass.
         micro_batch_tokens: the budget in force at the end (smaller after an out-of-memory back-off).
+        tokens_computed: tokens that went forward and backward, all passes.
+        tokens_padded: the same with the padding that was computed beside them.
     """
 
     updates: int
@@ -56,6 +58,8 @@ class FitStats:
     drift: Drift | None
     rows_fitted: int
     micro_batch_tokens: int
+    tokens_computed: int
+    tokens_padded: int
 
     @property
     def kl_old(self) -> float | None:
@@ -141,7 +145,7 @@ class _Fitter:
         self.policy, self.optimizer, self.rows, self.z = policy, optimizer, rows, z
         self.settings, self.scaler, self.on_done = settings, scaler, on_done
         self.budget = settings.micro_batch_tokens
-        self.updates = self.nonfinite = self.fitted = 0
+        self.updates = self.nonfinite = self.fitted = self.computed = self.padded = 0
         self.first: tuple[float, float] | None = None  # loss, grad_norm
 
     def fit(self, weights: Sequence[float]) -> None:
@@ -175,6 +179,8 @@ class _Fitter:
             loss = m_step_loss(logprobs, mask, w, self.z)
             (self.scaler.scale(loss) if self.scaler is not None else loss).backward()
             total += float(loss.detach())
+            self.computed += sum(self.rows[i].tokens for i in batch)
+            self.padded += len(batch) * max(self.rows[i].tokens for i in batch)
             if self.on_done:
                 self.on_done(len(batch))
         return total
@@ -200,7 +206,17 @@ class _Fitter:
 
     def stats(self, moved: Drift | None) -> FitStats:
         loss, norm = self.first or (None, None)
-        return FitStats(self.updates, self.nonfinite, loss, norm, moved, self.fitted, self.budget)
+        return FitStats(
+            updates=self.updates,
+            skipped_nonfinite=self.nonfinite,
+            loss=loss,
+            grad_norm=norm,
+            drift=moved,
+            rows_fitted=self.fitted,
+            micro_batch_tokens=self.budget,
+            tokens_computed=self.computed,
+            tokens_padded=self.padded,
+        )
 
     def _score(self, batch: Sequence[int]) -> tuple[Tensor, Tensor]:
         pairs = [(self.rows[i].prompt_ids, self.rows[i].completion_ids) for i in batch]

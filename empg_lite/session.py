@@ -27,9 +27,10 @@ from empg_lite.learner import Learner, build_learner
 from empg_lite.metrics import Journal, View, read_metrics
 from empg_lite.policy.adapter import WEIGHTS, adapter_files
 from empg_lite.policy.card import tokenizer_files
+from empg_lite.profiler import probe, profile
 from empg_lite.rationale import Group, Rationale, encode_rollouts, flatten
 from empg_lite.recipe import Recipe
-from empg_lite.runs import METRICS, Opened, rollout_path, write_run_files
+from empg_lite.runs import METRICS, PROFILE, Opened, rollout_path, write_run_files
 
 #: Steps in a row without any signal, or with a non-finite gradient, after which going on is pointless.
 DEAD_STEPS = 10
@@ -126,10 +127,12 @@ class Session:
             "em/updates": stats.updates,
             "em/policy_step": state.policy_step,
             "em/skipped_nonfinite": stats.skipped_nonfinite,
+            "em/tokens_computed": stats.tokens_computed,
+            "em/tokens_padded": stats.tokens_padded,
             **_drift_metrics(stats.drift),
             "step_time": sum(times.values()),
             **{f"time/{name}": seconds for name, seconds in times.items()},
-            **_memory(learner.predicted),
+            **_memory(learner.held + learner.planned.peak),
         }
 
     def keep_rollouts(self, step: int, rows: Sequence[Rationale], reward: str | None) -> None:
@@ -227,6 +230,18 @@ class Session:
             self.run / folder,
             adapter_files(policy) | tokenizer_files(policy) | {"README.md": card.encode()},
         )
+
+    def write_profile(self, begun: int, seconds: float) -> None:
+        """``profile.json``: where the time of the steps after ``begun`` went; probes the device."""
+        learner = self.learner
+        policy = learner.policy
+        steps = (r for r in read_metrics(self.run / METRICS) if "step_time" in r)  # the rest are evaluations
+        records = [r for r in steps if r["step"] > begun]
+        if not records:
+            return
+        rates = probe(policy.device, policy.dtype)
+        found = profile(records, learner.planned.shape, learner.planned.settings, rates, seconds)
+        store.write_file(self.run / PROFILE, json.dumps(found, indent=1))
 
     def save_figures(self, name: str, figures: Mapping[str, Any]) -> None:
         """``eval/NAME/figures.json``; the answers lie beside it."""

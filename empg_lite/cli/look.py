@@ -231,7 +231,7 @@ def plan(
     chosen = load_recipe(recipe or "tiny", overrides or [], seed)
     shape = planning.read_shape(chosen.model.name, chosen.model.revision)
     found = planning.plan_recipe(chosen, shape, machine)
-    change = planning.advise(found, shape)
+    change = planning.advise(found)
     out.line(found.facts() | {"change": None if change is None else planning.as_overrides(change)})
     show_plan(out, chosen, found, change)
     raise typer.Exit(0 if found.fits else 1)

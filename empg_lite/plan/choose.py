@@ -60,6 +60,7 @@ class Plan:
         phases: phase -> its own terms at its peak.
     """
 
+    shape: Shape
     machine: Machine
     settings: Settings
     stays: dict[str, int]
@@ -108,7 +109,7 @@ class Plan:
 
 def predict(shape: Shape, settings: Settings, machine: Machine) -> Plan:
     """The terms of these settings."""
-    return Plan(machine, settings, stays(shape, settings), dict(phases(shape, settings)))
+    return Plan(shape, machine, settings, stays(shape, settings), dict(phases(shape, settings)))
 
 
 def plan_recipe(recipe: Recipe, shape: Shape, machine: Machine) -> Plan:
@@ -147,7 +148,7 @@ def with_sizes(recipe: Recipe, s: Settings) -> Recipe:
     return recipe.model_copy(update={"sampler": sampler, "optim": recipe.optim.model_copy(update=optim)})
 
 
-def refuse_unfit(plan: Plan, shape: Shape) -> None:
+def refuse_unfit(plan: Plan) -> None:
     """Stop before anything is loaded that cannot fit.
 
     Raises:
@@ -159,14 +160,14 @@ def refuse_unfit(plan: Plan, shape: Shape) -> None:
         raise OutOfMemory(
             f"the {phase} would take {need:.1f} GB of {free:.1f} GB free, most of it {term}",
             "memory plan",
-            f"{advice_text(advise(plan, shape))}; --force tries it anyway",
+            f"{advice_text(advise(plan))}; --force tries it anyway",
         )
 
 
 # --- what to change -------------------------------------------------------------------------------
 
 
-def advise(plan: Plan, shape: Shape) -> Change | None:
+def advise(plan: Plan) -> Change | None:
     """The smallest change of settings that fits, {} where none is needed, None where none does.
 
     From the least of everything, each setting is put back where it can be, what matters most first: the
@@ -180,7 +181,7 @@ def advise(plan: Plan, shape: Shape) -> Change | None:
             change.pop(name, None)
 
     def fits(tried: Change) -> bool:
-        return predict(shape, replace(plan.settings, **tried), plan.machine).fits
+        return predict(plan.shape, replace(plan.settings, **tried), plan.machine).fits
 
     if not fits(change):
         return None
