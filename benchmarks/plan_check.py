@@ -3,7 +3,7 @@
 ``python benchmarks/plan_check.py`` builds random weights of each shape, loads them as ``train`` does, samples
 and fits rows of full length, and compares the resident memory of each phase (over that after the imports)
 with the plan. The high-water mark of the process is set back before each phase (``/proc/self/clear_refs``).
-It ends with exit code 1 where the peak is more than 15% off. glibc is told to give freed blocks of 1 MB back
+It ends with exit code 1 where the peak is more than 15% off. glibc is told to give freed blocks of 64 KB back
 at once: what is compared is tensors, not fragments.
 """
 
@@ -102,7 +102,7 @@ def run(case: Case) -> dict[str, Any]:
         command = [sys.executable, str(Path(__file__).resolve()), "--child", case.name, folder]
         root = str(Path(__file__).resolve().parents[1])
         paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**os.environ, "PYTHONPATH": paths, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+        environment = {**os.environ, "PYTHONPATH": paths, "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
         environment["CUDA_VISIBLE_DEVICES"] = ""
         # The weights are made in a process of their own: what that takes must not count.
         subprocess.run([*command, "--build"], env=environment, check=True, stdout=subprocess.DEVNULL)
