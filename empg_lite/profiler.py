@@ -104,8 +104,10 @@ def profile(
             "sampling": _share(tokens, total("time/sample")),
             "step": _share(tokens, total("step_time")),
         },
-        "wasted_row_steps": _share(total("em/row_steps") - tokens, total("em/row_steps")),
-        "padding": _share(total("em/tokens_padded") - total("em/tokens_computed"), total("em/tokens_padded")),
+        "wasted_row_steps": _share(total("time/row_steps") - tokens, total("time/row_steps")),
+        "padding": _share(
+            total("time/tokens_padded") - total("em/tokens_computed"), total("time/tokens_padded")
+        ),
         "rows_skipped": _share(total("em/rows_skipped"), total("em/rows_skipped") + total("em/rows_fitted")),
         "rates": asdict(rates),
         "floor": floor,

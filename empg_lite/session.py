@@ -128,7 +128,7 @@ class Session:
             "em/policy_step": state.policy_step,
             "em/skipped_nonfinite": stats.skipped_nonfinite,
             "em/tokens_computed": stats.tokens_computed,
-            "em/tokens_padded": stats.tokens_padded,
+            "time/tokens_padded": stats.tokens_padded,
             **_drift_metrics(stats.drift),
             "step_time": sum(times.values()),
             **{f"time/{name}": seconds for name, seconds in times.items()},

@@ -140,7 +140,7 @@ def e_step(
         "entropy": sums.pop("nats") / max(tokens, 1),
         "em/refilled": len(groups) - p,
         "em/prompt_tokens": work.prompt_tokens,
-        "em/row_steps": work.row_steps,
+        "time/row_steps": work.row_steps,
         "em/context_tokens": sum(context_tokens(r) for r in flatten(groups)),
         "time/refresh": work.refresh_seconds,
         "time/tokens_per_second": tokens / sums["sample"],

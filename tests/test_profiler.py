@@ -29,11 +29,11 @@ RECORD = {
     "completions/mean_length": 12.5,
     "em/rows_fitted": 6,
     "em/rows_skipped": 10,
-    "em/row_steps": 250,
+    "time/row_steps": 250,
     "em/prompt_tokens": 40,
     "em/context_tokens": 5000,
     "em/tokens_computed": 300,
-    "em/tokens_padded": 400,
+    "time/tokens_padded": 400,
 }
 
 
