@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -17,6 +16,7 @@ from empg_lite.checkpoint import TrainState
 from empg_lite.errors import DataError
 from empg_lite.mstep import FitSettings, FitStats, m_step
 from empg_lite.policy import load_policy
+from empg_lite.policy.integrity import check_config, resolve_model
 from empg_lite.policy.policy import Policy
 from empg_lite.rationale import Problem, Rationale, RolloutHeader
 from empg_lite.recipe import Recipe
@@ -28,13 +28,21 @@ RATE_PER_DOUBLING = 0.6
 
 @dataclass(slots=True)
 class Learner:
-    """A recipe come to life. ``recipe`` has no ``auto`` left in it."""
+    """A recipe come to life.
+
+    Attributes:
+        recipe: has no ``auto`` left in it.
+        planned: the memory that it takes.
+        held: bytes that the process had before, on a CPU, where its peak is that of the process; 0 on a GPU.
+    """
 
     recipe: Recipe
     policy: Policy
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None
     state: TrainState
+    planned: plan.Plan
+    held: int
 
     @property
     def decoding(self) -> Decoding:
@@ -128,47 +136,57 @@ class Learner:
         )
 
 
-def build_learner(recipe: Recipe) -> Learner:
+def build_learner(recipe: Recipe, *, refuse: bool = False) -> Learner:
     """Load the policy and settle everything that the recipe leaves to ``auto``.
 
+    Args:
+        refuse: load nothing where the memory plan says that it does not fit.
+
     Raises:
+        OutOfMemory: the plan says so, and ``refuse`` is on.
         what ``load_policy`` raises.
     """
+    recipe = recipe.resolved()
+    planned, held = plan_here(recipe, refuse=refuse)
+    recipe = plan.with_sizes(recipe, planned.settings)
     policy = load_policy(
         recipe.model,
         str(recipe.data.prompt),
         seed=recipe.run.seed,
         gradient_checkpointing=recipe.optim.gradient_checkpointing,
     )
-    recipe = settle_auto(recipe, policy)
+    recipe = settle_names(recipe, policy)
     optimizer = torch.optim.AdamW(
         list(policy.trainable().values()), lr=recipe.optim.learning_rate, betas=(0.9, 0.999), weight_decay=0.0
     )
     scaler = torch.amp.GradScaler(policy.device.type) if policy.dtype == torch.float16 else None
-    return Learner(recipe, policy, optimizer, scaler, TrainState())
+    return Learner(recipe, policy, optimizer, scaler, TrainState(), planned, held)
 
 
-def settle_auto(recipe: Recipe, policy: Policy) -> Recipe:
-    """The recipe with every ``auto`` replaced by what this machine and its free memory allow."""
-    config, itemsize = policy.causal.config, policy.dtype.itemsize
-    model, sampler, optim = recipe.model, recipe.sampler, recipe.optim
-    checkpointing = optim.gradient_checkpointing
-    if checkpointing == "auto":
-        checkpointing = policy.device.type == "cuda"
-    free = plan.free_memory(policy.device)
-    rows, tokens = sampler.batch_rows, optim.micro_batch_tokens
-    if rows == "auto":
-        per_row = sampler.max_new_tokens + int(recipe.data.max_prompt_tokens or 0)
-        rows = plan.auto_batch_rows(config, itemsize, per_row, free)
-    if tokens == "auto":
-        tokens = plan.auto_micro_batch_tokens(config, itemsize, checkpointing, free)
-    engine = choose_engine(sampler.engine, policy)
+def plan_here(recipe: Recipe, *, refuse: bool) -> tuple[plan.Plan, int]:
+    """The recipe's plan on this machine as it is, and what the process holds already (0 with a GPU).
+
+    Raises:
+        MissingInput, DataError: the model's configuration is not to be had.
+        OutOfMemory: it does not fit, and ``refuse`` is on.
+    """
+    folder, _ = resolve_model(recipe.model.name, recipe.model.revision, weights=False)
+    shape = plan.shape_of(check_config(folder), str(folder))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    held = 0 if device.type == "cuda" else plan.resident_memory()
+    found = plan.plan_recipe(recipe, shape, plan.Machine(device.type, plan.free_memory(device)))
+    if refuse:
+        plan.refuse_unfit(found)
+    return found, held
+
+
+def settle_names(recipe: Recipe, policy: Policy) -> Recipe:
+    """The recipe with the backend, type and engine that ``auto`` became."""
     dtype = str(policy.dtype).removeprefix("torch.")
-    settled: dict[str, Any] = {
-        "model": model.model_copy(update={"backend": policy.backend, "dtype": dtype}),
-        "sampler": sampler.model_copy(update={"engine": engine, "batch_rows": rows}),
-        "optim": optim.model_copy(
-            update={"micro_batch_tokens": tokens, "gradient_checkpointing": checkpointing}
-        ),
-    }
-    return recipe.model_copy(update=settled)
+    engine = choose_engine(recipe.sampler.engine, policy)
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"backend": policy.backend, "dtype": dtype}),
+            "sampler": recipe.sampler.model_copy(update={"engine": engine}),
+        }
+    )

@@ -49,6 +49,8 @@ class FitStats:
         drift: how far the policy moved from where the fit began; None where not measured.
         rows_fitted: rows of non-zero weight in the first pass.
         micro_batch_tokens: the budget in force at the end (smaller after an out-of-memory back-off).
+        tokens_computed: tokens that went forward and backward, all passes.
+        tokens_padded: the same with the padding that was computed beside them.
     """
 
     updates: int
@@ -58,6 +60,8 @@ class FitStats:
     drift: Drift | None
     rows_fitted: int
     micro_batch_tokens: int
+    tokens_computed: int
+    tokens_padded: int
 
     @property
     def kl_old(self) -> float | None:
@@ -172,7 +176,7 @@ class _Fitter:
         self.policy, self.optimizer, self.rows, self.z = policy, optimizer, rows, z
         self.settings, self.scaler, self.on_done = settings, scaler, on_done
         self.budget = settings.micro_batch_tokens
-        self.updates = self.nonfinite = self.fitted = 0
+        self.updates = self.nonfinite = self.fitted = self.computed = self.padded = 0
         self.first: tuple[float, float] | None = None  # loss, grad_norm
 
     def fit(self, weights: Sequence[float]) -> None:
@@ -207,6 +211,9 @@ class _Fitter:
             loss = self.policy.completion_loss(self._pairs(batch), partial(self._loss, w, scale))
             loss.backward()
             total += loss.detach() / scale
+            tokens, places = self._size(batch)
+            self.computed += tokens
+            self.padded += places
             if self.on_done:
                 self.on_done(len(batch))
         return float(total)
@@ -237,10 +244,29 @@ class _Fitter:
 
     def stats(self, moved: Drift | None) -> FitStats:
         loss, norm = self.first or (None, None)
-        return FitStats(self.updates, self.nonfinite, loss, norm, moved, self.fitted, self.budget)
+        return FitStats(
+            updates=self.updates,
+            skipped_nonfinite=self.nonfinite,
+            loss=loss,
+            grad_norm=norm,
+            drift=moved,
+            rows_fitted=self.fitted,
+            micro_batch_tokens=self.budget,
+            tokens_computed=self.computed,
+            tokens_padded=self.padded,
+        )
 
     def _pairs(self, batch: Sequence[int]) -> list[tuple[Ids, Ids]]:
         return [(self.rows[i].prompt_ids, self.rows[i].completion_ids) for i in batch]
+
+    def _size(self, batch: Sequence[int]) -> tuple[int, int]:
+        """Tokens that the linears see of a micro-batch, and places, padding included."""
+        sizes = [self.rows[i].tokens for i in batch]
+        if not self.policy.packs:
+            return sum(sizes), len(batch) * max(sizes)
+        prompts = {self.rows[i].prompt_ids for i in batch}  # once each, and nothing is padded
+        tokens = sum(map(len, prompts)) + sum(len(self.rows[i].completion_ids) for i in batch)
+        return tokens, tokens
 
     def _micro_batches(self, rows: Sequence[int]) -> list[list[int]]:
         if self.policy.packs:

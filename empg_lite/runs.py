@@ -21,6 +21,7 @@ from empg_lite.recipe_file import dump_recipe, load_recipe
 
 RUNS = Path("runs")
 RECIPE, METRICS, EVENTS, ENVIRONMENT = "recipe.yaml", "metrics.jsonl", "events.jsonl", "environment.json"
+PROFILE = "profile.json"
 
 
 def is_run(path: Path) -> bool:

@@ -27,9 +27,10 @@ from empg_lite.learner import Learner, build_learner
 from empg_lite.metrics import Journal, View, read_metrics
 from empg_lite.policy.adapter import WEIGHTS, adapter_files
 from empg_lite.policy.card import tokenizer_files
+from empg_lite.profiler import probe, profile
 from empg_lite.rationale import Group, Rationale, encode_rollouts, flatten
 from empg_lite.recipe import Recipe
-from empg_lite.runs import METRICS, Opened, rollout_path, write_run_files
+from empg_lite.runs import METRICS, PROFILE, Opened, rollout_path, write_run_files
 
 #: Steps in a row without any signal, or with a non-finite gradient, after which going on is pointless.
 DEAD_STEPS = 10
@@ -51,9 +52,11 @@ class Session:
         view: View,
         command: str,
         source: Path | None = None,
+        *,
+        refuse: bool = False,
     ) -> None:
         self.run, self.journal, self.view = run, journal, view
-        self.learner: Learner = build_learner(opened.recipe)
+        self.learner: Learner = build_learner(opened.recipe, refuse=refuse)
         self.recipe: Recipe = self.learner.recipe
         self.grader_error: str | None = None  # what the last grader failure said
         if opened.checkpoint is None:
@@ -124,10 +127,12 @@ class Session:
             "em/updates": stats.updates,
             "em/policy_step": state.policy_step,
             "em/skipped_nonfinite": stats.skipped_nonfinite,
+            "em/tokens_computed": stats.tokens_computed,
+            "time/tokens_padded": stats.tokens_padded,
             **_drift_metrics(stats.drift),
             "step_time": sum(times.values()),
             **{f"time/{name}": seconds for name, seconds in times.items()},
-            **_memory(),
+            **_memory(learner.held + learner.planned.peak),
         }
 
     def keep_rollouts(self, step: int, rows: Sequence[Rationale], reward: str | None) -> None:
@@ -226,6 +231,18 @@ class Session:
             adapter_files(policy) | tokenizer_files(policy) | {"README.md": card.encode()},
         )
 
+    def write_profile(self, begun: int, seconds: float) -> None:
+        """``profile.json``: where the time of the steps after ``begun`` went; probes the device."""
+        learner = self.learner
+        policy = learner.policy
+        steps = (r for r in read_metrics(self.run / METRICS) if "step_time" in r)  # the rest are evaluations
+        records = [r for r in steps if r["step"] > begun]
+        if not records:
+            return
+        rates = probe(policy.device, policy.dtype)
+        found = profile(records, learner.planned.shape, learner.planned.settings, rates, seconds)
+        store.write_file(self.run / PROFILE, json.dumps(found, indent=1))
+
     def save_figures(self, name: str, figures: Mapping[str, Any]) -> None:
         """``eval/NAME/figures.json``; the answers lie beside it."""
         store.write_file(self.run / "eval" / name / "figures.json", json.dumps(figures, indent=1))
@@ -280,11 +297,15 @@ def _drift_metrics(drift: Drift | None) -> dict[str, float]:
     }
 
 
-def _memory() -> dict[str, float]:
-    """Peak memory so far in MB: of the process, and of the card where there is one."""
+def _memory(predicted: int) -> dict[str, float]:
+    """Peak memory so far in MB, of the process and of the card where there is one; and what was planned: on a
+    card beside ``peak_gpu_mb``, else beside ``peak_rss_mb``."""
     import resource
 
-    peak = {"memory/peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    peak = {
+        "memory/peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "memory/predicted_mb": predicted / 2**20,
+    }
     if torch.cuda.is_available():
         peak["memory/peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 2**20
     return peak

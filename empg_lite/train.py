@@ -43,6 +43,7 @@ class TrainOptions:
     allow_change: tuple[str, ...] = ()
     command: str = ""
     code: UserCode | None = None
+    profile: bool = False
 
 
 def train(
@@ -71,12 +72,14 @@ def train(
 
         grader.self_test(str(opened.recipe.data.reward))
         splits = load_splits(opened.recipe)
-        session = Session(run, opened, journal, view, options.command)
+        new = opened.checkpoint is None  # what was begun has its sizes, and fitted once
+        session = Session(run, opened, journal, view, options.command, refuse=new and not options.force)
         learner, state, recipe = session.learner, session.learner.state, session.recipe
         problems = fitting_problems(session, splits.train)
         stream = ProblemStream(problems, recipe.run.seed)
         sampler = learner.sampler()
         tester = Tester(session, sampler, grader, splits)
+        begun = state.step
         if not state.step:
             fly_first(session, sampler, grader, first_problems(problems, recipe.run.seed), options.force)
         tester.before()
@@ -97,6 +100,8 @@ def train(
             out_of_time = clock.out_of_time()
             if session.checkpoint_due() or stop or out_of_time:
                 saved = session.checkpoint()
+            if options.profile and not last and (stop or out_of_time):
+                session.write_profile(begun, clock.seconds())
             if stop and not last:
                 raise Interrupted(
                     stop[0], f"stopped after step {state.step}, {saved.name} is saved", str(run), RESUME
@@ -108,6 +113,8 @@ def train(
 
         figures = tester.after()
         session.publish_adapter("adapter", figures)
+        if options.profile:
+            session.write_profile(begun, clock.seconds())
         return summarise(run, recipe, state, clock)
 
 
@@ -118,7 +125,7 @@ def e_step(
 
     P problems, and where fewer than P teach anything as many more, up to ``sampler.refill`` of them.
     """
-    s, position = session.recipe.sampler, session.learner.state.position
+    s, position, before = session.recipe.sampler, session.learner.state.position, sampler.work
     p, session.grader_error = s.problems_per_step, None
     groups, sums = _draw(session, sampler, grader, stream.take(position, p))
     spare = min(s.refill, len(stream) - p)
@@ -128,12 +135,23 @@ def e_step(
         groups, spare = groups + more, spare - len(more)
         sums = {name: value + more_sums[name] for name, value in sums.items()}
     tokens = sum(len(r.completion_ids) for r in flatten(groups))
+    work = sampler.work.since(before)
     extra = {
         "entropy": sums.pop("nats") / max(tokens, 1),
         "em/refilled": len(groups) - p,
+        "em/prompt_tokens": work.prompt_tokens,
+        "time/row_steps": work.row_steps,
+        "em/context_tokens": sum(context_tokens(r) for r in flatten(groups)),
+        "time/refresh": work.refresh_seconds,
         "time/tokens_per_second": tokens / sums["sample"],
     }
     return groups, sums, extra
+
+
+def context_tokens(rationale: Rationale) -> int:
+    """Keys that the completion's tokens looked at, one by one: what was read of a layer's cache."""
+    n = len(rationale.completion_ids)
+    return n * len(rationale.prompt_ids) + n * (n - 1) // 2
 
 
 def teaches(group: Group) -> bool:

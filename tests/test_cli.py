@@ -22,6 +22,7 @@ COMMANDS = (
     "inspect",
     "recipes",
     "check",
+    "plan",
     "doctor",
 )
 

@@ -41,7 +41,7 @@ FLOORS = [
         "scoring",
     },
     {"sampler", "checkpoint", "runs", "target"},
-    {"estep", "mstep", "learner", "evaluate", "preflight"},
+    {"estep", "mstep", "learner", "evaluate", "preflight", "profiler"},
     {"session", "tester", "train", "offline", "rescore"},
     {"chat", "check", "doctor"},
     {"cli"},
@@ -181,7 +181,14 @@ def strip_docstrings(tree: ast.Module) -> ast.Module:
 
 @pytest.mark.parametrize(
     "module",
-    ["empg_lite.cli", "empg_lite.recipe_file", "empg_lite.rewards", "empg_lite.rescore", "empg_lite.runs_"],
+    [
+        "empg_lite.cli",
+        "empg_lite.plan",
+        "empg_lite.recipe_file",
+        "empg_lite.rewards",
+        "empg_lite.rescore",
+        "empg_lite.runs_",
+    ],
 )
 def test_what_starts_fast_imports_no_torch(module: str) -> None:
     if module == "empg_lite.runs_":  # negative control: this one does

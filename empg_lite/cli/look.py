@@ -1,4 +1,4 @@
-"""Commands that look: inspect, recipes, check, doctor."""
+"""Commands that look: inspect, recipes, check, plan, doctor."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
-    for command in (inspect, recipes, check, doctor):
+    for command in (inspect, recipes, check, plan, doctor):
         app.command()(command)
 
 
@@ -95,7 +95,7 @@ def _show_rationale(out: Output, r: Rationale) -> None:
     out.print(Panel(body, title=title, border_style=style))
 
 
-# --- recipes, check, doctor ---------------------------------------------------------------------------
+# --- recipes, check, plan, doctor ---------------------------------------------------------------------
 
 
 def recipes(
@@ -206,6 +206,35 @@ def _findings(report: CheckReport) -> list[str]:
     lines += ["first prompt as the model sees it:", "-" * 60, report.prompt, "-" * 60]
     lines.append("an answer ends at " + " or ".join(map(repr, report.stops)))
     return lines
+
+
+def plan(
+    recipe: RecipeOption = None,
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--gpu-memory", metavar="SIZE", help="Plan for a card like 8GB, not this one.", show_default=False
+        ),
+    ] = None,
+    overrides: SetOption = None,
+    seed: SeedOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Memory term by term, before anything is loaded. Exit code 1 where it does not fit."""
+    from empg_lite import plan as planning
+    from empg_lite.cli.plan_table import show_plan
+    from empg_lite.recipe_file import load_recipe
+
+    out = Output(as_json)
+    machine = planning.card(gpu_memory) if gpu_memory is not None else planning.this_machine()
+    chosen = load_recipe(recipe or "tiny", overrides or [], seed)
+    shape = planning.read_shape(chosen.model.name, chosen.model.revision)
+    found = planning.plan_recipe(chosen, shape, machine)
+    change = planning.advise(found)
+    out.line(found.facts() | {"change": None if change is None else planning.as_overrides(change)})
+    show_plan(out, chosen, found, change)
+    raise typer.Exit(0 if found.fits else 1)
 
 
 def doctor(as_json: JsonOption = False, debug: DebugOption = False) -> None:

@@ -33,7 +33,11 @@ JsonOption = Annotated[
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 ForceOption = Annotated[
-    bool, typer.Option("--force", help="Go on despite refused sampling settings or a dead signal.")
+    bool,
+    typer.Option(
+        "--force",
+        help="Go on despite refused sampling settings, a memory plan that says no, or a dead signal.",
+    ),
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on where the run in --output-dir stopped.")]
 OutputDirOption = Annotated[

@@ -54,6 +54,9 @@ def train(
     seed: SeedOption = None,
     allow_change: AllowChangeOption = None,
     allow_code: AllowCodeOption = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="At the end, say where the time went; also RUN/profile.json.")
+    ] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -80,12 +83,18 @@ def train(
     from empg_lite.train import TrainOptions
     from empg_lite.train import train as run_training
 
-    options = TrainOptions(resume, force, max_minutes, tuple(allow_change or ()), command_line(), code)
+    options = TrainOptions(
+        resume, force, max_minutes, tuple(allow_change or ()), command_line(), code, profile
+    )
     with out.guarded():
         out.print(f"run: {run}", markup=False, highlight=False)
         result = run_training(plan, run, options, out.view())
         out.line(result)
         _say_result(out, result, run)
+        if profile:
+            from empg_lite.cli.profile_table import show_profile
+
+            show_profile(out, run)
 
 
 def _run_name(recipe: str | None) -> str:

@@ -133,8 +133,8 @@ def packed_hidden(network: Network, packed: Pack, *, checkpointing: bool = False
     Args:
         checkpointing: keep one hidden state a token and layer, and compute the layer again going backward.
     """
-    angles, mask = network.angles(packed.positions), _mask(packed, network)
     x = network.embed(packed.ids)  # (N, D)
+    angles, mask = network.angles(packed.positions), _mask(packed, network, x.dtype)
 
     def through(layer: Layer, x: Tensor) -> Tensor:
         queries, keys, values = network.heads_of(layer, x, angles)
@@ -148,8 +148,11 @@ def packed_hidden(network: Network, packed: Pack, *, checkpointing: bool = False
     return network.normed(x.index_select(0, packed.scored), network.norm)
 
 
-def _mask(packed: Pack, network: Network) -> Tensor:
-    """What a completion's tokens see, ``(B, 1, H/G Tc, Tp + Tc)`` bool: its prompt, itself up to there."""
+def _mask(packed: Pack, network: Network, dtype: torch.dtype) -> Tensor:
+    """What a completion's tokens see, ``(B, 1, H/G Tc, Tp + Tc)``: its prompt, itself up to there; 0 or -inf.
+
+    In the type of the queries, once for all layers: each would make and keep one of its own from a bool.
+    """
     owner, prompts, completions = packed.owner, packed.prompts, packed.completions
     width, prompt_width = completions.gather.shape[1], prompts.gather.shape[1]
     device = packed.ids.device
@@ -159,7 +162,8 @@ def _mask(packed: Pack, network: Network) -> Tensor:
     ).tril()  # padding is last: nobody sees it
     rows = len(owner)
     mask = torch.cat((seen[:, None].expand(rows, width, prompt_width), causal.expand(rows, width, width)), -1)
-    return mask[:, None].repeat(1, 1, network.heads // network.kv_heads, 1)
+    mask = mask[:, None].repeat(1, 1, network.heads // network.kv_heads, 1)
+    return torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, -torch.inf)
 
 
 def _attend(packed: Pack, mask: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

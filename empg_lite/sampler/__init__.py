@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from empg_lite.policy.policy import Policy
-from empg_lite.sampler.base import Completion, OnCompletion, Prompt, Sampler
+from empg_lite.sampler.base import Completion, OnCompletion, Prompt, Sampler, SampleWork
 from empg_lite.sampler.draw import Decoding, sample_key
 from empg_lite.sampler.generate import GenerateSampler
 from empg_lite.sampler.native import NativeSampler
@@ -15,6 +15,7 @@ __all__ = [
     "Decoding",
     "OnCompletion",
     "Prompt",
+    "SampleWork",
     "Sampler",
     "choose_engine",
     "make_sampler",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Protocol
 
 from empg_lite.errors import NumericalStop
@@ -39,12 +39,38 @@ class Completion:
     logprobs: tuple[float, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class SampleWork:
+    """What an engine has computed since it was made.
+
+    Attributes:
+        prompt_tokens: tokens of prompts that went through the network.
+        row_steps: rows computed at every decoding step, those that had ended already included.
+        tokens: tokens drawn and kept.
+        refresh_seconds: spent on a merged copy of the weights.
+    """
+
+    prompt_tokens: int = 0
+    row_steps: int = 0
+    tokens: int = 0
+    refresh_seconds: float = 0.0
+
+    def __add__(self, other: SampleWork) -> SampleWork:
+        return SampleWork(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def since(self, before: SampleWork) -> SampleWork:
+        """What was done after ``before`` was read."""
+        return SampleWork(*(a - b for a, b in zip(astuple(self), astuple(before), strict=True)))
+
+
 #: Called with (index of the prompt, index of the sample, completion) as soon as the sample has ended.
 OnCompletion = Callable[[int, int, Completion], None]
 
 
 class Sampler(Protocol):
-    """An engine that draws completions."""
+    """An engine that draws completions; ``work`` grows with what it computes."""
+
+    work: SampleWork
 
     def sample(
         self, prompts: Sequence[Prompt], decoding: Decoding, on_completion: OnCompletion | None = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from empg_lite.policy.policy import Policy
-from empg_lite.sampler.base import Completion, OnCompletion, Prompt, check_finite
+from empg_lite.sampler.base import Completion, OnCompletion, Prompt, SampleWork, check_finite
 from empg_lite.sampler.draw import Decoding, draw
 from empg_lite.sampler.stops import StopRule
 
@@ -46,6 +46,7 @@ class GenerateSampler:
 
     def __init__(self, policy: Policy, batch_rows: int | None = None) -> None:
         self.policy, self.batch_rows = policy, batch_rows
+        self.work = SampleWork()
         self._stop = StopRule(policy.tokenizer, policy.stop_ids, policy.template.stop)
 
     def sample(
@@ -111,4 +112,9 @@ class GenerateSampler:
                     tuple(hook.logprobs[row]),
                 )
             )
+        self.work += SampleWork(
+            prompt_tokens=sum(len(ids) for ids, _ in rows),
+            row_steps=len(rows) * (out.shape[1] - width),
+            tokens=sum(len(c.ids) for c in completions),
+        )
         return completions

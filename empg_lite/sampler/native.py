@@ -10,7 +10,7 @@ from torch import Tensor
 
 from empg_lite.policy.policy import Policy
 from empg_lite.rationale import FinishReason
-from empg_lite.sampler.base import Completion, OnCompletion, Prompt, check_finite
+from empg_lite.sampler.base import Completion, OnCompletion, Prompt, SampleWork, check_finite
 from empg_lite.sampler.draw import Decoding, draw
 from empg_lite.sampler.stops import StopRule
 
@@ -28,6 +28,7 @@ class NativeSampler:
 
     def __init__(self, policy: Policy, batch_rows: int | None = None) -> None:
         self.policy, self.batch_rows = policy, batch_rows
+        self.work = SampleWork()
         self._stop = StopRule(policy.tokenizer, policy.stop_ids, policy.template.stop)
 
     def sample(
@@ -66,6 +67,7 @@ class NativeSampler:
         """(row, completion) of one batch as they end; rows count the prompts' keys in order."""
         policy = self.policy
         logits, mask, cache = self._prefill(prompts)
+        self.work += SampleWork(prompt_tokens=sum(len(p.ids) for p in prompts))
         owner = [p for p, prompt in enumerate(prompts) for _ in prompt.keys]
         rows = len(owner)
         ids: list[list[int]] = [[] for _ in range(rows)]
@@ -82,6 +84,7 @@ class NativeSampler:
 
         for position in range(decoding.max_new_tokens):
             tokens, chosen = draw(logits, keys, position, decoding)
+            self.work += SampleWork(row_steps=len(slots), tokens=filler.count(False))
             for place, (row, token, logprob) in enumerate(
                 zip(slots, tokens.tolist(), chosen.tolist(), strict=True)
             ):

@@ -1,0 +1,268 @@
+"""From a recipe to a plan: what ``auto`` becomes, whether it fits, and what to change where it does not.
+
+``train`` takes its sizes from here and so does the command ``plan``: they cannot disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from empg_lite.errors import OutOfMemory
+from empg_lite.plan.machine import Machine
+from empg_lite.plan.shape import Shape
+from empg_lite.plan.terms import FP32, Settings, block_bytes_per_token, phases, stays
+from empg_lite.policy.adapter import read_adapter_config
+from empg_lite.recipe import Recipe
+
+#: Share of the free memory that is planned with: the allocator's rounding and fragments need the rest.
+SHARE = 0.9
+MIN_TOKENS, MAX_TOKENS = 256, 16_384
+MIN_ROWS, MAX_ROWS = 8, 512
+#: With smaller micro-batches NF4 weights are unpacked too often for their tokens; checkpointing is cheaper.
+ENOUGH_TOKENS = 4096
+#: On a CPU a block's activations should stay in the cache: measured best for three widths (docs/LOG.md).
+CACHE_BYTES = 16 << 20
+
+#: Setting -> recipe key.
+KEYS = {
+    "merged": "sampler.merged",
+    "batch_rows": "sampler.batch_rows",
+    "micro_batch_tokens": "optim.micro_batch_tokens",
+    "checkpointing": "optim.gradient_checkpointing",
+    "four_bit": "model.load_in_4bit",
+    "new_tokens": "sampler.max_new_tokens",
+    "prompt_tokens": "data.max_prompt_tokens",
+}
+Change = dict[str, Any]
+#: The least that advice goes down to, what matters most first.
+_LEAST: Change = {
+    "prompt_tokens": 128,
+    "new_tokens": 128,
+    "four_bit": True,
+    "checkpointing": True,
+    "micro_batch_tokens": MIN_TOKENS,
+    "batch_rows": MIN_ROWS,
+    "merged": False,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a recipe takes, in bytes.
+
+    Attributes:
+        settings: with every ``auto`` decided.
+        stays: terms of both phases.
+        phases: phase -> its own terms at its peak.
+    """
+
+    shape: Shape
+    machine: Machine
+    settings: Settings
+    stays: dict[str, int]
+    phases: dict[str, dict[str, int]]
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Phase -> all that is alive at its peak."""
+        kept = sum(self.stays.values())
+        return {name: kept + sum(terms.values()) for name, terms in self.phases.items()}
+
+    @property
+    def peak(self) -> int:
+        """The largest phase."""
+        return max(self.totals.values())
+
+    @property
+    def largest(self) -> tuple[str, str]:
+        """The phase of the peak, and the largest term alive in it."""
+        phase = max(self.totals, key=lambda name: self.totals[name])
+        terms = self.stays | self.phases[phase]
+        return phase, max(terms, key=lambda name: terms[name])
+
+    def facts(self) -> dict[str, Any]:
+        """The plan as one JSON object, in bytes; ``settings`` has what ``auto`` became."""
+        phase, term = self.largest
+        return {
+            "fits": self.fits,
+            "device": self.machine.device,
+            "free": self.machine.free,
+            "usable": int(SHARE * self.machine.free),
+            "peak": self.peak,
+            "phase": phase,
+            "largest": term,
+            "stays": self.stays,
+            "phases": self.phases,
+            "totals": self.totals,
+            "settings": {KEYS[name]: getattr(self.settings, name) for name in KEYS},
+        }
+
+    @property
+    def fits(self) -> bool:
+        """Within the share of the free memory that may be planned with."""
+        return self.peak <= SHARE * self.machine.free
+
+
+def predict(shape: Shape, settings: Settings, machine: Machine) -> Plan:
+    """The terms of these settings."""
+    return Plan(shape, machine, settings, stays(shape, settings), dict(phases(shape, settings)))
+
+
+def plan_recipe(recipe: Recipe, shape: Shape, machine: Machine) -> Plan:
+    """A recipe's plan, every ``auto`` decided for this machine.
+
+    Raises:
+        MissingInput, DataError: ``model.adapter`` is no adapter.
+    """
+    recipe, auto = recipe.resolved(), _auto_fields(recipe)
+    s = _least(recipe, machine)
+
+    def fits(**changes: Any) -> bool:
+        return predict(shape, replace(s, **changes), machine).fits
+
+    # Each choice is made with the least of what is decided after it: it never costs another its place.
+    if "batch_rows" in auto:
+        s = replace(s, batch_rows=_largest(MIN_ROWS, MAX_ROWS, lambda n: fits(batch_rows=n)))
+    enough = min(ENOUGH_TOKENS, _token_limit(shape, s, machine))
+    if "checkpointing" in auto:
+        tokens = enough if "micro_batch_tokens" in auto else s.micro_batch_tokens
+        roomy = fits(checkpointing=False, micro_batch_tokens=tokens)
+        s = replace(s, checkpointing=not roomy)
+    if "micro_batch_tokens" in auto:
+        limit = _token_limit(shape, s, machine)
+        s = replace(
+            s,
+            micro_batch_tokens=_largest(MIN_TOKENS, limit, lambda n: fits(micro_batch_tokens=n)),
+        )
+    return predict(shape, s, machine)
+
+
+def with_sizes(recipe: Recipe, s: Settings) -> Recipe:
+    """The recipe with the sizes of a plan written out."""
+    sampler = recipe.sampler.model_copy(update={"batch_rows": s.batch_rows})
+    optim = {"micro_batch_tokens": s.micro_batch_tokens, "gradient_checkpointing": s.checkpointing}
+    return recipe.model_copy(update={"sampler": sampler, "optim": recipe.optim.model_copy(update=optim)})
+
+
+def refuse_unfit(plan: Plan) -> None:
+    """Stop before anything is loaded that cannot fit.
+
+    Raises:
+        OutOfMemory: naming the phase, the term and what to set.
+    """
+    if not plan.fits:
+        phase, term = plan.largest
+        need, free = plan.peak / 1e9, plan.machine.free / 1e9
+        raise OutOfMemory(
+            f"the {phase} would take {need:.1f} GB of {free:.1f} GB free, most of it {term}",
+            "memory plan",
+            f"{advice_text(advise(plan))}; --force tries it anyway",
+        )
+
+
+# --- what to change -------------------------------------------------------------------------------
+
+
+def advise(plan: Plan) -> Change | None:
+    """The smallest change of settings that fits, {} where none is needed, None where none does.
+
+    From the least of everything, each setting is put back where it can be, what matters most first: the
+    lengths of prompt and answer, the base's precision, then the settings that never change the maths.
+    """
+    if plan.fits:
+        return {}
+    change = {name: least for name, least in _LEAST.items() if getattr(plan.settings, name) != least}
+    for name in ("prompt_tokens", "new_tokens", "batch_rows", "micro_batch_tokens"):
+        if getattr(plan.settings, name) < _LEAST[name]:
+            change.pop(name, None)
+
+    def fits(tried: Change) -> bool:
+        return predict(plan.shape, replace(plan.settings, **tried), plan.machine).fits
+
+    if not fits(change):
+        return None
+    for name in list(change):
+        rest = {other: value for other, value in change.items() if other != name}
+        values = [] if isinstance(change[name], bool) else _halved(getattr(plan.settings, name), change[name])
+        change = (
+            rest if fits(rest) else next((tried for n in values if fits(tried := change | {name: n})), change)
+        )
+    return change
+
+
+def as_overrides(change: Change) -> list[str]:
+    """``SECTION.KEY=VALUE`` of each setting changed."""
+    return [f"{KEYS[name]}={str(value).lower()}" for name, value in change.items()]
+
+
+def advice_text(change: Change | None) -> str:
+    """A change as one would type it."""
+    if change is None:
+        return "take a larger card or a smaller model"
+    return " ".join(f"--set {override}" for override in as_overrides(change))
+
+
+def _halved(value: int, least: int) -> Iterator[int]:
+    """Powers of two below ``value``, down to ``least``."""
+    n = 1 << (value - 1).bit_length() - 1 if value > 1 else 0
+    while n >= least:
+        yield n
+        n //= 2
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+def _auto_fields(recipe: Recipe) -> set[str]:
+    """Sizes that the recipe leaves to the plan."""
+    given = {
+        "batch_rows": recipe.sampler.batch_rows,
+        "micro_batch_tokens": recipe.optim.micro_batch_tokens,
+        "checkpointing": recipe.optim.gradient_checkpointing,
+    }
+    return {name for name, value in given.items() if value == "auto"}
+
+
+def _least(recipe: Recipe, machine: Machine) -> Settings:
+    """The recipe's settings, with the smallest value that each ``auto`` may become."""
+    model, sampler, optim = recipe.model, recipe.sampler, recipe.optim
+    auto = _auto_fields(recipe)
+    cuda = machine.device == "cuda"
+    dtype = model.dtype if model.dtype != "auto" else "bfloat16" if cuda else "float32"
+    rank = read_adapter_config(Path(model.adapter))["lora_r"] if model.adapter else model.lora_r
+    return Settings(
+        itemsize=FP32 if dtype == "float32" else 2,
+        four_bit=model.load_in_4bit,
+        lora_r=rank,
+        problems=sampler.problems_per_step,
+        samples=sampler.samples_per_problem,
+        prompt_tokens=int(recipe.data.max_prompt_tokens or 0),
+        new_tokens=sampler.max_new_tokens,
+        batch_rows=MIN_ROWS if "batch_rows" in auto else int(sampler.batch_rows),
+        merged=False,
+        micro_batch_tokens=MIN_TOKENS if "micro_batch_tokens" in auto else int(optim.micro_batch_tokens),
+        checkpointing="checkpointing" in auto or bool(optim.gradient_checkpointing),
+        evaluates=recipe.run.eval_every > 0,
+        # peft's NF4 layers leave the cast to CUDA's autocast; its others, and a CPU's, cast one by one
+        shared_input=cuda and model.load_in_4bit,
+    )
+
+
+def _token_limit(shape: Shape, s: Settings, machine: Machine) -> int:
+    """Above this a micro-batch gains nothing: on a CPU it leaves the cache, and costs time."""
+    if machine.device == "cuda":
+        return MAX_TOKENS
+    tokens = CACHE_BYTES // block_bytes_per_token(shape, s)
+    return min(max(1 << max(tokens, 1).bit_length() - 1, MIN_TOKENS), MAX_TOKENS)
+
+
+def _largest(least: int, most: int, fits: Any) -> int:
+    """The largest power of two that fits; ``least`` where none does."""
+    sizes = takewhile(
+        lambda n: n == least or fits(n), (least << i for i in range((most // least).bit_length()))
+    )
+    return max(sizes)

@@ -1,0 +1,289 @@
+"""Bytes, term by term: what each tensor that is alive at the peak takes.
+
+Nothing here is fitted to a measurement. Each count says which tensors it counts; ``tests/test_plan.py`` holds
+them against what autograd saves, what the allocator gives out and the weights of loaded models,
+``benchmarks/plan_check.py`` against the resident memory of real steps. Sizes are for the longest rows that
+the recipe lets through. Unsloth's own kernels keep less: for them the M-step is an upper bound.
+
+One block of the network, going forward in training, keeps for every token (D hidden, I intermediate,
+A = H d, K = G d)::
+
+    residual before attention, normed    2 D    the norm's input, the LoRA input of q, k, v
+    rotated queries, keys, values        A + 2 K
+    attention's output                   A      with one log-sum a head
+    residual before the MLP, normed      2 D
+    gate, silu(gate), up, product        4 I
+    LoRA's inner vectors                 7 r
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from empg_lite.plan.shape import Shape
+
+#: Elements of one fp32 chunk of logits in the M-step's head; ``policy/logprobs.py`` has the same number.
+HEAD_CHUNK = 1 << 24
+#: The decoder never computes fewer rows; ``sampler/native.py`` has the same number.
+MIN_ROWS = 8
+FP32 = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What of a recipe costs memory.
+
+    Attributes:
+        itemsize: bytes of the computing type.
+        four_bit: linears in NF4 with double quantisation, else in the computing type.
+        lora_r: rank of the adapter.
+        problems, samples: P and K of a step.
+        prompt_tokens, new_tokens: longest prompt and completion.
+        batch_rows: most rows decoded at once.
+        merged: sampling uses a merged copy of the linears in the computing type.
+        micro_batch_tokens: padded tokens of a micro-batch; a single longer row is one too.
+        checkpointing: a block's activations are computed again going backward.
+        evaluates: evaluation decodes one row a prompt, up to ``batch_rows`` of them.
+        shared_input: the LoRA layers of a 16-bit model read one input, they do not each cast their own.
+    """
+
+    itemsize: int
+    four_bit: bool
+    lora_r: int
+    problems: int
+    samples: int
+    prompt_tokens: int
+    new_tokens: int
+    batch_rows: int
+    merged: bool
+    micro_batch_tokens: int
+    checkpointing: bool
+    evaluates: bool
+    shared_input: bool
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of the longest row."""
+        return self.prompt_tokens + self.new_tokens
+
+    @property
+    def decoded_rows(self) -> int:
+        """Rows of the E-step decoded at once: whole problems, at least one."""
+        whole = max(self.batch_rows // self.samples, 1) * self.samples
+        return max(min(whole, self.problems * self.samples), MIN_ROWS)
+
+    @property
+    def fitted_tokens(self) -> int:
+        """Tokens of the largest micro-batch."""
+        budget = max(self.micro_batch_tokens, self.row_tokens)
+        return min(budget, self.problems * self.samples * self.row_tokens)
+
+
+def _casts(s: Settings) -> bool:
+    """Whether each LoRA layer casts its input to fp32, its own type, and autocast casts it back."""
+    return s.itemsize < FP32 and not s.shared_input
+
+
+# --- what stays -----------------------------------------------------------------------------------
+
+
+def linear_weights(shape: Shape, s: Settings) -> int:
+    """The linears. NF4: half a byte a weight; an 8-bit scale for 64 weights, a 32-bit one for 256 of those;
+    and the two code tables (16 and 256 floats) and the mean of the scales, one a matrix."""
+    if not s.four_bit:
+        return shape.linear_params * s.itemsize
+    total = 0
+    for out, width in shape.linears:
+        weights = out * width
+        blocks = -(-weights // 64)
+        total += -(-weights // 2) + blocks + FP32 * (-(-blocks // 256) + 16 + 256 + 1)
+    return shape.layers * total
+
+
+def embeddings(shape: Shape, s: Settings) -> int:
+    """Embedding, head (once where they are tied), norms and biases, in the computing type."""
+    return (shape.embedding_params + shape.small_params) * s.itemsize
+
+
+def adapter_params(shape: Shape, s: Settings) -> int:
+    """Number of LoRA weights: r (in + out) for each linear."""
+    return shape.layers * s.lora_r * sum(out + width for out, width in shape.linears)
+
+
+def adapter(shape: Shape, s: Settings) -> int:
+    """LoRA in fp32, and in a 16-bit model the cast copies that autocast keeps during a phase."""
+    return adapter_params(shape, s) * (FP32 + (s.itemsize if s.itemsize < FP32 else 0))
+
+
+def moments(shape: Shape, s: Settings) -> int:
+    """Adam's two moments, fp32, from the first update on."""
+    return adapter_params(shape, s) * 2 * FP32
+
+
+# --- E-step ---------------------------------------------------------------------------------------
+
+
+def cache_bytes_per_token(shape: Shape, itemsize: int) -> int:
+    """Keys and values of one token in all layers."""
+    return 2 * shape.layers * shape.keys * itemsize
+
+
+def kv_cache(shape: Shape, s: Settings, rows: int) -> int:
+    """Keys and values of all rows at full length."""
+    return rows * s.row_tokens * cache_bytes_per_token(shape, s.itemsize)
+
+
+def attention_copy(shape: Shape, s: Settings, rows: int) -> int:
+    """One layer's keys and values as attention reads them.
+
+    Behind a padding mask each key head is written out for its query heads. The decoder over a merged copy has
+    a cache of fixed place and no such copy; what it moves is one layer's keys, when rows are compacted.
+    """
+    width = shape.keys if s.merged or shape.heads == shape.kv_heads else 2 * shape.queries
+    return rows * s.row_tokens * width * s.itemsize
+
+
+def last_logits(shape: Shape, s: Settings, rows: int) -> int:
+    """Logits of the token before, not yet let go while the next is computed."""
+    return rows * shape.vocab * s.itemsize
+
+
+def sampling_logits(shape: Shape, s: Settings, rows: int) -> int:
+    """One draw: logits, logits / temperature and probabilities in fp32, and the logits as they came."""
+    return rows * shape.vocab * (3 * FP32 + (s.itemsize if s.itemsize < FP32 else 0))
+
+
+def prompt_pass(shape: Shape, s: Settings, prompts: int) -> int:
+    """The prompts' own forward pass, inside one MLP: silu(gate), and of up the base's product, LoRA's, that
+    one scaled, and the sum; residual and normed residual, in fp32 once more where LoRA casts its input; and
+    for all layers the rotary angles, and the mask of a byte a pair."""
+    i, d = shape.intermediate, shape.hidden
+    cast = FP32 * d if _casts(s) else 0
+    token = (5 * i + 2 * d + 2 * shape.head_dim) * s.itemsize + cast + s.prompt_tokens
+    return prompts * s.prompt_tokens * token
+
+
+def sampler_copy(shape: Shape, s: Settings) -> int:
+    """The merged linears and their biases."""
+    biases = shape.layers * (shape.queries + 2 * shape.keys)
+    return (shape.linear_params + biases) * s.itemsize if s.merged else 0
+
+
+def unpacked_linear(shape: Shape, s: Settings) -> int:
+    """The largest linear, dequantised for its product: the weights, and their scales in fp32."""
+    weights = max(out * width for out, width in shape.linears)
+    return weights * s.itemsize + FP32 * (weights // 64) if s.four_bit else 0
+
+
+# --- M-step ---------------------------------------------------------------------------------------
+
+
+def gradient(shape: Shape, s: Settings) -> int:
+    """Of the adapter, fp32, from the first micro-batch to the update."""
+    return adapter_params(shape, s) * FP32
+
+
+def block_bytes_per_token(shape: Shape, s: Settings) -> int:
+    """What one block keeps of a token for going backward (see the head of this file).
+
+    In 16 bit the norms' inputs are fp32, and where the LoRA layers cast their own inputs each of the seven
+    keeps its own: q, k, v, gate and up one of D, o one of A; down's takes the place of the product.
+    """
+    d, a, k, i = shape.hidden, shape.queries, shape.keys, shape.intermediate
+    in_fp32 = 2 + shape.heads  # two norms' scales, attention's log-sums
+    if s.itemsize == FP32:
+        return FP32 * (4 * d + 2 * a + 2 * k + 4 * i + 7 * s.lora_r + in_fp32)
+    inputs = 5 * d + a if _casts(s) else 2 * d
+    return FP32 * (2 * d + in_fp32) + s.itemsize * (inputs + 2 * a + 2 * k + 4 * i + 7 * s.lora_r)
+
+
+def activations(shape: Shape, s: Settings) -> int:
+    """What the whole network keeps: of every block all, with checkpointing its input."""
+    if s.checkpointing:
+        return s.fitted_tokens * shape.layers * shape.hidden * s.itemsize
+    untrained = shape.hidden * FP32  # the first norm's input is the embedding: nothing goes back to it
+    return s.fitted_tokens * (shape.layers * block_bytes_per_token(shape, s) - untrained)
+
+
+def recomputed_block(shape: Shape, s: Settings) -> int:
+    """With checkpointing, the block that is being computed again; its fp32 input is kept already."""
+    if not s.checkpointing:
+        return 0
+    kept = shape.hidden * FP32 if s.itemsize == FP32 else 0
+    return s.fitted_tokens * (block_bytes_per_token(shape, s) - kept)
+
+
+def backward_block(shape: Shape, s: Settings) -> int:
+    """Going back through down: the product's gradient by the linear and by LoRA, and the residual's.
+
+    A LoRA input that was cast has its gradient in 16 bit and in fp32 for a moment.
+    """
+    i, d = shape.intermediate, shape.hidden
+    return s.fitted_tokens * s.itemsize * (4 * i + 4 * d if _casts(s) else 2 * i + d)
+
+
+def head_chunk(shape: Shape, s: Settings) -> int:
+    """The head going backward: of a chunk, logits, logits - log Z and their exponential in fp32, beside the
+    gradient of the chunk before; and for all tokens the last norm's input and output, and the latter's
+    gradient."""
+    scored = min(s.fitted_tokens, s.problems * s.samples * s.new_tokens)  # their prompts may be short
+    first = min(max(HEAD_CHUNK // shape.vocab, 1), scored)
+    second = min(first, scored - first)
+    chunks = FP32 * shape.vocab * max(3 * first, first + 3 * second)
+    return chunks + 3 * s.fitted_tokens * shape.hidden * s.itemsize
+
+
+# --- all of it ------------------------------------------------------------------------------------
+
+
+def stays(shape: Shape, s: Settings) -> dict[str, int]:
+    """Terms that both phases have."""
+    return {
+        "linear weights": linear_weights(shape, s),
+        "embedding, head, norms": embeddings(shape, s),
+        "LoRA": adapter(shape, s),
+        "Adam's moments": moments(shape, s),
+    }
+
+
+def phases(shape: Shape, s: Settings) -> Iterator[tuple[str, dict[str, int]]]:
+    """(phase, its terms at its peak); the phases follow each other, none overlaps."""
+    yield "E-step", _decoding(shape, s, s.decoded_rows, -(-s.decoded_rows // s.samples))
+    if s.evaluates:
+        rows = max(s.batch_rows, MIN_ROWS)
+        yield "evaluation", _decoding(shape, s, rows, rows)
+    yield "M-step", _fitting(shape, s)
+
+
+def _fitting(shape: Shape, s: Settings) -> dict[str, int]:
+    """The larger of two moments: the head going backward, or the first block after it."""
+    kept = {"gradient": gradient(shape, s), "activations": activations(shape, s)}
+    head = {"head chunk": head_chunk(shape, s)}
+    block = {
+        "one block again": recomputed_block(shape, s),
+        "one block backward": backward_block(shape, s),
+        "one linear dequantised": unpacked_linear(shape, s),
+    }
+    return kept | _larger(head, block)
+
+
+def _decoding(shape: Shape, s: Settings, rows: int, prompts: int) -> dict[str, int]:
+    """The largest of three moments: the prompts' pass; a layer, or a draw, at the last token of all rows."""
+    unpacked = {} if s.merged else {"one linear dequantised": unpacked_linear(shape, s)}
+    cache = {"KV cache": kv_cache(shape, s, rows)}
+    passing = {
+        "prompts' keys and values": prompts * s.prompt_tokens * cache_bytes_per_token(shape, s.itemsize),
+        "prompts' pass": prompt_pass(shape, s, prompts),
+    }
+    layer = {
+        "last logits": last_logits(shape, s, rows),
+        "attention's copy": attention_copy(shape, s, rows),
+    }
+    drawing = {"sampling logits": sampling_logits(shape, s, rows)}
+    copy = {"merged copy": sampler_copy(shape, s)}
+    return copy | _larger(passing | unpacked, cache | layer | unpacked, cache | drawing)
+
+
+def _larger(*moments: dict[str, int]) -> dict[str, int]:
+    return max(moments, key=lambda terms: sum(terms.values()))
