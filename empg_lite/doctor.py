@@ -50,6 +50,7 @@ def device() -> dict[str, Any]:
     from empg_lite.plan import free_memory
     from empg_lite.policy import resolve_dtype
     from empg_lite.policy.backends import choose_backend
+    from empg_lite.sampler import choose_engine
 
     cuda = torch.cuda.is_available()
     where = torch.device("cuda" if cuda else "cpu")
@@ -59,5 +60,5 @@ def device() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "dtype": str(resolve_dtype("auto")).removeprefix("torch."),
         "backend": choose_backend("auto"),
-        "engine": "generate" if cuda and choose_backend("auto") == "unsloth" else "native",
+        "engine": choose_engine("auto", choose_backend("auto"), where.type),
     }

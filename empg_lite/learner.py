@@ -53,7 +53,8 @@ class Learner:
     def sampler(self) -> Sampler:
         """The recipe's engine over the policy."""
         rows = self.recipe.sampler.batch_rows
-        return make_sampler(self.policy, self.recipe.sampler.engine, int(rows))
+        engine, merged = self.recipe.sampler.engine, self.recipe.sampler.merged
+        return make_sampler(self.policy, engine, int(rows), bool(merged))
 
     def short_enough(self, problems: Sequence[Problem]) -> tuple[list[Problem], int]:
         """The problems whose prompt has at most ``data.max_prompt_tokens`` tokens, and how many have more.
@@ -183,7 +184,7 @@ def plan_here(recipe: Recipe, *, refuse: bool) -> tuple[plan.Plan, int]:
 def settle_names(recipe: Recipe, policy: Policy) -> Recipe:
     """The recipe with the backend, type and engine that ``auto`` became."""
     dtype = str(policy.dtype).removeprefix("torch.")
-    engine = choose_engine(recipe.sampler.engine, policy)
+    engine = choose_engine(recipe.sampler.engine, policy.backend, policy.device.type)
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update={"backend": policy.backend, "dtype": dtype}),

@@ -145,9 +145,10 @@ class DataSection(Section):
 class SamplerSection(Section):
     """How rationales are drawn in the E-step."""
 
-    engine: Literal["auto", "native", "generate"] = key(
-        "auto", "native: own KV cache; generate: its reference"
+    engine: Literal["auto", "native", "generate", "unsloth"] = key(
+        "auto", "native: our own; generate: the backend's; unsloth: the same with Unsloth's kernels"
     )
+    merged: bool | Auto = key("auto", "native: decode over a merged copy of the weights; auto: where it fits")
     problems_per_step: Count = key(32, "P: problems of one step")
     samples_per_problem: Annotated[int, Field(ge=1, le=4096)] = key(8, "K: rationales drawn for each problem")
     max_new_tokens: Tokens = key(512, "a rationale cut off here has reward 0")

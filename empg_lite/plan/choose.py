@@ -125,6 +125,8 @@ def plan_recipe(recipe: Recipe, shape: Shape, machine: Machine) -> Plan:
         return predict(shape, replace(s, **changes), machine).fits
 
     # Each choice is made with the least of what is decided after it: it never costs another its place.
+    if "merged" in auto:
+        s = replace(s, merged=fits(merged=True))
     if "batch_rows" in auto:
         s = replace(s, batch_rows=_largest(MIN_ROWS, MAX_ROWS, lambda n: fits(batch_rows=n)))
     enough = min(ENOUGH_TOKENS, _token_limit(shape, s, machine))
@@ -143,7 +145,7 @@ def plan_recipe(recipe: Recipe, shape: Shape, machine: Machine) -> Plan:
 
 def with_sizes(recipe: Recipe, s: Settings) -> Recipe:
     """The recipe with the sizes of a plan written out."""
-    sampler = recipe.sampler.model_copy(update={"batch_rows": s.batch_rows})
+    sampler = recipe.sampler.model_copy(update={"batch_rows": s.batch_rows, "merged": s.merged})
     optim = {"micro_batch_tokens": s.micro_batch_tokens, "gradient_checkpointing": s.checkpointing}
     return recipe.model_copy(update={"sampler": sampler, "optim": recipe.optim.model_copy(update=optim)})
 
@@ -220,6 +222,7 @@ def _halved(value: int, least: int) -> Iterator[int]:
 def _auto_fields(recipe: Recipe) -> set[str]:
     """Sizes that the recipe leaves to the plan."""
     given = {
+        "merged": recipe.sampler.merged,
         "batch_rows": recipe.sampler.batch_rows,
         "micro_batch_tokens": recipe.optim.micro_batch_tokens,
         "checkpointing": recipe.optim.gradient_checkpointing,
@@ -243,7 +246,7 @@ def _least(recipe: Recipe, machine: Machine) -> Settings:
         prompt_tokens=int(recipe.data.max_prompt_tokens or 0),
         new_tokens=sampler.max_new_tokens,
         batch_rows=MIN_ROWS if "batch_rows" in auto else int(sampler.batch_rows),
-        merged=False,
+        merged=sampler.merged is True,
         micro_batch_tokens=MIN_TOKENS if "micro_batch_tokens" in auto else int(optim.micro_batch_tokens),
         checkpointing="checkpointing" in auto or bool(optim.gradient_checkpointing),
         evaluates=recipe.run.eval_every > 0,

@@ -1,9 +1,8 @@
-"""Drawing completions: one protocol, two engines."""
+"""Drawing completions: one protocol, several engines."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+from empg_lite.errors import UsageError
 from empg_lite.policy.policy import Policy
 from empg_lite.sampler.base import Completion, OnCompletion, Prompt, Sampler, SampleWork
 from empg_lite.sampler.draw import Decoding, sample_key
@@ -22,19 +21,38 @@ __all__ = [
     "sample_key",
 ]
 
-ENGINES: dict[str, Callable[[Policy, int | None], Sampler]] = {
-    "native": NativeSampler,
-    "generate": GenerateSampler,
-}
 
+def choose_engine(asked: str, backend: str, device: str) -> str:
+    """``auto``: our own engine, but Unsloth's where it has kernels of its own (a GPU).
 
-def choose_engine(asked: str, policy: Policy) -> str:
-    """``auto``: our own engine, but Unsloth's ``generate`` where Unsloth has kernels of its own (a GPU)."""
+    On a CPU the choice is measured (``benchmarks/speed.py``), on a GPU it is not yet.
+    """
     if asked != "auto":
         return asked
-    return "generate" if policy.backend == "unsloth" and policy.device.type == "cuda" else "native"
+    return "unsloth" if backend == "unsloth" and device == "cuda" else "native"
 
 
-def make_sampler(policy: Policy, engine: str = "auto", batch_rows: int | None = None) -> Sampler:
-    """The engine of that name over a policy; ``batch_rows`` bounds the rows decoded at once."""
-    return ENGINES[choose_engine(engine, policy)](policy, batch_rows)
+def make_sampler(
+    policy: Policy, engine: str = "auto", batch_rows: int | None = None, merged: bool = True
+) -> Sampler:
+    """The engine of that name over a policy.
+
+    Args:
+        engine: ``native`` is ours; ``generate`` is the backend's own ``generate``, and ``unsloth`` the same where
+            Unsloth has put its kernels into it.
+        batch_rows: most rows decoded at once; None: all.
+        merged: let ``native`` decode over a merged copy of the weights.
+
+    Raises:
+        UsageError: ``unsloth`` over another backend.
+    """
+    engine = choose_engine(engine, policy.backend, policy.device.type)
+    if engine == "native":
+        return NativeSampler(policy, batch_rows, merged)
+    if engine == "unsloth" and policy.backend != "unsloth":
+        raise UsageError(
+            f"the model was loaded by {policy.backend}",
+            "sampler.engine: unsloth",
+            "set model.backend: unsloth",
+        )
+    return GenerateSampler(policy, batch_rows)

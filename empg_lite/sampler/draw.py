@@ -45,16 +45,19 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def uniforms(keys: Tensor, position: int) -> Tensor:
+def uniforms(keys: Tensor, position: int | Tensor) -> Tensor:
     """One uniform number in [0, 1) for each key at a token position.
 
     Args:
         keys: ``(B,)`` int64.
+        position: of all of them, or ``(B,)`` int64.
 
     Returns:
         ``(B,)`` float64 with 53 random bits.
     """
-    z = keys + _signed(((position + 1) * 0x9E3779B97F4A7C15) % (1 << 64))
+    if isinstance(position, int):
+        position = torch.tensor(position, device=keys.device)
+    z = keys + (position + 1) * _GAMMA
     z = (z ^ _shift_right(z, 30)) * _MIX_1
     z = (z ^ _shift_right(z, 27)) * _MIX_2
     return _shift_right(z ^ _shift_right(z, 31), 11).double() * 2.0**-53
@@ -71,27 +74,30 @@ def _keep_nucleus(probs: Tensor, decoding: Decoding) -> Tensor:
     return probs.masked_fill(drop.scatter(-1, order, drop), 0.0)
 
 
-def draw(logits: Tensor, keys: Tensor, position: int, decoding: Decoding) -> tuple[Tensor, Tensor]:
+def draw(logits: Tensor, keys: Tensor, position: int | Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:
     """Draw one token a row by inverting the cumulative distribution at the row's own uniform number.
 
     Args:
         logits: ``(B, V)``, any float type.
         keys: ``(B,)`` int64 sample keys.
-        position: index of the token within its completion.
+        position: index of the token within its completion, of all rows or ``(B,)``.
 
     Returns:
         Tokens ``(B,)`` and their log-probabilities ``(B,)`` float32 under the policy itself (temperature 1,
         nothing cut off), whatever the decoding.
     """
     logits = logits.float()
-    log_z = logits.logsumexp(-1)
+    top = logits.amax(-1, keepdim=True)
+    mass = (logits - top).exp_()  # unnormalised probabilities: nothing below needs them to add up to 1
+    log_z = mass.sum(-1).log_() + top.squeeze(-1)
     if decoding.temperature == 0:
         tokens = logits.argmax(-1)
     else:
-        probs = torch.softmax(logits / decoding.temperature, -1)
+        if decoding.temperature != 1:
+            mass = torch.exp((logits - top) / decoding.temperature)
         if decoding.top_k or decoding.top_p < 1:
-            probs = _keep_nucleus(probs, decoding)
-        cumulative = probs.cumsum_(-1)
+            mass = _keep_nucleus(mass / mass.sum(-1, keepdim=True), decoding)
+        cumulative = mass.cumsum_(-1)
         threshold = uniforms(keys, position).to(cumulative) * cumulative[:, -1]
         tokens = torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(-1)
         tokens = tokens.clamp_(max=logits.shape[-1] - 1)  # rounding may put the threshold on the last edge

@@ -1,147 +1,192 @@
-"""The engine of our own: each prompt is prefilled once for all its samples, finished rows leave the batch."""
+"""The engine of our own: a prompt goes through once for all its samples, ended rows make room."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
+from empg_lite.policy.merged import MergedCopy
+from empg_lite.policy.network import Network
 from empg_lite.policy.policy import Policy
 from empg_lite.rationale import FinishReason
 from empg_lite.sampler.base import Completion, OnCompletion, Prompt, SampleWork, check_finite
-from empg_lite.sampler.draw import Decoding, draw
+from empg_lite.sampler.decoder import Decoder
+from empg_lite.sampler.draw import Decoding
+from empg_lite.sampler.graphs import Graphs
 from empg_lite.sampler.stops import StopRule
+
+#: ``Decoder.step`` or what stands for it: (places, tokens that attention looks at).
+Step = Callable[[int, int], None]
 
 #: Matrix products over one or two rows take other CPU kernels and differ by 1e-6 from wider ones; a batch
 #: that never gets narrower than this keeps a sample's numbers independent of its neighbours.
 MIN_ROWS = 8
+#: Places are closed up, or given to the next prompts, when this share of them is idle: both have a price.
+IDLE = 1 / 8
 
 
 class NativeSampler:
-    """KV-cache decoding over left-padded prompts.
+    """Decoding in places of a fixed cache; see ``decoder``.
 
     Args:
-        batch_rows: most rows decoded at once; None for all.
+        batch_rows: most rows decoded at once; None for all. A prompt's samples begin together, so that one
+            with more samples takes as many.
+        merged: over a merged copy of the weights, made anew for every call of ``sample``; else through the
+            policy's own modules.
     """
 
-    def __init__(self, policy: Policy, batch_rows: int | None = None) -> None:
-        self.policy, self.batch_rows = policy, batch_rows
+    def __init__(self, policy: Policy, batch_rows: int | None = None, merged: bool = True) -> None:
+        self.policy, self.batch_rows, self.merged = policy, batch_rows, merged
         self.work = SampleWork()
         self._stop = StopRule(policy.tokenizer, policy.stop_ids, policy.template.stop)
+        self._copy: MergedCopy | None = None
+        self._graphs: Graphs | None = None
 
     def sample(
         self, prompts: Sequence[Prompt], decoding: Decoding, on_completion: OnCompletion | None = None
     ) -> list[list[Completion]]:
         """See ``base.Sampler``."""
         results: dict[tuple[int, int], Completion] = {}
-        # Prompts of like length share a batch: less padding. Results come back in the caller's order.
-        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].ids), i))
+
+        def ended(place: tuple[int, int], completion: Completion) -> None:
+            results[place] = completion
+            if on_completion:
+                on_completion(*place, completion)
+
         with self.policy.sampling():
-            for batch in _batches(order, prompts, self.batch_rows):
-                places = [(i, k) for i in batch for k in range(len(prompts[i].keys))]
-                for row, completion in self._decode([prompts[i] for i in batch], decoding):
-                    results[places[row]] = completion
-                    if on_completion:
-                        on_completion(*places[row], completion)
+            decoder, step = self._ready(prompts, decoding)
+            self.work += _Batch(decoder, step, self._stop, prompts, ended).run()
         return [[results[i, k] for k in range(len(prompt.keys))] for i, prompt in enumerate(prompts)]
 
-    def _prefill(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor, Any]:
-        """Each prompt once: logits after it ``(P, V)``, attention mask ``(P, T)``, cache."""
-        width = max(len(p.ids) for p in prompts)
-        pads = [width - len(p.ids) for p in prompts]
-        policy = self.policy
-        ids = torch.tensor([[policy.pad_id] * n + list(p.ids) for n, p in zip(pads, prompts, strict=True)])
-        mask = torch.tensor([[0] * n + [1] * len(p.ids) for n, p in zip(pads, prompts, strict=True)])
-        ids, mask = ids.to(policy.device), mask.to(policy.device)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        out = policy.backbone(ids, attention_mask=mask, position_ids=positions, use_cache=True)
-        return self._head(out.last_hidden_state[:, -1]), mask, out.past_key_values
+    def _ready(self, prompts: Sequence[Prompt], decoding: Decoding) -> tuple[Decoder, Step]:
+        """A decoder with room for these prompts, over the weights as they are now."""
+        policy, started = self.policy, time.perf_counter()
+        if not self.merged:
+            return self._decoder(policy.network, prompts, decoding)
+        if self._copy is None:
+            self._copy = MergedCopy(policy.causal, policy.dtype)
+        else:
+            self._copy.refresh()
+        if policy.device.type == "cuda":
+            torch.cuda.synchronize(policy.device)
+        self.work += SampleWork(refresh_seconds=time.perf_counter() - started)
+        return self._decoder(self._copy.network, prompts, decoding)
 
-    def _head(self, hidden: Tensor) -> Tensor:
-        """(B, D) -> (B, V)."""
-        return hidden.to(self.policy.head_weight.dtype) @ self.policy.head_weight.T
-
-    def _decode(self, prompts: Sequence[Prompt], decoding: Decoding) -> Iterator[tuple[int, Completion]]:
-        """(row, completion) of one batch as they end; rows count the prompts' keys in order."""
-        policy = self.policy
-        logits, mask, cache = self._prefill(prompts)
-        self.work += SampleWork(prompt_tokens=sum(len(p.ids) for p in prompts))
-        owner = [p for p, prompt in enumerate(prompts) for _ in prompt.keys]
-        rows = len(owner)
-        ids: list[list[int]] = [[] for _ in range(rows)]
-        logprobs: list[list[float]] = [[] for _ in range(rows)]
-
-        # `slots` says which row sits at each place of the batch; a finished row may stay as a filler.
-        slots = list(range(rows)) + [rows - 1] * max(0, MIN_ROWS - rows)
-        filler = [False] * rows + [True] * max(0, MIN_ROWS - rows)
-        at = torch.tensor([owner[r] for r in slots], device=policy.device)
-        cache.batch_select_indices(at)  # the K samples of a prompt start from copies of its cache
-        logits, mask = logits[at], mask[at]
-        keys = torch.tensor([key for p in prompts for key in p.keys], device=policy.device)[slots]
-        length = mask.sum(-1, keepdim=True)  # (B, 1) position of the next token
-
-        for position in range(decoding.max_new_tokens):
-            tokens, chosen = draw(logits, keys, position, decoding)
-            self.work += SampleWork(row_steps=len(slots), tokens=filler.count(False))
-            for place, (row, token, logprob) in enumerate(
-                zip(slots, tokens.tolist(), chosen.tolist(), strict=True)
-            ):
-                if not filler[place]:
-                    ids[row].append(token)
-                    logprobs[row].append(logprob)
-                    filler[place] = self._stop.stopped(ids[row])
-                    if filler[place]:
-                        yield row, self._completion(ids[row], logprobs[row], "stop")
-            alive = [place for place, idle in enumerate(filler) if not idle]
-            if not alive or position + 1 == decoding.max_new_tokens:
-                break
-            keep = _compact(alive, len(slots))
-            if len(keep) < len(slots):
-                at = torch.tensor(keep, device=policy.device)
-                cache.batch_select_indices(at)
-                tokens, keys, mask, length = tokens[at], keys[at], mask[at], length[at]
-                slots, filler = [slots[i] for i in keep], [filler[i] for i in keep]
-            mask = torch.cat([mask, mask.new_ones(len(slots), 1)], dim=-1)
-            out = policy.backbone(
-                tokens[:, None],
-                attention_mask=mask,
-                position_ids=length,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            logits, length = self._head(out.last_hidden_state[:, -1]), length + 1
-
-        for place in alive:
-            row = slots[place]
-            yield row, self._completion(ids[row], logprobs[row], "length")
-
-    def _completion(
-        self, ids: Sequence[int], logprobs: Sequence[float], finish_reason: FinishReason
-    ) -> Completion:
-        check_finite([logprobs])
-        return Completion(tuple(ids), self._stop.text(ids), finish_reason, tuple(logprobs))
+    def _decoder(
+        self, network: Network, prompts: Sequence[Prompt], decoding: Decoding
+    ) -> tuple[Decoder, Step]:
+        samples = [len(prompt.keys) for prompt in prompts]
+        total = sum(samples)
+        rows = max(min(total, max(self.batch_rows or total, max(samples))), MIN_ROWS)
+        room = max(len(prompt.ids) for prompt in prompts) + decoding.max_new_tokens
+        captures = self.merged and self.policy.device.type == "cuda"
+        if captures and self._graphs is not None and self._graphs.fits(rows, room, decoding):
+            return self._graphs.decoder, self._graphs.step
+        decoder = Decoder(network, self.policy.head_weight, self.policy.dtype, decoding, rows, room)
+        if not captures:
+            return decoder, decoder.step
+        self._graphs = Graphs(decoder)  # kept for the next call: so is the cache, whose addresses it holds
+        return decoder, self._graphs.step
 
 
-def _compact(alive: list[int], width: int) -> list[int]:
-    """Places that stay: all, until an eighth is finished (a copy has its price); never below MIN_ROWS."""
-    if width - len(alive) < max(1, width // 8) or width <= MIN_ROWS:
-        return list(range(width))
-    living = set(alive)
-    fillers = [place for place in range(width) if place not in living]
-    return sorted(alive + fillers[: max(0, MIN_ROWS - len(alive))])
+@dataclass(slots=True)
+class _Row:
+    """One sample being drawn: which (prompt, sample) it is, its prompt's tokens, and what it has so far."""
+
+    name: tuple[int, int]
+    prompt_tokens: int
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
 
 
-def _batches(order: Sequence[int], prompts: Sequence[Prompt], limit: int | None) -> list[list[int]]:
-    """Cut ``order`` into batches of at most ``limit`` rows; a prompt's samples stay together."""
-    batches: list[list[int]] = []
-    rows = 0
-    for i in order:
-        k = len(prompts[i].keys)
-        if not batches or (limit is not None and rows + k > limit):
-            batches.append([])
-            rows = 0
-        batches[-1].append(i)
-        rows += k
-    return batches
+class _Batch:
+    """The rows of one call: who waits, and who sits at which place."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        step: Step,
+        stop: StopRule,
+        prompts: Sequence[Prompt],
+        ended: Callable[[tuple[int, int], Completion], None],
+    ) -> None:
+        self.decoder, self.step, self.stop, self.prompts, self.ended = decoder, step, stop, prompts, ended
+        # like with like: prompts of one length pad nothing when they go through
+        self.waiting = deque(sorted(range(len(prompts)), key=lambda i: (len(prompts[i].ids), i)))
+        self.rows: list[_Row | None] = []  # by place; None has ended
+        self.work = SampleWork()
+
+    def run(self) -> SampleWork:
+        """Draw all of them; what it took."""
+        while self._settle():
+            n = max(len(self.rows), MIN_ROWS)
+            self.step(n, max(row.prompt_tokens + len(row.ids) for row in self.rows if row))
+            self.work += SampleWork(row_steps=n)
+            self._collect(0)
+        return self.work
+
+    def _settle(self) -> bool:
+        """Close up and let the next prompts in where that pays; whether anybody is left."""
+        alive = [place for place, row in enumerate(self.rows) if row]
+        if not alive and not self.waiting:
+            return False
+        room = len(self.decoder.tokens) - len(alive)
+        enter = bool(self.waiting) and self._next <= room and (not alive or room >= self._share(alive, room))
+        idle = len(self.rows) - len(alive)
+        shrink = idle >= max(1, IDLE * len(self.rows)) and len(self.rows) > MIN_ROWS
+        if idle and (enter or shrink):
+            self.decoder.close_up(alive)
+            self.rows = [self.rows[place] for place in alive]
+        if enter:
+            self._enter(room)
+            return self._settle()  # a sample may be a single token
+        return True
+
+    @staticmethod
+    def _share(alive: Sequence[int], room: int) -> float:
+        return IDLE * (len(alive) + room)
+
+    @property
+    def _next(self) -> int:
+        return len(self.prompts[self.waiting[0]].keys)
+
+    def _enter(self, room: int) -> None:
+        """As many waiting prompts as there is room for, each with all its samples."""
+        first, entering = len(self.rows), []
+        while self.waiting and self._next <= room:
+            entering.append(self.waiting.popleft())
+            room -= len(self.prompts[entering[-1]].keys)
+        chosen = [self.prompts[i] for i in entering]
+        owner = [at for at, prompt in enumerate(chosen) for _ in prompt.keys]
+        keys = [key for prompt in chosen for key in prompt.keys]
+        self.decoder.begin([prompt.ids for prompt in chosen], owner, keys, first)
+        names = [(i, k) for i in entering for k in range(len(self.prompts[i].keys))]
+        self.rows += [_Row(name, len(self.prompts[name[0]].ids)) for name in names]
+        self.work += SampleWork(prompt_tokens=sum(len(p.ids) for p in chosen), row_steps=len(names))
+        self._collect(first)
+
+    def _collect(self, first: int) -> None:
+        """Take what has just been drawn at the places from ``first`` on; let go who has ended."""
+        here = slice(first, len(self.rows))
+        tokens, logprobs = self.decoder.tokens[here].tolist(), self.decoder.logprobs[here].tolist()
+        kept = 0
+        for place, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True), first):
+            row = self.rows[place]
+            if row is None:
+                continue
+            kept += 1
+            row.ids.append(token)
+            row.logprobs.append(logprob)
+            stopped = self.stop.stopped(row.ids)
+            if stopped or len(row.ids) == self.decoder.decoding.max_new_tokens:
+                self.rows[place] = None
+                self.ended(row.name, self._completion(row, "stop" if stopped else "length"))
+        self.work += SampleWork(tokens=kept)
+
+    def _completion(self, row: _Row, finish_reason: FinishReason) -> Completion:
+        check_finite([row.logprobs])
+        return Completion(tuple(row.ids), self.stop.text(row.ids), finish_reason, tuple(row.logprobs))

@@ -1,0 +1,178 @@
+"""The decoder and the merged copy against the model's own forward pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load_fixture_policy
+from test_sampler import ids_of, prompts_of, same_but_for_rounding
+from torch import Tensor
+
+from empg_lite.policy.merged import MergedCopy, merged_weight
+from empg_lite.policy.policy import Policy
+from empg_lite.sampler import Decoding, Prompt
+from empg_lite.sampler.decoder import CHUNK_ELEMENTS, Decoder
+from empg_lite.sampler.graphs import Graphs, _up
+from empg_lite.sampler.native import NativeSampler
+
+PROMPTS = [(1, 2, 3, 4, 5, 6, 7), (9, 8), (5,)]
+OWNER, KEYS = [0, 0, 1, 2, 2], [11, 12, 13, 14, 15]
+
+
+def own_logprobs(policy: Policy, ids: list[int]) -> Tensor:
+    """Of the token after ``ids``, by transformers, in the policy's modules."""
+    with torch.no_grad():
+        return policy.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+@pytest.mark.parametrize("merged", [False, True])
+def test_every_drawn_token_has_the_models_own_probability(
+    model_dir: Path, merged: bool, load_in_4bit: bool
+) -> None:
+    """Rows of ragged prompts, some closed up on the way, others begun while those go on."""
+    policy = load_fixture_policy(model_dir, load_in_4bit=load_in_4bit)
+    network = MergedCopy(policy.causal, torch.float32).network if merged else policy.network
+    rows = [list(PROMPTS[o]) for o in OWNER]
+    with torch.no_grad():
+        decoder = Decoder(network, policy.head_weight, torch.float32, Decoding(20), 6, 30)
+        decoder.begin(PROMPTS, OWNER, KEYS, 0)
+        for step in range(8):
+            seen = max(map(len, rows)) + 1
+            for place, row in enumerate(rows):
+                expected = own_logprobs(policy, row)[decoder.tokens[place]]
+                assert decoder.logprobs[place] == pytest.approx(expected.item(), abs=1e-5)
+                row.append(int(decoder.tokens[place]))
+            if step == 3:
+                decoder.close_up([0, 2, 4])
+                rows = [rows[0], rows[2], rows[4]]
+            if step == 5:
+                decoder.begin([(3, 3, 3)], [0, 0], [16, 17], 3)
+                rows += [[3, 3, 3], [3, 3, 3]]
+                for row, place in zip(rows[3:], (3, 4), strict=True):
+                    row.append(int(decoder.tokens[place]))
+            decoder.step(len(rows), seen)
+    assert decoder.lengths[:5].tolist() == [len(row) for row in rows]
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_a_merged_weight_is_what_the_layer_computes(model_dir: Path, load_in_4bit: bool) -> None:
+    policy = load_fixture_policy(model_dir, load_in_4bit=load_in_4bit)
+    linear = policy.causal.model.layers[1].mlp.up_proj
+    x = torch.eye(linear.in_features)
+    with torch.no_grad():
+        torch.testing.assert_close(merged_weight(linear), linear(x).T, rtol=1e-5, atol=1e-5)
+        with policy.reference():
+            base = merged_weight(linear)
+            torch.testing.assert_close(base, linear(x).T, rtol=1e-5, atol=1e-5)
+        assert (merged_weight(linear) - base).abs().max() > 1e-2
+
+
+def test_sampling_follows_the_adapter_and_leaves_the_base_alone(model_dir: Path) -> None:
+    policy = load_fixture_policy(model_dir, load_in_4bit=True)
+    frozen = {n: p.detach().clone() for n, p in policy.model.named_parameters() if not p.requires_grad}
+    sampler, prompts = NativeSampler(policy), prompts_of(policy, 6, 4)
+    decoding = Decoding(20)
+    first = sampler.sample(prompts, decoding)
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.mul_(1.5)
+    moved = sampler.sample(prompts, decoding)
+    live = NativeSampler(policy, merged=False).sample(prompts, decoding)
+    same_but_for_rounding(policy, prompts, moved, live, decoding)
+    assert ids_of(moved) != ids_of(first)
+    stale = MergedCopy(policy.causal, torch.float32)  # negative control: a copy that is not made anew
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.div_(1.5)
+        old = Decoder(stale.network, policy.head_weight, torch.float32, decoding, 8, 40)
+        old.begin(PROMPTS, OWNER, KEYS, 0)
+        expected = own_logprobs(policy, list(PROMPTS[0]))[old.tokens[0]]
+        assert abs(old.logprobs[0] - expected) > 1e-3
+    with policy.reference():
+        base = sampler.sample(prompts, decoding)
+        same_but_for_rounding(
+            policy, prompts, base, NativeSampler(policy).sample(prompts, decoding), decoding
+        )
+    assert ids_of(base) != ids_of(first)
+    assert ids_of(sampler.sample(prompts, decoding)) == ids_of(first)
+    after = dict(policy.model.named_parameters())
+    assert all(torch.equal(value, after[name]) for name, value in frozen.items())
+    assert sampler.work.refresh_seconds > 0
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("batch_rows", [None, 1, 20, 64])
+def test_greedy_is_generates_on_64_prompts(policy, merged: bool, batch_rows: int | None) -> None:  # type: ignore[no-untyped-def]
+    """Prefill once, places closed up, places given on: no token changes."""
+    from empg_lite.sampler.generate import GenerateSampler
+
+    prompts, decoding = prompts_of(policy, 64, 1), Decoding(24, 0.0)
+    ours = NativeSampler(policy, batch_rows, merged).sample(prompts, decoding)
+    assert ids_of(ours) == ids_of(GenerateSampler(policy).sample(prompts, decoding))
+
+
+def test_rows_that_have_ended_stay_at_their_own_place(model_dir: Path) -> None:
+    """One that goes on in vain past its room must not write into its neighbour's."""
+    policy = load_fixture_policy(model_dir)
+    with torch.no_grad():
+        decoder = Decoder(policy.network, policy.head_weight, torch.float32, Decoding(20), 2, 10)
+        decoder.begin([PROMPTS[0], PROMPTS[1]], [0, 1], [1, 2], 0)
+        row = list(PROMPTS[1])
+        for _ in range(7):  # the first row has 3 tokens of room left
+            expected = own_logprobs(policy, row)[decoder.tokens[1]]
+            assert decoder.logprobs[1] == pytest.approx(expected.item(), abs=1e-5)
+            row.append(int(decoder.tokens[1]))
+            decoder.step(2, 10)
+    assert decoder.lengths.tolist() == [9, 9]
+
+
+def test_drawing_never_holds_rows_times_vocabulary(monkeypatch: pytest.MonkeyPatch, policy) -> None:  # type: ignore[no-untyped-def]
+    """In chunks of three rows the largest tensor of a draw is three rows, and the tokens are the same."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    vocab, prompts, decoding = len(policy.head_weight), prompts_of(policy, 4, 8), Decoding(6)
+    expected = NativeSampler(policy).sample(prompts, decoding)
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", 3 * vocab)
+    widest, head = 0, policy.head_weight.data_ptr()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal widest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.shape[-1:] == (vocab,) and out.data_ptr() != head:
+                widest = max(widest, out.numel() // vocab)
+            return out
+
+    with Watch():
+        chunked = NativeSampler(policy).sample(prompts, decoding)
+    assert widest == 3
+    assert ids_of(chunked) == ids_of(expected)
+
+
+def test_a_captured_size_holds_the_one_that_is_needed(policy) -> None:  # type: ignore[no-untyped-def]
+    """What of the graphs can be tried without a GPU: rounded sizes compute the same rows."""
+    with torch.no_grad():
+        plain, rounded = (
+            Decoder(policy.network, policy.head_weight, torch.float32, Decoding(20), 16, 140)
+            for _ in range(2)
+        )
+        for decoder in (plain, rounded):
+            decoder.begin(PROMPTS, OWNER, KEYS, 0)
+        for step in range(5):
+            plain.step(5, len(PROMPTS[0]) + step + 1)
+            rounded.step(_up(5, 16), _up(len(PROMPTS[0]) + step + 1, 128))
+            assert torch.equal(plain.tokens[:5], rounded.tokens[:5])
+            torch.testing.assert_close(plain.logprobs[:5], rounded.logprobs[:5], rtol=1e-5, atol=1e-5)
+    graphs = Graphs(plain)
+    assert graphs.fits(16, 140, Decoding(20)) and graphs.fits(3, 20, Decoding(20))
+    assert not graphs.fits(17, 140, Decoding(20)) and not graphs.fits(16, 141, Decoding(20))
+    assert not graphs.fits(16, 140, Decoding(20, 0.0))
+
+
+def test_a_prompt_with_more_samples_than_batch_rows_takes_as_many(policy) -> None:  # type: ignore[no-untyped-def]
+    prompts = [*prompts_of(policy, 2, 12), Prompt((1, 2, 3), (5,))]
+    found = NativeSampler(policy, batch_rows=4).sample(prompts, Decoding(8))
+    assert [len(row) for row in found] == [12, 12, 1]
