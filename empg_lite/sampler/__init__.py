@@ -38,8 +38,8 @@ def make_sampler(
     """The engine of that name over a policy.
 
     Args:
-        engine: ``native`` is ours; ``generate`` is the backend's own ``generate``, and ``unsloth`` the same where
-            Unsloth has put its kernels into it.
+        engine: ``native`` is ours; ``generate`` is the backend's own ``generate``; ``unsloth`` is the same
+            where Unsloth has put its kernels into it.
         batch_rows: most rows decoded at once; None: all.
         merged: let ``native`` decode over a merged copy of the weights.
 

@@ -51,6 +51,8 @@ class NativeSampler:
     ) -> list[list[Completion]]:
         """See ``base.Sampler``."""
         results: dict[tuple[int, int], Completion] = {}
+        if not prompts:
+            return []
 
         def ended(place: tuple[int, int], completion: Completion) -> None:
             results[place] = completion
