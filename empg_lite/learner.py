@@ -16,6 +16,7 @@ from empg_lite import plan
 from empg_lite.checkpoint import TrainState
 from empg_lite.errors import DataError
 from empg_lite.mstep import FitSettings, FitStats, m_step
+from empg_lite.parallel import ALONE, Team
 from empg_lite.policy import load_policy
 from empg_lite.policy.policy import Policy
 from empg_lite.rationale import Problem, Rationale, RolloutHeader
@@ -28,13 +29,14 @@ RATE_PER_DOUBLING = 0.6
 
 @dataclass(slots=True)
 class Learner:
-    """A recipe come to life. ``recipe`` has no ``auto`` left in it."""
+    """A recipe come to life. ``recipe`` has no ``auto`` left in it; ``team`` has a copy in every process."""
 
     recipe: Recipe
     policy: Policy
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None
     state: TrainState
+    team: Team = ALONE
 
     @property
     def decoding(self) -> Decoding:
@@ -98,6 +100,7 @@ class Learner:
             scaler=self.scaler,
             measure_kl=measure_kl,
             on_done=on_done,
+            team=self.team,
         )
         state.policy_step += stats.updates
         state.micro_batch_tokens = stats.micro_batch_tokens
@@ -128,7 +131,7 @@ class Learner:
         )
 
 
-def build_learner(recipe: Recipe) -> Learner:
+def build_learner(recipe: Recipe, team: Team = ALONE) -> Learner:
     """Load the policy and settle everything that the recipe leaves to ``auto``.
 
     Raises:
@@ -140,22 +143,25 @@ def build_learner(recipe: Recipe) -> Learner:
         seed=recipe.run.seed,
         gradient_checkpointing=recipe.optim.gradient_checkpointing,
     )
-    recipe = settle_auto(recipe, policy)
+    recipe = settle_auto(recipe, policy, team)
     optimizer = torch.optim.AdamW(
         list(policy.trainable().values()), lr=recipe.optim.learning_rate, betas=(0.9, 0.999), weight_decay=0.0
     )
     scaler = torch.amp.GradScaler(policy.device.type) if policy.dtype == torch.float16 else None
-    return Learner(recipe, policy, optimizer, scaler, TrainState())
+    return Learner(recipe, policy, optimizer, scaler, TrainState(), team)
 
 
-def settle_auto(recipe: Recipe, policy: Policy) -> Recipe:
-    """The recipe with every ``auto`` replaced by what this machine and its free memory allow."""
+def settle_auto(recipe: Recipe, policy: Policy, team: Team = ALONE) -> Recipe:
+    """The recipe with every ``auto`` replaced by what this machine and its free memory allow.
+
+    Processes settle alike: by the one with the least free memory.
+    """
     config, itemsize = policy.causal.config, policy.dtype.itemsize
     model, sampler, optim = recipe.model, recipe.sampler, recipe.optim
     checkpointing = optim.gradient_checkpointing
     if checkpointing == "auto":
         checkpointing = policy.device.type == "cuda"
-    free = plan.free_memory(policy.device)
+    free = min(team.gather(plan.free_memory(policy.device)))
     rows, tokens = sampler.batch_rows, optim.micro_batch_tokens
     if rows == "auto":
         per_row = sampler.max_new_tokens + int(recipe.data.max_prompt_tokens or 0)

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from empg_lite.em import Drift, denominator, drift, m_step_loss
 from empg_lite.errors import OutOfMemory
+from empg_lite.parallel import ALONE, Team
 from empg_lite.policy.policy import Policy, collate
 from empg_lite.rationale import Rationale
 
@@ -72,6 +73,7 @@ def m_step(
     scaler: torch.amp.GradScaler | None = None,
     measure_kl: bool = False,
     on_done: Callable[[int], None] | None = None,
+    team: Team = ALONE,
 ) -> FitStats:
     """Fit the policy to weighted rationales, all rows of the step together.
 
@@ -79,6 +81,7 @@ def m_step(
         rationales: every row of the step, those of weight 0 too: they count in the denominator.
         scaler: loss scaling for float16.
         measure_kl: measure ``drift`` at the end even where nothing else asks for it.
+        team: the processes that do this together, each with all of the rationales; each computes its share.
 
     Raises:
         OutOfMemory: a single row does not fit.
@@ -86,7 +89,7 @@ def m_step(
     weights = [_weight(r) for r in rationales]
     lengths = [len(r.completion_ids) for r in rationales]
     z = denominator(lengths, normalization=settings.normalization, max_new_tokens=settings.max_new_tokens)
-    fitter = _Fitter(policy, optimizer, rationales, z, settings, scaler, on_done)
+    fitter = _Fitter(policy, optimizer, rationales, z, settings, scaler, on_done, team)
     if not any(weights):
         # Not even an empty optimiser step: Adam's momentum would move the weights.
         return fitter.stats(Drift() if measure_kl else None)
@@ -107,6 +110,25 @@ def m_step(
 def _weight(rationale: Rationale) -> float:
     assert rationale.weight is not None, "weigh before fitting"
     return rationale.weight
+
+
+def whole_problems(rows: Sequence[Rationale], kept: Sequence[int], team: Team) -> list[int]:
+    """This process's share of the row numbers ``kept``: whole problems, balanced by their tokens.
+
+    The heaviest problem goes first, to the process with the least so far; every process deals the same way.
+    """
+    problems: dict[str, list[int]] = {}
+    for i in kept:
+        problems.setdefault(rows[i].problem_id, []).append(i)
+    tokens = {pid: sum(rows[i].tokens for i in members) for pid, members in problems.items()}
+    loads = [0] * team.size
+    mine: list[int] = []
+    for pid in sorted(problems, key=lambda pid: -tokens[pid]):  # ties stay in the order of the rows
+        lightest = loads.index(min(loads))
+        loads[lightest] += tokens[pid]
+        if lightest == team.rank:
+            mine += problems[pid]
+    return sorted(mine)
 
 
 def micro_batches(lengths: Mapping[int, int], budget: int) -> list[list[int]]:
@@ -137,17 +159,19 @@ class _Fitter:
         settings: FitSettings,
         scaler: torch.amp.GradScaler | None,
         on_done: Callable[[int], None] | None,
+        team: Team,
     ) -> None:
         self.policy, self.optimizer, self.rows, self.z = policy, optimizer, rows, z
-        self.settings, self.scaler, self.on_done = settings, scaler, on_done
+        self.settings, self.scaler, self.on_done, self.team = settings, scaler, on_done, team
         self.budget = settings.micro_batch_tokens
         self.updates = self.nonfinite = self.fitted = 0
         self.first: tuple[float, float] | None = None  # loss, grad_norm
 
     def fit(self, weights: Sequence[float]) -> None:
         """One pass: the gradient of the whole step, clipped, one optimiser step."""
-        loss = self._with_backoff(lambda: self._backward(weights))
+        loss = sum(self.team.gather(self._with_backoff(lambda: self._backward(weights))))
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.team.sum_gradients(parameters)  # a sum, not a mean: the denominator is the whole step's
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm))
@@ -169,7 +193,7 @@ class _Fitter:
         kept = [i for i, w in enumerate(weights) if w != 0]
         self.fitted = self.fitted or len(kept)
         total = 0.0
-        for batch in self._micro_batches(kept):
+        for batch in self._micro_batches(whole_problems(self.rows, kept, self.team)):
             logprobs, mask = self._score(batch)
             w = torch.tensor([weights[i] for i in batch], dtype=torch.float32, device=logprobs.device)
             loss = m_step_loss(logprobs, mask, w, self.z)
@@ -182,15 +206,18 @@ class _Fitter:
     def logprobs(self) -> Tensor:
         """Trainer log-probs of every row's completion, right and wrong: (B, T) on the CPU, 0 behind it."""
 
-        def measure() -> Tensor:
+        def measure(mine: Sequence[int]) -> list[Tensor]:
             found: dict[int, Tensor] = {}
             with torch.no_grad():
-                for batch in self._micro_batches(range(len(self.rows))):
+                for batch in self._micro_batches(mine):
                     logprobs, mask = self._score(batch)
                     found |= {i: logprobs[b][mask[b]].cpu() for b, i in enumerate(batch)}
-            return pad_sequence([found[i] for i in range(len(self.rows))], batch_first=True)
+            return [found[i] for i in mine]
 
-        return self._with_backoff(measure)
+        rows = range(len(self.rows))
+        return pad_sequence(
+            self.team.share(rows, lambda mine: self._with_backoff(lambda: measure(mine))), batch_first=True
+        )
 
     def drift(self, old: Tensor) -> Drift:
         """Over all rows, against the log-probs at the start."""
@@ -210,18 +237,24 @@ class _Fitter:
         return micro_batches({i: self.rows[i].tokens for i in rows}, self.budget)
 
     def _with_backoff(self, work: Callable[[], T]) -> T:
-        """Do ``work``; where memory runs out, do it again in half the micro-batch. The result is the same."""
+        """Do ``work``; where memory runs out, do it again in half the micro-batch. The result is the same.
+
+        Processes do so together: one that is short of memory makes all halve theirs, and none waits alone.
+        """
+        widest = max(r.tokens for r in self.rows)
         while True:
             try:
-                return work()
+                result, short = work(), None
             except torch.OutOfMemoryError as error:
-                widest = max(r.tokens for r in self.rows)
-                if self.budget <= widest:
-                    raise OutOfMemory(
-                        f"one rationale of {widest} tokens does not fit in memory",
-                        "M-step",
-                        "lower sampler.max_new_tokens, or set optim.gradient_checkpointing: true",
-                    ) from error
+                short = error
+            if not self.team.any(short is not None):
+                return result
+            if self.budget <= widest:
+                raise OutOfMemory(
+                    f"one rationale of {widest} tokens does not fit in memory",
+                    "M-step",
+                    "lower sampler.max_new_tokens, or set optim.gradient_checkpointing: true",
+                ) from short
             self.optimizer.zero_grad(set_to_none=True)
             self.budget = max(self.budget // 2, 1)
             torch.cuda.empty_cache()
