@@ -8,7 +8,6 @@ values, so that nothing but the speed depends on N. One process alone is a team 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +19,8 @@ from empg_lite.errors import EmpgError, explained
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Seconds between the main process's end and the others': the launcher ends all when one has failed, and the
-#: one that talks has to have spoken by then.
-_GRACE = 2.0
+#: Seconds by which the others end after the one that talks: the launcher ends all when one has failed.
+GRACE = 2.0
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -169,9 +167,6 @@ def join() -> Iterator[Team]:
                 team.gather(None)  # the main process may still be writing, and fail
             except Exception as error:
                 known = explained(error)
-                shared = known if known.shared else team.fail(known)
-                if not team.main:
-                    time.sleep(_GRACE)
-                raise shared from error
+                raise (known if known.shared else team.fail(known)) from error
     finally:
         state.destroy_process_group()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 import typer
 
 from empg_lite.cli import look, talk, work
 from empg_lite.errors import EmpgError, UsageError, explained
-from empg_lite.parallel import processes, speaks
+from empg_lite.parallel import GRACE, processes, speaks
 
 app = typer.Typer(
     name="empg-lite",
@@ -63,6 +64,8 @@ def _report(error: BaseException) -> int:
     known = _translate(error)
     if speaks():
         print(f"error: {_one_line(known)}", file=sys.stderr)
+    else:
+        time.sleep(GRACE)
     return known.exit_code
 
 
