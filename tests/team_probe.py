@@ -1,4 +1,4 @@
-"""What one of several processes finds; ``test_parallel.py`` starts it as a launcher would. Prints one object."""
+"""What one of several processes finds; ``test_parallel.py`` starts it as a launcher would."""
 
 from __future__ import annotations
 
