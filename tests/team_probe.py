@@ -21,7 +21,9 @@ from empg_lite.mstep import FitSettings, FitStats, m_step, whole_problems
 from empg_lite.parallel import ALONE, Team, join
 from empg_lite.policy.policy import Batch, Policy
 from empg_lite.rationale import Problem, Rationale
+from empg_lite.recipe_file import load_recipe
 from empg_lite.sampler import Decoding, make_sampler
+from empg_lite.train import train
 
 SETTINGS = FitSettings(
     learning_rate=1.0,
@@ -199,8 +201,8 @@ def samples(model_dir: Path, team: Team) -> dict[str, object]:
 
 
 def main() -> None:
-    """``team_probe.py MODEL_DIR``."""
-    model_dir = Path(sys.argv[1])
+    """``team_probe.py MODEL_DIR RECIPE RUN``: also trains by the recipe, into RUN."""
+    model_dir, recipe, run = Path(sys.argv[1]), load_recipe(sys.argv[2]), Path(sys.argv[3])
     found: dict[str, object] = {}
     try:
         with join() as team:
@@ -210,6 +212,7 @@ def main() -> None:
             found["once"] = team.once(lambda: f"rank {team.rank}")
             found["first"] = [team.first(None), team.first("last" if team.rank else None)]
             found["any"] = [team.any(False), team.any(team.rank == 1)]
+            found["train"] = train(recipe, run, team=team)["steps"]
             if team.rank == 1:
                 raise Interrupted(15, "what", "where", "todo")
             team.gather("the others are here, and hear of it")

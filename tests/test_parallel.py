@@ -80,9 +80,16 @@ def train_words(recipe: Path, run: Path, *more: object) -> tuple[object, ...]:
 
 
 @pytest.fixture(scope="module")
-def probes(model_dir: Path) -> list[dict[str, Any]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the two processes train, by the recipe in it."""
+    return tmp_path_factory.mktemp("team")
+
+
+@pytest.fixture(scope="module")
+def probes(model_dir: Path, folder: Path) -> list[dict[str, Any]]:
     """What each of two processes found (``team_probe.py``)."""
-    done = finish(start(ROOT / "tests" / "team_probe.py", model_dir))
+    recipe = write_recipe(folder, model_dir)
+    done = finish(start(ROOT / "tests" / "team_probe.py", model_dir, recipe, folder / "two"))
     assert [code for code, *_ in done] == [0, 0], done
     return [json.loads(out.splitlines()[-1]) for _, out, _ in done]
 
@@ -168,21 +175,31 @@ def assert_same_run(run: Path, other: Path) -> None:
     assert {p.name for p in run.iterdir()} == {p.name for p in other.iterdir()}
 
 
-def test_two_processes_train_as_one(model_dir: Path, tmp_path: Path) -> None:
-    """Three steps by two processes, killed after two and gone on with by one: all as by one alone."""
-    recipe = write_recipe(tmp_path, model_dir)
-    one, two = tmp_path / "one", tmp_path / "two"
-    first = finish(start(*train_words(recipe, two, "--max-steps", 2, "--json")))
-    assert [code for code, *_ in first] == [0, 0], first
-    assert json.loads(first[0][1].splitlines()[-1])["steps"] == 2
-    assert first[1][1] == "", "one process speaks"
-    train(load_recipe(str(recipe), ["run.steps=2"]), one)
+def test_two_processes_train_as_one(probes: list[dict[str, Any]], folder: Path) -> None:
+    """Three steps by two processes and one more by one process: all as by one alone."""
+    one, two, recipe = folder / "one", folder / "two", str(folder / "fixture.yaml")
+    assert [probe["train"] for probe in probes] == [3, 3]
+    train(load_recipe(recipe), one)
     assert_same_run(one, two)
     assert json.loads((two / "environment.json").read_text())["processes"] == 2
 
-    extended = load_recipe(str(recipe), ["run.steps=3"])
     for run in (one, two):
-        train(extended, run, TrainOptions(resume=True))
+        train(load_recipe(recipe, ["run.steps=4"]), run, TrainOptions(resume=True))
+    assert_same_run(one, two)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_the_run_of_one(model_dir: Path, tmp_path: Path) -> None:
+    """The other way round, by the command line; one process speaks."""
+    recipe = write_recipe(tmp_path, model_dir)
+    one, two = tmp_path / "one", tmp_path / "two"
+    for run in (one, two):
+        train(load_recipe(str(recipe), ["run.steps=2"]), run)
+    done = finish(start(*train_words(recipe, two, "--max-steps", 3, "--resume", "--json")))
+    assert [code for code, *_ in done] == [0, 0], done
+    assert json.loads(done[0][1].splitlines()[-1])["steps"] == 3
+    assert done[1][1] == ""
+    train(load_recipe(str(recipe)), one, TrainOptions(resume=True))
     assert_same_run(one, two)
 
 
