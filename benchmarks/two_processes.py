@@ -3,11 +3,12 @@ r"""How long an E-step takes with one process and with several, one thread each,
     python benchmarks/two_processes.py [--processes 2] [--rounds 5] [--json]
 
 An E-step is what ``train`` does first in a step: 16 problems x 8 samples, graded, gathered by every process.
-The time of a round is that of the main process, from the first token to the last gathered verdict. On a machine
-with fewer idle cores than processes the figures say nothing.
+The time of a round is that of the main process, from the first token to the last gathered verdict. On a
+machine with fewer idle cores than processes it says nothing: processor seconds of the main process then say
+what its share costs, without the waiting.
 
-The samples are the same whatever the number of processes, but where two tokens lie within rounding: batches of
-other sizes round differently. How many differ is counted; above one in a hundred the exit code is 1.
+The samples are the same whatever the number of processes, but where two tokens lie within rounding: batches
+of other sizes round differently. How many differ is counted; above one in a hundred the exit code is 1.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def worker(rounds: int) -> None:
         learner = build_learner(load_recipe("tiny", []).resolved(), team)
         recipe, sampler = learner.recipe, learner.sampler()
         stream = ProblemStream(load_splits(recipe).train, recipe.run.seed)
-        seconds, drawn = list[float](), list[tuple[int, ...]]()
+        seconds, cpu, drawn = list[float](), list[float](), list[tuple[int, ...]]()
         for step in range(rounds + 1):  # the first one warms up
 
             def ask(mine: Sequence[Problem], step: int = step) -> list[list[Rationale]]:
@@ -63,12 +64,13 @@ def worker(rounds: int) -> None:
                 return by_group(draw.groups, scorer.scored(flatten(draw.groups)))
 
             team.gather(None)
-            started = time.perf_counter()
+            started, busy = time.perf_counter(), time.process_time()
             rows = [r for group in team.share(stream.take(step * PROBLEMS, PROBLEMS), ask) for r in group]
             seconds.append(time.perf_counter() - started)
+            cpu.append(time.process_time() - busy)
             drawn += [r.completion_ids for r in rows]
         if team.main:
-            print(json.dumps({"seconds": seconds[1:], "drawn": drawn}))
+            print(json.dumps({"seconds": seconds[1:], "cpu": cpu[1:], "drawn": drawn}))
 
 
 def measure(processes: int, rounds: int) -> dict[str, Any]:
@@ -103,17 +105,27 @@ def main() -> None:
         return
     found = {n: measure(n, arguments.rounds) for n in (1, arguments.processes)}
     medians = {n: statistics.median(each["seconds"]) for n, each in found.items()}
+    cpu = {n: statistics.median(each["cpu"]) for n, each in found.items()}
     speed_up = medians[1] / medians[arguments.processes]
     pairs = list(zip(found[1]["drawn"], found[arguments.processes]["drawn"], strict=True))
     other = sum(a != b for a, b in pairs)
     if arguments.json:
-        result = {"seconds": medians, "speed_up": speed_up, "samples": len(pairs), "differ": other}
+        result = {
+            "seconds": medians,
+            "cpu": cpu,
+            "speed_up": speed_up,
+            "samples": len(pairs),
+            "differ": other,
+        }
         print(json.dumps({"machine": machine(), **result}))
     else:
         print(" · ".join(f"{k} {v}" for k, v in machine().items()))
         for n, each in found.items():
             low, high = min(each["seconds"]), max(each["seconds"])
-            print(f"{n} process{'es' * (n > 1)}: {medians[n]:.3f} s an E-step ({low:.3f} to {high:.3f})")
+            print(
+                f"{n} process{'es' * (n > 1)}: {medians[n]:.3f} s an E-step ({low:.3f} to {high:.3f}), "
+                f"{cpu[n]:.3f} processor seconds of the main one"
+            )
         print(f"speed-up {speed_up:.2f}; {other} of {len(pairs)} samples differ")
     if other > len(pairs) / 100:
         sys.exit(1)

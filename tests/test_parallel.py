@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from team_probe import CASES
 from test_rationale import rationale
+from test_train import digest
 
 from empg_lite import cli as command_line
 from empg_lite import store
@@ -201,6 +202,17 @@ def test_two_processes_go_on_with_the_run_of_one(model_dir: Path, tmp_path: Path
     assert done[1][1] == ""
     train(load_recipe(str(recipe)), one, TrainOptions(resume=True))
     assert_same_run(one, two)
+
+
+@pytest.mark.slow
+def test_two_processes_resume_to_the_bit(model_dir: Path, tmp_path: Path) -> None:
+    """Two steps and one more by the same number of processes: adapter, optimiser and metrics of three."""
+    recipe = write_recipe(tmp_path, model_dir)
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    for run, more in ((straight, (3,)), (resumed, (2,)), (resumed, (3, "--resume"))):
+        done = finish(start(*train_words(recipe, run, "--max-steps", *more)))
+        assert [code for code, *_ in done] == [0, 0], done
+    assert digest(straight) == digest(resumed)
 
 
 @pytest.mark.slow
