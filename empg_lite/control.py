@@ -29,16 +29,18 @@ class Clock:
 
 
 @contextmanager
-def stop_request() -> Iterator[list[int]]:
+def stop_request(*, announce: bool = True) -> Iterator[list[int]]:
     """A list that the first SIGINT or SIGTERM is put into; the second ends the process at once.
 
-    The step at hand is finished and saved first: interrupting it would lose it, and gain seconds.
+    The step at hand is finished and saved first: interrupting it would lose it, and gain seconds. One process
+    of a launch announces it.
     """
     received: list[int] = []
 
     def on_signal(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
-        os.write(2, b"\nstopping after this step, which is saved; once more to stop at once\n")
+        if announce:
+            os.write(2, b"\nstopping after this step, which is saved; once more to stop at once\n")
         for number, handler in previous.items():
             signal.signal(number, handler)
 

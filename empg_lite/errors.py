@@ -7,6 +7,8 @@ An error says *what* is wrong, *where*, and *what to do*. The command line print
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class EmpgError(Exception):
     """Base of all expected failures.
@@ -18,10 +20,16 @@ class EmpgError(Exception):
     """
 
     exit_code = 70
+    #: All processes of a launch raise it alike (see ``parallel``).
+    shared = False
 
     def __init__(self, what: str, where: str = "", todo: str = "") -> None:
         self.what, self.where, self.todo = what, where, todo
         super().__init__(" · ".join(part for part in (what, where, todo) if part))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors travel between processes; the subclasses' arguments differ, their attributes say it all."""
+        return _rebuilt, (type(self), str(self)), self.__dict__
 
 
 class UsageError(EmpgError):
@@ -96,3 +104,26 @@ class Interrupted(EmpgError):
     def __init__(self, signum: int, what: str, where: str = "", todo: str = "") -> None:
         super().__init__(what, where, todo)
         self.exit_code = 128 + signum
+
+
+def _rebuilt(kind: type[EmpgError], text: str) -> EmpgError:
+    return kind.__new__(kind, text)
+
+
+def explained(error: BaseException) -> EmpgError:
+    """Any error as one of ours: what libraries and the system raise, in the words and codes of this page."""
+    if isinstance(error, EmpgError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted(2, "interrupted")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return OutOfMemory(
+            "out of memory",
+            "",
+            "lower sampler.batch_rows or optim.micro_batch_tokens, or use a smaller model",
+        )
+    if isinstance(error, OSError):
+        return StorageError(error.strerror or str(error), str(error.filename or ""))
+    return EmpgError(
+        f"internal error: {type(error).__name__}: {error}", "", "repeat with --debug and report the traceback"
+    )

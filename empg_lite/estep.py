@@ -86,6 +86,12 @@ def sample_rationales(
     return Draw(groups, -sum(logprobs) / max(len(logprobs), 1))
 
 
+def by_group(groups: Sequence[Group], rows: Sequence[Rationale]) -> list[list[Rationale]]:
+    """The rows of flattened groups, graded since, cut into the groups again."""
+    left = iter(rows)
+    return [[next(left) for _ in group.rationales] for group in groups]
+
+
 def reward_matrix(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
     """Rewards ``(P, K)`` float64 and ``valid`` ``(P, K)`` bool.
 

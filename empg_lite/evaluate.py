@@ -15,7 +15,7 @@ from typing import Any
 
 from empg_lite import __version__, store
 from empg_lite.data import load_problems, subset
-from empg_lite.estep import sample_rationales
+from empg_lite.estep import by_group, sample_rationales
 from empg_lite.eval_file import AnswerFile
 from empg_lite.eval_summary import Evaluation, paired
 from empg_lite.learner import Learner, build_learner
@@ -77,12 +77,14 @@ class Examiner:
 
         def answers(name: str, decoding: Decoding, k: int) -> dict[str, list[Rationale]]:
             how = {"pass": name, "samples_per_problem": k, "temperature": decoding.temperature}
-            kept = AnswerFile(
-                folder / f"{name}.jsonl" if folder else None,
-                replace(header, sampler={**header.sampler, **how}),
-                total=len(order) * k,
-                k=k,
-                replace_other=replace_other,
+            kept = self.learner.team.once(
+                lambda: AnswerFile(
+                    folder / f"{name}.jsonl" if folder else None,
+                    replace(header, sampler={**header.sampler, **how}),
+                    total=len(order) * k,
+                    k=k,
+                    replace_other=replace_other,
+                )
             )
             self._complete(kept, order, decoding, k, label)
             by_problem: dict[str, list[Rationale]] = {}
@@ -101,24 +103,29 @@ class Examiner:
     def _complete(
         self, kept: AnswerFile, problems: Sequence[Problem], decoding: Decoding, k: int, label: str
     ) -> None:
-        """Ask for what is missing, batch by batch."""
-        recipe = self.learner.recipe
+        """Ask for what is missing, a batch for each process at a time."""
+        recipe, team = self.learner.recipe, self.learner.team
+
+        def ask(mine: Sequence[Problem]) -> list[list[Rationale]]:
+            scorer = Scorer(self.grader, str(recipe.data.reward), on_done=lambda n: on_done(n * team.size))
+            draw = sample_rationales(
+                self.learner.policy,
+                self.sampler,
+                mine,
+                decoding,
+                samples=k,
+                seed=recipe.run.seed,
+                step=EVAL_STEP,
+                policy_step=0,
+                on_rationale=scorer.submit,
+            )
+            return by_group(draw.groups, scorer.scored(flatten(draw.groups)))
+
         with self.view.phase(label, len(problems) * k) as on_done:
             on_done(len(kept.rows))
-            for start in range(len(kept.rows) // k, len(problems), kept.batch):
-                scorer = Scorer(self.grader, str(recipe.data.reward), on_done=on_done)
-                draw = sample_rationales(
-                    self.learner.policy,
-                    self.sampler,
-                    problems[start : start + kept.batch],
-                    decoding,
-                    samples=k,
-                    seed=recipe.run.seed,
-                    step=EVAL_STEP,
-                    policy_step=0,
-                    on_rationale=scorer.submit,
-                )
-                kept.add(scorer.scored(flatten(draw.groups)))
+            unit = kept.batch * team.size
+            for start in range(len(kept.rows) // k, len(problems), unit):
+                kept.add([r for rows in team.share(problems[start : start + unit], ask) for r in rows])
 
 
 def evaluate_target(

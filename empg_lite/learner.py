@@ -15,6 +15,7 @@ from empg_lite import plan
 from empg_lite.checkpoint import TrainState
 from empg_lite.errors import DataError
 from empg_lite.mstep import FitSettings, FitStats, m_step
+from empg_lite.parallel import ALONE, Team
 from empg_lite.policy import load_policy
 from empg_lite.policy.integrity import check_config, resolve_model
 from empg_lite.policy.policy import Policy
@@ -34,6 +35,7 @@ class Learner:
         recipe: has no ``auto`` left in it.
         planned: the memory that it takes.
         held: bytes that the process had before, on a CPU, where its peak is that of the process; 0 on a GPU.
+        team: has a copy of this in every process.
     """
 
     recipe: Recipe
@@ -43,6 +45,7 @@ class Learner:
     state: TrainState
     planned: plan.Plan
     held: int
+    team: Team = ALONE
 
     @property
     def decoding(self) -> Decoding:
@@ -107,6 +110,7 @@ class Learner:
             scaler=self.scaler,
             measure_kl=measure_kl,
             on_done=on_done,
+            team=self.team,
         )
         state.policy_step += stats.updates
         state.micro_batch_tokens = stats.micro_batch_tokens
@@ -137,7 +141,7 @@ class Learner:
         )
 
 
-def build_learner(recipe: Recipe, *, refuse: bool = False) -> Learner:
+def build_learner(recipe: Recipe, team: Team = ALONE, *, refuse: bool = False) -> Learner:
     """Load the policy and settle everything that the recipe leaves to ``auto``.
 
     Args:
@@ -148,7 +152,7 @@ def build_learner(recipe: Recipe, *, refuse: bool = False) -> Learner:
         what ``load_policy`` raises.
     """
     recipe = recipe.resolved()
-    planned, held = plan_here(recipe, refuse=refuse)
+    planned, held = plan_here(recipe, refuse=refuse, team=team)
     recipe = plan.with_sizes(recipe, planned.settings)
     policy = load_policy(
         recipe.model,
@@ -161,11 +165,13 @@ def build_learner(recipe: Recipe, *, refuse: bool = False) -> Learner:
         list(policy.trainable().values()), lr=recipe.optim.learning_rate, betas=(0.9, 0.999), weight_decay=0.0
     )
     scaler = torch.amp.GradScaler(policy.device.type) if policy.dtype == torch.float16 else None
-    return Learner(recipe, policy, optimizer, scaler, TrainState(), planned, held)
+    return Learner(recipe, policy, optimizer, scaler, TrainState(), planned, held, team)
 
 
-def plan_here(recipe: Recipe, *, refuse: bool) -> tuple[plan.Plan, int]:
+def plan_here(recipe: Recipe, *, refuse: bool, team: Team = ALONE) -> tuple[plan.Plan, int]:
     """The recipe's plan on this machine as it is, and what the process holds already (0 with a GPU).
+
+    Processes plan alike: by the one with the least free memory.
 
     Raises:
         MissingInput, DataError: the model's configuration is not to be had.
@@ -175,7 +181,8 @@ def plan_here(recipe: Recipe, *, refuse: bool) -> tuple[plan.Plan, int]:
     shape = plan.shape_of(check_config(folder), str(folder))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     held = 0 if device.type == "cuda" else plan.resident_memory()
-    found = plan.plan_recipe(recipe, shape, plan.Machine(device.type, plan.free_memory(device)))
+    free = min(team.gather(plan.free_memory(device)))
+    found = plan.plan_recipe(recipe, shape, plan.Machine(device.type, free))
     if refuse:
         plan.refuse_unfit(found)
     return found, held

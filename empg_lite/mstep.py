@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from empg_lite.em import Drift, denominator, drift, m_step_loss
 from empg_lite.errors import OutOfMemory
+from empg_lite.parallel import ALONE, Team
 from empg_lite.policy.packing import Ids
 from empg_lite.policy.policy import Policy
 from empg_lite.rationale import Rationale
@@ -78,6 +79,7 @@ def m_step(
     scaler: torch.amp.GradScaler | None = None,
     measure_kl: bool = False,
     on_done: Callable[[int], None] | None = None,
+    team: Team = ALONE,
 ) -> FitStats:
     """Fit the policy to weighted rationales, all rows of the step together.
 
@@ -85,6 +87,7 @@ def m_step(
         rationales: every row of the step, those of weight 0 too: they count in the denominator.
         scaler: loss scaling for float16.
         measure_kl: measure ``drift`` at the end even where nothing else asks for it.
+        team: the processes that do this together, each with all of the rationales; each computes its share.
 
     Raises:
         OutOfMemory: a single row does not fit.
@@ -92,7 +95,7 @@ def m_step(
     weights = [_weight(r) for r in rationales]
     lengths = [len(r.completion_ids) for r in rationales]
     z = denominator(lengths, normalization=settings.normalization, max_new_tokens=settings.max_new_tokens)
-    fitter = _Fitter(policy, optimizer, rationales, z, settings, scaler, on_done)
+    fitter = _Fitter(policy, optimizer, rationales, z, settings, scaler, on_done, team)
     if not any(weights):
         # Not even an empty optimiser step: Adam's momentum would move the weights.
         return fitter.stats(Drift() if measure_kl else None)
@@ -113,6 +116,25 @@ def m_step(
 def _weight(rationale: Rationale) -> float:
     assert rationale.weight is not None, "weigh before fitting"
     return rationale.weight
+
+
+def whole_problems(rows: Sequence[Rationale], kept: Sequence[int], team: Team) -> list[int]:
+    """This process's share of the row numbers ``kept``: whole problems, balanced by their tokens.
+
+    The heaviest problem goes first, to the process with the least so far; every process deals the same way.
+    """
+    problems: dict[str, list[int]] = {}
+    for i in kept:
+        problems.setdefault(rows[i].problem_id, []).append(i)
+    tokens = {pid: sum(rows[i].tokens for i in members) for pid, members in problems.items()}
+    loads = [0] * team.size
+    mine: list[int] = []
+    for pid in sorted(problems, key=lambda pid: -tokens[pid]):  # ties stay in the order of the rows
+        lightest = loads.index(min(loads))
+        loads[lightest] += tokens[pid]
+        if lightest == team.rank:
+            mine += problems[pid]
+    return sorted(mine)
 
 
 def packed_batches(rows: Mapping[int, tuple[Ids, int]], budget: int) -> list[list[int]]:
@@ -172,17 +194,21 @@ class _Fitter:
         settings: FitSettings,
         scaler: torch.amp.GradScaler | None,
         on_done: Callable[[int], None] | None,
+        team: Team,
     ) -> None:
         self.policy, self.optimizer, self.rows, self.z = policy, optimizer, rows, z
-        self.settings, self.scaler, self.on_done = settings, scaler, on_done
+        self.settings, self.scaler, self.on_done, self.team = settings, scaler, on_done, team
         self.budget = settings.micro_batch_tokens
         self.updates = self.nonfinite = self.fitted = self.computed = self.padded = 0
         self.first: tuple[float, float] | None = None  # loss, grad_norm
 
     def fit(self, weights: Sequence[float]) -> None:
         """One pass: the gradient of the whole step, clipped, one optimiser step."""
-        loss = self._with_backoff(lambda: self._backward(weights))
+        parts = self.team.gather(self._with_backoff(lambda: self._backward(weights)))
+        loss, computed, padded = (sum(part) for part in zip(*parts, strict=True))
+        self.computed, self.padded = self.computed + computed, self.padded + padded
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.team.sum_gradients(parameters)  # a sum, not a mean: the denominator is the whole step's
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm))
@@ -199,24 +225,24 @@ class _Fitter:
         self.nonfinite += not finite
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _backward(self, weights: Sequence[float]) -> float:
+    def _backward(self, weights: Sequence[float]) -> tuple[float, int, int]:
+        """Accumulate this process's share of the gradient; its loss, tokens computed, places computed."""
         self.optimizer.zero_grad(set_to_none=True)
         kept = [i for i, w in enumerate(weights) if w != 0 and self.rows[i].completion_ids]
         self.fitted = self.fitted or len(kept)
         one = torch.ones((), device=self.policy.device)
         scale = one if self.scaler is None else self.scaler.scale(one)
-        total = torch.zeros((), device=self.policy.device)
-        for batch in self._micro_batches(kept):
+        total, computed, padded = torch.zeros((), device=self.policy.device), 0, 0
+        for batch in self._micro_batches(whole_problems(self.rows, kept, self.team)):
             w = torch.tensor([weights[i] for i in batch], dtype=torch.float32, device=self.policy.device)
             loss = self.policy.completion_loss(self._pairs(batch), partial(self._loss, w, scale))
             loss.backward()
             total += loss.detach() / scale
             tokens, places = self._size(batch)
-            self.computed += tokens
-            self.padded += places
+            computed, padded = computed + tokens, padded + places
             if self.on_done:
                 self.on_done(len(batch))
-        return float(total)
+        return float(total), computed, padded
 
     def _loss(self, weights: Tensor, scale: Tensor, rows: Tensor, logprobs: Tensor) -> Tensor:
         """Of some tokens, ``(n,)``: each is a row of its own here, so that a row may be cut anywhere."""
@@ -226,15 +252,18 @@ class _Fitter:
     def logprobs(self) -> Tensor:
         """Trainer log-probs of every row's completion, right and wrong: (B, T) on the CPU, 0 behind it."""
 
-        def measure() -> Tensor:
-            found = {i: torch.zeros(0) for i in range(len(self.rows))}
-            for batch in self._micro_batches([i for i in found if self.rows[i].completion_ids]):
+        def measure(mine: Sequence[int]) -> list[Tensor]:
+            found = {i: torch.zeros(0) for i in mine}
+            for batch in self._micro_batches([i for i in mine if self.rows[i].completion_ids]):
                 with torch.no_grad():
                     measured = self.policy.completion_logprobs(self._pairs(batch))
                 found |= {i: row.cpu() for i, row in zip(batch, measured, strict=True)}
-            return pad_sequence(list(found.values()), batch_first=True)
+            return list(found.values())
 
-        return self._with_backoff(measure)
+        rows = range(len(self.rows))
+        return pad_sequence(
+            self.team.share(rows, lambda mine: self._with_backoff(lambda: measure(mine))), batch_first=True
+        )
 
     def drift(self, old: Tensor) -> Drift:
         """Over all rows, against the log-probs at the start."""
@@ -275,18 +304,24 @@ class _Fitter:
         return micro_batches({i: self.rows[i].tokens for i in rows}, self.budget)
 
     def _with_backoff(self, work: Callable[[], T]) -> T:
-        """Do ``work``; where memory runs out, do it again in half the micro-batch. The result is the same."""
+        """Do ``work``; where memory runs out, do it again in half the micro-batch. The result is the same.
+
+        Processes do so together: one that is short of memory makes all halve theirs, and none waits alone.
+        """
+        widest = max(r.tokens for r in self.rows)
         while True:
             try:
-                return work()
+                result, short = work(), None
             except torch.OutOfMemoryError as error:
-                widest = max(r.tokens for r in self.rows)
-                if self.budget <= widest:
-                    raise OutOfMemory(
-                        f"one rationale of {widest} tokens does not fit in memory",
-                        "M-step",
-                        "lower sampler.max_new_tokens, or set optim.gradient_checkpointing: true",
-                    ) from error
+                short = error
+            if not self.team.any(short is not None):
+                return result
+            if self.budget <= widest:
+                raise OutOfMemory(
+                    f"one rationale of {widest} tokens does not fit in memory",
+                    "M-step",
+                    "lower sampler.max_new_tokens, or set optim.gradient_checkpointing: true",
+                ) from short
             self.optimizer.zero_grad(set_to_none=True)
             self.budget = max(self.budget // 2, 1)
             torch.cuda.empty_cache()

@@ -15,7 +15,7 @@ import torch
 
 from empg_lite.data import ProblemStream, load_splits
 from empg_lite.errors import GraderUnusable, NoSignal
-from empg_lite.estep import estep_metrics, sample_rationales, weigh
+from empg_lite.estep import by_group, estep_metrics, sample_rationales, weigh
 from empg_lite.health import FAILURES_STOP, Finding, diagnose, graded_failures
 from empg_lite.learner import Learner, build_learner
 from empg_lite.metrics import View
@@ -93,31 +93,36 @@ def preflight(
     Raises:
         GraderUnusable: the grader fails on most answers.
     """
-    recipe, view = learner.recipe, view or View()
+    recipe, team, view = learner.recipe, learner.team, view or View()
     k, wanted = recipe.sampler.samples_per_problem, recipe.sampler.problems_per_step
     started = time.perf_counter()
     with view.phase("preflight", len(problems) * k) as on_done:
-        scorer = Scorer(grader, str(recipe.data.reward), on_done=on_done)
-        draw = sample_rationales(
-            learner.policy,
-            sampler,
-            problems,
-            learner.decoding,
-            samples=k,
-            seed=recipe.run.seed,
-            step=PREFLIGHT_STEP,
-            policy_step=learner.state.policy_step,
-            on_rationale=scorer.submit,
-        )
-        scored = scorer.scored(flatten(draw.groups))
+        scorer = Scorer(grader, str(recipe.data.reward), on_done=lambda n: on_done(n * team.size))
+
+        def ask(mine: Sequence[Problem]) -> list[list[Rationale]]:
+            draw = sample_rationales(
+                learner.policy,
+                sampler,
+                mine,
+                learner.decoding,
+                samples=k,
+                seed=recipe.run.seed,
+                step=PREFLIGHT_STEP,
+                policy_step=learner.state.policy_step,
+                on_rationale=scorer.submit,
+            )
+            return by_group(draw.groups, scorer.scored(flatten(draw.groups)))
+
+        scored = [r for rows in team.share(problems, ask) for r in rows]
     seconds = time.perf_counter() - started
+    error = team.first(scorer.error)
     groups = weigh(group_rationales(scored), weighting=recipe.em.weighting, baseline=recipe.em.baseline)
     record = estep_metrics(groups)
     if graded_failures(record) > FAILURES_STOP:
         raise GraderUnusable(
             f"the grader failed on {graded_failures(record):.0%} of the answers",
             f"reward {recipe.data.reward}",
-            scorer.error or "try one of them: empg-lite grade",
+            error or "try one of them: empg-lite grade",
         )
     rows = flatten(groups)
     step = (seconds + _seconds_to_fit(learner, rows) * recipe.em.passes) * wanted / len(problems)
@@ -132,9 +137,7 @@ def preflight(
         tokens_per_second=sum(len(r.completion_ids) for r in rows) / seconds,
         seconds_a_step=step,
         minutes=step * recipe.run.steps / 60,
-        findings=diagnose(
-            record, rows=len(rows), max_new_tokens=recipe.sampler.max_new_tokens, error=scorer.error
-        ),
+        findings=diagnose(record, rows=len(rows), max_new_tokens=recipe.sampler.max_new_tokens, error=error),
         groups=groups,
     )
 
@@ -160,8 +163,9 @@ def first_problems(problems: Sequence[Problem], seed: int) -> list[Problem]:
 def _seconds_to_fit(learner: Learner, rows: Sequence[Rationale]) -> float:
     """Time of one pass over the rows, by an optimiser that moves nothing; 0 where every weight is 0."""
     frozen = torch.optim.SGD(list(learner.policy.trainable().values()), lr=0.0)
+    settings = replace(learner.fit_settings(), learning_rate=0.0, passes=1)
     started = time.perf_counter()
-    m_step(learner.policy, frozen, rows, replace(learner.fit_settings(), learning_rate=0.0, passes=1))
+    m_step(learner.policy, frozen, rows, settings, team=learner.team)
     return time.perf_counter() - started
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from empg_lite import store
 from empg_lite.checkpoint import list_checkpoints, newest_valid
 from empg_lite.errors import MissingInput, RecipeError, UsageError
+from empg_lite.parallel import processes
 from empg_lite.rationale import Rationale, read_rollouts
 from empg_lite.recipe import Recipe, changed_fields
 from empg_lite.recipe_file import dump_recipe, load_recipe
@@ -192,6 +193,7 @@ def environment() -> dict[str, Any]:
         "versions": versions,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
+        "processes": processes(),
         "commit": _commit(),
     }
 

@@ -20,11 +20,12 @@ from empg_lite import store
 from empg_lite.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
 from empg_lite.control import Clock
 from empg_lite.em import Drift
-from empg_lite.errors import GraderUnusable, NoSignal, NumericalStop
+from empg_lite.errors import EmpgError, GraderUnusable, NoSignal, NumericalStop
 from empg_lite.estep import estep_metrics, mixture_metrics
 from empg_lite.health import FAILURES_STOP, Finding, diagnose, graded_failures
 from empg_lite.learner import Learner, build_learner
 from empg_lite.metrics import Journal, View, read_metrics
+from empg_lite.parallel import ALONE, Team
 from empg_lite.policy.adapter import WEIGHTS, adapter_files
 from empg_lite.policy.card import tokenizer_files
 from empg_lite.profiler import probe, profile
@@ -52,11 +53,12 @@ class Session:
         view: View,
         command: str,
         source: Path | None = None,
+        team: Team = ALONE,
         *,
         refuse: bool = False,
     ) -> None:
         self.run, self.journal, self.view = run, journal, view
-        self.learner: Learner = build_learner(opened.recipe, refuse=refuse)
+        self.learner: Learner = build_learner(opened.recipe, team, refuse=refuse)
         self.recipe: Recipe = self.learner.recipe
         self.grader_error: str | None = None  # what the last grader failure said
         if opened.checkpoint is None:
@@ -69,7 +71,8 @@ class Session:
             journal.cut_back(self._restore(opened.checkpoint))
             journal.event("resumed", step=self.learner.state.step, checkpoint=opened.checkpoint.name)
             view.note(f"resumed from {opened.checkpoint.name}")
-        self._recent: deque[Mapping[str, Any]] = deque(read_metrics(run / METRICS)[-SILENCE:], SILENCE)
+        past = team.once(lambda: read_metrics(run / METRICS)[-SILENCE:])
+        self._recent: deque[Mapping[str, Any]] = deque(past, SILENCE)
         if self.recipe.em.passes > MANY_PASSES:
             view.warn(
                 f"em.passes is {self.recipe.em.passes}: above {MANY_PASSES} they gain little, and drift"
@@ -103,7 +106,7 @@ class Session:
         started = time.perf_counter()
         budget = state.micro_batch_tokens or self.recipe.optim.micro_batch_tokens
         with self.view.phase("fitting", sum(r.weight != 0 for r in rows) * self.recipe.em.passes) as on_done:
-            stats = learner.fit(rows, measure_kl=measure_kl, on_done=on_done)
+            stats = learner.fit(rows, measure_kl=measure_kl, on_done=lambda n: on_done(n * learner.team.size))
         times["fit"] = time.perf_counter() - started
         if stats.micro_batch_tokens != budget:
             self.journal.event("micro_batch_shrunk", step=step, old=budget, new=stats.micro_batch_tokens)
@@ -203,8 +206,18 @@ class Session:
     # --- what stays on disk -----------------------------------------------------------------------
 
     def checkpoint(self) -> Path:
-        """Publish a checkpoint of the state as it is."""
+        """Publish a checkpoint of the state as it is.
+
+        Raises:
+            EmpgError: the processes of a launch no longer hold the same adapter.
+        """
         learner = self.learner
+        if len(set(learner.team.gather(learner.policy.adapter_sha256()))) > 1:
+            raise EmpgError(
+                "the processes hold different adapters",
+                f"{self.run}, step {learner.state.step}",
+                "launch on cards of one kind; then --resume goes on from the last checkpoint",
+            )
         return save_checkpoint(
             self.run,
             learner.policy,

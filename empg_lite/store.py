@@ -9,18 +9,43 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 from empg_lite.errors import RunInUse, StorageError
 
 _TMP = ".tmp-"
+_reading_only = False
+P = ParamSpec("P")
+
+
+@contextmanager
+def reading_only(active: bool = True) -> Iterator[None]:
+    """Within the block nothing here writes, locks or removes: another process of a launch does it."""
+    global _reading_only
+    before, _reading_only = _reading_only, active
+    try:
+        yield
+    finally:
+        _reading_only = before
+
+
+def _writes(call: Callable[P, None]) -> Callable[P, None]:
+    """What ``reading_only`` switches off."""
+
+    @functools.wraps(call)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        if not _reading_only:
+            call(*args, **kwargs)
+
+    return guarded
 
 
 @contextmanager
@@ -66,12 +91,14 @@ def _write_synced(path: Path, data: bytes) -> None:
         os.close(fd)
 
 
+@_writes
 def make_dirs(path: Path) -> None:
     """Create ``path`` and its parents where they are missing."""
     with _storage_errors(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
+@_writes
 def write_file(path: Path, data: bytes | str) -> None:
     """Replace ``path`` by ``data`` in one step: old content or new, never a part.
 
@@ -91,6 +118,7 @@ def write_file(path: Path, data: bytes | str) -> None:
         _fsync_dir(path.parent)
 
 
+@_writes
 def write_dir(path: Path, files: Mapping[str, bytes]) -> None:
     """Publish a directory of ``files`` (flat names) at ``path`` in one rename, replacing an older one.
 
@@ -156,6 +184,7 @@ def file_digest(folder: Path, name: str) -> str | None:
         return None
 
 
+@_writes
 def remove_dir(path: Path) -> None:
     """Remove a directory; a half-removed one is never taken for a whole one (it is renamed first)."""
     if not path.exists():
@@ -178,6 +207,7 @@ def set_aside(path: Path, prefix: str = ".corrupt-") -> Path:
     return target
 
 
+@_writes
 def sweep(folder: Path) -> None:
     """Remove what interrupted writes left behind in ``folder``."""
     if not folder.is_dir():
@@ -192,6 +222,7 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
     append_text(path, json.dumps(record, ensure_ascii=False) + "\n")
 
 
+@_writes
 def append_text(path: Path, text: str) -> None:
     """Append text in one write and sync it."""
     with _storage_errors(path):
@@ -209,6 +240,7 @@ def size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
+@_writes
 def truncate(path: Path, length: int) -> None:
     """Cut a log back to ``length`` bytes: what came after the checkpoint is written again on resume."""
     if not path.exists():
@@ -230,6 +262,9 @@ def run_lock(run: Path) -> Iterator[None]:
     Raises:
         RunInUse: another process holds it.
     """
+    if _reading_only:
+        yield
+        return
     make_dirs(run)
     path = run / "LOCK"
     with _storage_errors(path):

@@ -20,14 +20,15 @@ from empg_lite.checkpoint import stored_state
 from empg_lite.control import RESUME, Clock, stop_request
 from empg_lite.data import ProblemStream, load_splits
 from empg_lite.errors import DataError, Interrupted, RecipeError
-from empg_lite.estep import sample_rationales, weigh
+from empg_lite.estep import by_group, sample_rationales, weigh
 from empg_lite.metrics import Journal, View
+from empg_lite.parallel import ALONE, Team
 from empg_lite.preflight import PREFLIGHT_STEP, first_problems, preflight, refuse_hopeless
 from empg_lite.rationale import Group, Problem, Rationale, flatten, group_rationales, read_rollouts
 from empg_lite.recipe import Recipe, refused_sampling
 from empg_lite.rewards import Grader, UserCode
 from empg_lite.runs import open_run, rollout_path
-from empg_lite.sampler import Sampler
+from empg_lite.sampler import Sampler, SampleWork
 from empg_lite.scoring import Scorer, VerdictKey
 from empg_lite.session import Session, finished, summarise
 from empg_lite.tester import Tester
@@ -47,9 +48,16 @@ class TrainOptions:
 
 
 def train(
-    recipe: Recipe, run: Path, options: TrainOptions = TrainOptions(), view: View | None = None
+    recipe: Recipe,
+    run: Path,
+    options: TrainOptions = TrainOptions(),
+    view: View | None = None,
+    team: Team = ALONE,
 ) -> dict[str, Any]:
     """Train by a recipe, into a run directory.
+
+    Args:
+        team: the processes that train together, each calling this alike (``parallel.join``).
 
     Returns:
         ``run``, ``steps``, ``seconds`` (training alone), ``seconds_total``, ``accuracy_before``,
@@ -63,17 +71,22 @@ def train(
     refusal = refused_sampling(recipe)
     if refusal and not options.force:
         raise RecipeError(refusal, "sampler", "set it back, or say --force")
-    with store.run_lock(run), stop_request() as stop, Grader(code=options.code) as grader:
+    grading = Grader(code=options.code)
+    with store.run_lock(run), stop_request(announce=team.main) as stop, grading as grader:
         journal = Journal(run)
-        opened = open_run(run, recipe, resume=options.resume, allow_change=options.allow_change)
-        if opened.checkpoint is not None and finished(run, opened.recipe):
+        opened = team.once(
+            lambda: open_run(run, recipe, resume=options.resume, allow_change=options.allow_change)
+        )
+        if opened.checkpoint is not None and team.once(lambda: finished(run, opened.recipe)):
             view.note(f"{run} is finished: nothing to do")
             return summarise(run, opened.recipe, stored_state(opened.checkpoint), clock)
 
         grader.self_test(str(opened.recipe.data.reward))
         splits = load_splits(opened.recipe)
         new = opened.checkpoint is None  # what was begun has its sizes, and fitted once
-        session = Session(run, opened, journal, view, options.command, refuse=new and not options.force)
+        session = Session(
+            run, opened, journal, view, options.command, team=team, refuse=new and not options.force
+        )
         learner, state, recipe = session.learner, session.learner.state, session.recipe
         problems = fitting_problems(session, splits.train)
         stream = ProblemStream(problems, recipe.run.seed)
@@ -97,14 +110,14 @@ def train(
             record |= tester.validate(force=last)
             session.record(record)
 
-            out_of_time = clock.out_of_time()
-            if session.checkpoint_due() or stop or out_of_time:
+            signum, out_of_time = team.first(next(iter(stop), None)), team.any(clock.out_of_time())
+            if session.checkpoint_due() or signum or out_of_time:
                 saved = session.checkpoint()
-            if options.profile and not last and (stop or out_of_time):
+            if options.profile and not last and (signum or out_of_time):
                 session.write_profile(begun, clock.seconds())
-            if stop and not last:
+            if signum and not last:
                 raise Interrupted(
-                    stop[0], f"stopped after step {state.step}, {saved.name} is saved", str(run), RESUME
+                    signum, f"stopped after step {state.step}, {saved.name} is saved", str(run), RESUME
                 )
             if out_of_time and not last:
                 view.note(f"out of time after step {state.step}: {saved.name} is saved; {RESUME}")
@@ -135,14 +148,15 @@ def e_step(
         groups, spare = groups + more, spare - len(more)
         sums = {name: value + more_sums[name] for name, value in sums.items()}
     tokens = sum(len(r.completion_ids) for r in flatten(groups))
-    work = sampler.work.since(before)
+    own = sampler.work.since(before)
+    work = sum(session.learner.team.gather(own), SampleWork())
     extra = {
         "entropy": sums.pop("nats") / max(tokens, 1),
         "em/refilled": len(groups) - p,
         "em/prompt_tokens": work.prompt_tokens,
         "time/row_steps": work.row_steps,
         "em/context_tokens": sum(context_tokens(r) for r in flatten(groups)),
-        "time/refresh": work.refresh_seconds,
+        "time/refresh": own.refresh_seconds,
         "time/tokens_per_second": tokens / sums["sample"],
     }
     return groups, sums, extra
@@ -163,30 +177,42 @@ def _draw(
     session: Session, sampler: Sampler, grader: Grader, problems: Sequence[Problem]
 ) -> tuple[tuple[Group, ...], dict[str, float]]:
     """Weighed rationales of some problems; the seconds of each part, and all tokens' surprise in nats."""
-    learner, state, recipe = session.learner, session.learner.state, session.recipe
+    learner, state, recipe, team = (
+        session.learner,
+        session.learner.state,
+        session.recipe,
+        session.learner.team,
+    )
     rows = len(problems) * recipe.sampler.samples_per_problem
-    started = time.perf_counter()
+    started, sampled, nats = time.perf_counter(), 0.0, 0.0
     reward = str(recipe.data.reward)
     known = known_verdicts(rollout_path(session.run, state.step + 1), reward)
     with session.view.phase("sampling", rows) as on_done:
-        scorer = Scorer(grader, reward, known, on_done)  # grades what has ended while the rest is sampled
-        draw = sample_rationales(
-            learner.policy,
-            sampler,
-            problems,
-            learner.decoding,
-            samples=recipe.sampler.samples_per_problem,
-            seed=recipe.run.seed,
-            step=state.step + 1,
-            policy_step=state.policy_step,
-            on_rationale=scorer.submit,
-        )
-    sampled = time.perf_counter()
-    scored = scorer.scored(flatten(draw.groups))
-    session.grader_error = scorer.error or session.grader_error
+        # It grades what has ended while the rest is sampled.
+        scorer = Scorer(grader, reward, known, lambda n: on_done(n * team.size))
+
+        def ask(mine: Sequence[Problem]) -> list[list[Rationale]]:
+            nonlocal sampled, nats
+            draw = sample_rationales(
+                learner.policy,
+                sampler,
+                mine,
+                learner.decoding,
+                samples=recipe.sampler.samples_per_problem,
+                seed=recipe.run.seed,
+                step=state.step + 1,
+                policy_step=state.policy_step,
+                on_rationale=scorer.submit,
+            )
+            sampled = time.perf_counter()
+            nats = draw.entropy * sum(len(r.completion_ids) for r in flatten(draw.groups))
+            return by_group(draw.groups, scorer.scored(flatten(draw.groups)))
+
+        scored = [r for rows in team.share(problems, ask) for r in rows]
+    session.grader_error = team.first(scorer.error) or session.grader_error
     groups = weigh(group_rationales(scored), weighting=recipe.em.weighting, baseline=recipe.em.baseline)
-    nats = draw.entropy * sum(len(r.completion_ids) for r in scored)
-    return groups, {"sample": sampled - started, "score": time.perf_counter() - sampled, "nats": nats}
+    seconds = {"sample": sampled - started, "score": time.perf_counter() - sampled}
+    return groups, {**seconds, "nats": sum(team.gather(nats))}
 
 
 def fly_first(

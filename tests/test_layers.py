@@ -28,6 +28,7 @@ FLOORS = [
         "behaviors",
         "health",
         "stats",
+        "parallel",
     },
     {
         "data",

@@ -136,17 +136,15 @@ def row(i: int, prompt: int, completion: int, weight: float) -> Rationale:
 def test_the_m_step_counts_tokens_and_padding(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two passes over rows of 9, 7, 4 tokens (and one of weight 0), two rows to a micro-batch."""
     policy = load_fixture_policy(model_dir)
-    places: list[int] = []
-    score = policy.token_logprobs
-    monkeypatch.setattr(
-        policy, "token_logprobs", lambda batch: places.append(batch.input_ids.numel()) or score(batch)
-    )
     rows = [row(0, 5, 4, 1.0), row(1, 3, 4, 1.0), row(2, 2, 2, 1.0), row(3, 50, 50, 0.0)]
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=1e-6)
     settings = FitSettings(1e-6, 1.0, 1, 0.005, "tokens", 50, 18)
     stats = m_step(policy, optimizer, rows, settings)
+    assert stats.tokens_computed == stats.tokens_padded == 9 + 7 + 4
+    monkeypatch.setattr(policy, "backend", "unsloth")  # whole rows, each as long as the longest of its batch
+    stats = m_step(policy, optimizer, rows, settings)
     assert stats.tokens_computed == 9 + 7 + 4
-    assert stats.tokens_padded == sum(places) == 2 * 9 + 4
+    assert stats.tokens_padded == 2 * 9 + 4
     nothing = m_step(policy, optimizer, [row(0, 5, 4, 0.0)], settings)
     assert nothing.tokens_computed == nothing.tokens_padded == 0
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 import typer
 
 from empg_lite.cli import look, talk, work
-from empg_lite.errors import EmpgError, UsageError
+from empg_lite.errors import EmpgError, UsageError, explained
+from empg_lite.parallel import GRACE, processes, speaks
 
 app = typer.Typer(
     name="empg-lite",
@@ -26,6 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run a command; every failure is one line on stderr and an exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
+        refuse_launcher(arguments)
         code = app(args=arguments, standalone_mode=False)
     except BaseException as error:  # the last line of defence: whatever it is, it gets a line and a code
         if "--debug" in arguments and not isinstance(error, (SystemExit, typer.Exit)):
@@ -36,6 +39,20 @@ def main(argv: list[str] | None = None) -> None:
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
+def refuse_launcher(arguments: list[str]) -> None:
+    """Only ``train`` knows how to share its work with other processes.
+
+    Raises:
+        UsageError: N processes would do the same thing N times, over each other's files.
+    """
+    if processes() > 1 and arguments[:1] != ["train"]:
+        raise UsageError(
+            f"{processes()} processes were launched, and only train shares its work",
+            " ".join(["empg-lite", *arguments[:1]]),
+            "start it without the launcher",
+        )
+
+
 def _report(error: BaseException) -> int:
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 0
@@ -44,8 +61,11 @@ def _report(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):  # the reader of a pipe went away
         sys.stdout = sys.stderr  # so that the interpreter does not flush into it again
         return 0
-    known = error if isinstance(error, EmpgError) else _translate(error)
-    print(f"error: {_one_line(known)}", file=sys.stderr)
+    known = _translate(error)
+    if speaks():
+        print(f"error: {_one_line(known)}", file=sys.stderr)
+    else:
+        time.sleep(GRACE)
     return known.exit_code
 
 
@@ -57,24 +77,10 @@ def _one_line(error: EmpgError) -> str:
 
 def _translate(error: BaseException) -> EmpgError:
     """Errors of others as ours."""
-    from empg_lite.errors import Interrupted, OutOfMemory, StorageError
-
     if isinstance(error, typer.BadParameter | typer.Abort) or type(error).__module__.startswith("typer."):
         message = getattr(error, "format_message", lambda: str(error) or type(error).__name__)()
         return UsageError(message.rstrip("."), _usage_context(error), "see --help")
-    if isinstance(error, KeyboardInterrupt):
-        return Interrupted(2, "interrupted")
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return OutOfMemory(
-            "out of memory",
-            "",
-            "lower sampler.batch_rows or optim.micro_batch_tokens, or use a smaller model",
-        )
-    if isinstance(error, OSError):
-        return StorageError(error.strerror or str(error), str(error.filename or ""))
-    return EmpgError(
-        f"internal error: {type(error).__name__}: {error}", "", "repeat with --debug and report the traceback"
-    )
+    return explained(error)
 
 
 def _usage_context(error: Any) -> str:

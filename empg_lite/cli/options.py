@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from empg_lite.parallel import speaks
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -69,14 +71,17 @@ TargetArgument = Annotated[
 
 
 class Output:
-    """Where a command writes. With ``--json`` stdout is kept for JSON and everything else goes to stderr."""
+    """Where a command writes. With ``--json`` stdout is kept for JSON and everything else goes to stderr.
+
+    Of several launched processes one writes.
+    """
 
     def __init__(self, as_json: bool) -> None:
         from rich.console import Console
 
-        self.as_json = as_json
+        self.as_json, self._quiet = as_json, not speaks()
         self._stdout = sys.stdout
-        self.console: Console = Console(stderr=as_json)
+        self.console: Console = Console(stderr=as_json, quiet=self._quiet)
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[Output]:
@@ -94,6 +99,8 @@ class Output:
 
     def raw(self, record: dict[str, Any]) -> None:
         """One compact ASCII JSON object on stdout, whatever the mode."""
+        if self._quiet:
+            return
         self._stdout.write(json.dumps(record, separators=(",", ":")) + "\n")
         self._stdout.flush()
 

@@ -79,16 +79,17 @@ def train(
         else:
             typer.echo(dump_recipe(resolved), nl=False)
         return
-    run = output_dir or next_run_dir(_run_name(name))
+    from empg_lite.parallel import join
     from empg_lite.train import TrainOptions
     from empg_lite.train import train as run_training
 
     options = TrainOptions(
         resume, force, max_minutes, tuple(allow_change or ()), command_line(), code, profile
     )
-    with out.guarded():
+    with out.guarded(), join() as team:
+        run = team.once(lambda: output_dir or next_run_dir(_run_name(name)))
         out.print(f"run: {run}", markup=False, highlight=False)
-        result = run_training(plan, run, options, out.view())
+        result = run_training(plan, run, options, out.view(), team)
         out.line(result)
         _say_result(out, result, run)
         if profile:
