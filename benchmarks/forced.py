@@ -1,14 +1,14 @@
 """Forced lengths: every rival draws rows of the same length, so that speeds compare like with like.
 
-Random or half-trained weights end where they like, and a rival whose rows happen to be shorter would win. Here
-the lengths come from a table, drawn once. A row's last token is the stop token, and no other token of it is:
-that is all that a rival sees, and each ends its rows by its own means.
+Random or half-trained weights end where they like, and a rival whose rows happen to be shorter would win.
+Here the lengths come from a table, drawn once. A row's last token is the stop token, and no other token of
+it is: that is all that a rival sees.
 
-* The package's engines: the function that draws tokens is replaced by one that draws with it and then puts the
-  stop token where the table says. Rows are told apart by their random key, so that batch order, compaction and
-  the engine itself do not matter, and the engine's own stop rule is at work, at its own price.
-* ``generate``, called by hand or by TRL: the end tokens are switched off, a stopping criterion reads the table,
-  and the tokens that come out are cut and ended the same way.
+* The package's engines: the function that draws tokens is replaced by one that draws with it and then puts
+  the stop token where the table says. Rows are told apart by their random key, so that batch order,
+  compaction and the engine itself do not matter; the engine's own stop rule is at work, at its own price.
+* ``generate``, called by hand or by TRL: the end token is one that is never drawn, a stopping criterion reads
+  the table, and the rows that come out are ended the same way.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from torch import Tensor
 NEVER = 1 << 30
 
 
-def draw_lengths(rows: int, *, mean: float = 36.0, sigma: float = 0.5, cap: int = 72, seed: int = 0) -> list[int]:
-    """Completion lengths of ``rows`` rows in tokens, the stop included: lognormal, at least 2, at most ``cap``.
+def draw_lengths(
+    rows: int, *, mean: float = 36.0, sigma: float = 0.5, cap: int = 72, seed: int = 0
+) -> list[int]:
+    """Completion lengths in tokens, the stop included: lognormal, at least 2, at most ``cap``.
 
     Args:
         mean: of the distribution before it is cut at ``cap``.
@@ -52,7 +54,9 @@ def forced_draws(ends: dict[int, int], stop_id: int, plain_id: int) -> Iterator[
     keys, order = torch.tensor(list(ends)).sort()
     lengths = torch.tensor(list(ends.values()))[order]
 
-    def forced(logits: Tensor, row_keys: Tensor, position: Any, *rest: Any, **more: Any) -> tuple[Tensor, Tensor]:
+    def forced(
+        logits: Tensor, row_keys: Tensor, position: Any, *rest: Any, **more: Any
+    ) -> tuple[Tensor, Tensor]:
         nonlocal keys, lengths
         keys, lengths = keys.to(row_keys.device), lengths.to(row_keys.device)
         tokens, logprobs = right(logits, row_keys, position, *rest, **more)

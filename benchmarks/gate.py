@@ -20,7 +20,9 @@ from empg_lite.sampler import Decoding, Prompt, make_sampler
 GRADIENT = 1e-5
 
 
-def greedy_differences(policy: Policy, prompts: Sequence[tuple[int, ...]], max_new_tokens: int) -> dict[str, int]:
+def greedy_differences(
+    policy: Policy, prompts: Sequence[tuple[int, ...]], max_new_tokens: int
+) -> dict[str, int]:
     """For how many prompts each engine's greedy tokens are not those of ``model.generate``."""
     plain = dict(temperature=None, top_p=None, top_k=None, repetition_penalty=1.0)
     wanted = generate(

@@ -162,7 +162,7 @@ def loss_step(
 ) -> None:
     """One optimiser step on given rows with TRL's own loss, the weights taken for advantages.
 
-    The rows are padded as its step pads them: prompts on the left, completions on the right, all to the longest.
+    Rows are padded as its own step does it: prompts on the left, completions on the right, to the longest.
     """
     from hand_loop import finish
 
@@ -180,7 +180,7 @@ def loss_step(
 
 
 def loss_inputs(policy: Policy, rationales: Sequence[Rationale]) -> dict[str, torch.Tensor]:
-    """What TRL's ``compute_loss`` takes, of all rows: ids and masks (B, T), advantages (B,), the token count."""
+    """What TRL's ``compute_loss`` takes: ids and masks (B, T), advantages (B,), the count of tokens."""
     prompts = [torch.tensor(r.prompt_ids) for r in rationales]
     completions = [torch.tensor(r.completion_ids) for r in rationales]
     padded = {
