@@ -232,7 +232,7 @@ class _Fitter:
         self.fitted = self.fitted or len(kept)
         one = torch.ones((), device=self.policy.device)
         scale = one if self.scaler is None else self.scaler.scale(one)
-        total, computed, padded = torch.zeros((), device=self.policy.device), 0, 0
+        total, computed, padded = torch.zeros((), dtype=torch.float64, device=self.policy.device), 0, 0
         for batch in self._micro_batches(whole_problems(self.rows, kept, self.team)):
             w = torch.tensor([weights[i] for i in batch], dtype=torch.float32, device=self.policy.device)
             loss = self.policy.completion_loss(self._pairs(batch), partial(self._loss, w, scale))

@@ -148,7 +148,6 @@ class SamplerSection(Section):
     engine: Literal["auto", "native", "generate", "unsloth"] = key(
         "auto", "native: our own; generate: the backend's; unsloth: the same with Unsloth's kernels"
     )
-    merged: bool | Auto = key("auto", "native: decode over a merged copy of the weights; auto: where it fits")
     problems_per_step: Count = key(32, "P: problems of one step")
     samples_per_problem: Annotated[int, Field(ge=1, le=4096)] = key(8, "K: rationales drawn for each problem")
     max_new_tokens: Tokens = key(512, "a rationale cut off here has reward 0")
@@ -157,6 +156,7 @@ class SamplerSection(Section):
     top_k: CountOrZero = key(0, "0 is off; training with more needs --force")
     refill: CountOrZero = key(0, "most further problems drawn in a step while fewer than P teach anything")
     batch_rows: Count | Auto = key("auto", "rows sampled at once; never changes what is drawn")
+    merged: bool | Auto = key("auto", "native: decode over a merged copy of the weights; auto: where it fits")
 
 
 class EmSection(Section):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from conftest import load_fixture_policy
@@ -19,7 +20,8 @@ from empg_lite.errors import EmpgError, Interrupted, OutOfMemory
 from empg_lite.estep import by_group, sample_rationales
 from empg_lite.mstep import FitSettings, FitStats, m_step, whole_problems
 from empg_lite.parallel import ALONE, Team, join
-from empg_lite.policy.policy import Batch, Policy
+from empg_lite.policy.packing import Ids
+from empg_lite.policy.policy import Policy
 from empg_lite.rationale import Problem, Rationale
 from empg_lite.recipe_file import load_recipe
 from empg_lite.sampler import Decoding, make_sampler
@@ -59,21 +61,24 @@ def rows(weights: Sequence[Sequence[float]]) -> list[Rationale]:
 
 
 class Double:
-    """The fixture policy in float64, through the full logits; counts the rows it is asked for."""
+    """The fixture policy in float64; counts the rows it is asked for, and may be short of room for them."""
 
     def __init__(self, model_dir: Path) -> None:
         self.policy: Policy = load_fixture_policy(model_dir)
         self.policy.model.double()
-        self.policy.token_logprobs = self.token_logprobs  # type: ignore[method-assign]
         self.rows, self.room = 0, 10**9
+        for name in ("completion_loss", "completion_logprobs"):
+            setattr(self.policy, name, self.counted(getattr(self.policy, name)))
 
-    def token_logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        if batch.input_ids.numel() > self.room:
-            raise torch.OutOfMemoryError("no room")
-        self.rows += len(batch.input_ids)
-        targets, mask = batch.input_ids[:, 1:], batch.completion_mask[:, 1:]
-        logits = self.policy.causal(batch.input_ids).logits[:, :-1].log_softmax(-1)
-        return logits.gather(-1, targets[..., None]).squeeze(-1) * mask, mask
+    def counted(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        def asked(pairs: Sequence[tuple[Ids, Ids]], *rest: Any) -> Any:
+            prompts = {prompt for prompt, _ in pairs}
+            if sum(map(len, prompts)) + sum(len(completion) for _, completion in pairs) > self.room:
+                raise torch.OutOfMemoryError("no room")
+            self.rows += len(pairs)
+            return work(pairs, *rest)
+
+        return asked
 
     def parameters(self) -> Tensor:
         return torch.cat([p.detach().flatten() for p in self.policy.trainable().values()])

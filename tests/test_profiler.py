@@ -18,6 +18,7 @@ from empg_lite.mstep import FitSettings, m_step
 from empg_lite.profiler import Rates, fitting_floor, probe, profile, sampling_floor
 from empg_lite.rationale import Rationale, read_rollouts
 from empg_lite.sampler import Decoding, Prompt, SampleWork, make_sampler
+from empg_lite.sampler.decoder import Decoder
 from empg_lite.train import context_tokens
 
 RECORD = {
@@ -83,7 +84,16 @@ def test_an_engine_counts_what_it_computes(
     """Forward calls of the network, counted from outside, against ``work``."""
     policy = load_fixture_policy(model_dir)
     sampler = make_sampler(policy, engine, 16)
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[int, int]] = []  # rows and width of every pass of the network
+    begin, step = Decoder.begin, Decoder.step
+    monkeypatch.setattr(
+        Decoder,
+        "begin",
+        lambda self, prompts, owner, *rest: (
+            seen.append((len(owner), max(map(len, prompts)))) or begin(self, prompts, owner, *rest)
+        ),
+    )
+    monkeypatch.setattr(Decoder, "step", lambda self, n, m: seen.append((n, 1)) or step(self, n, m))
     policy.causal.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(tuple((args or (kwargs["input_ids"],))[0].shape)),
         with_kwargs=True,
@@ -103,10 +113,10 @@ def test_an_engine_counts_what_it_computes(
     copies = 8 if engine == "generate" else 1  # generate sends each prompt through once a sample
     assert first.prompt_tokens == copies * sum(len(p.ids) for p in prompts)
     decoding = sum(rows for rows, width in seen if width == 1)
-    batches = sum(1 for _, width in seen if width > 1)
-    # A batch's first tokens come from the prompts' pass, each further one from a pass of its own.
-    assert work.row_steps == decoding + batches * 16 and work.row_steps > work.tokens
-    assert work.refresh_seconds == 0
+    entering = sum(rows for rows, width in seen if width > 1)
+    # First tokens come from the prompts' pass, each further one from a pass of its own.
+    assert work.row_steps == decoding + entering and work.row_steps > work.tokens
+    assert (work.refresh_seconds > 0) == (engine == "native")
 
 
 def test_work_adds_up() -> None:
