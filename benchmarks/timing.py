@@ -84,8 +84,15 @@ def circumstances(*packages: str) -> dict[str, Any]:
     """Machine, commit, load, threads and the versions of ``packages``."""
     found = machine()
     kept = {name: found[name] for name in ("commit", "cpu", "load", "python")}
-    versions = {name: metadata.version(name) for name in ("torch", *packages)}
+    versions = {name: _version(name) for name in ("torch", *packages)}
     return {**kept, "threads": torch.get_num_threads(), "nice": os.nice(0), **versions}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -273,3 +273,27 @@ def test_a_written_model_loads_and_samples(tmp_path: Path) -> None:
     assert sum(p.numel() for n, p in loaded.policy.causal.named_parameters() if "embed" in n) == 530 * 256
     (row,) = make_sampler(loaded.policy, "native").sample([Prompt((1, 2, 3), (7,))], Decoding(5))[0]
     assert 1 <= len(row.ids) <= 5
+
+
+def test_a_sweep_changes_one_thing() -> None:
+    import scaling
+
+    seen: dict[str, list[Any]] = {}
+    for name, point in scaling.points():
+        seen.setdefault(name, []).append(point)
+    for name, found in seen.items():
+        field, values = scaling.SWEEPS[name]
+        assert [getattr(p, field) for p in found] == list(values)
+        assert {scaling.replace(p, **{field: 0}) for p in found} == {
+            scaling.replace(scaling.Point(), **{field: 0})
+        }
+        assert scaling.Point() in found  # the middle of all
+
+
+def test_a_sweeps_rates_are_tokens_over_the_median() -> None:
+    import scaling
+
+    cost = scaling.Cost(scaling.Point(), 1000, timing.Spread(2.0, 1.0, 9.0), timing.Spread(4.0, 3.0, 5.0))
+    row = scaling.show("width of the model", [cost]).splitlines()[-1]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == ["1", "1000", "2.00 (1.00-9.00)", "500", "4.00 (3.00-5.00)", "250"]
