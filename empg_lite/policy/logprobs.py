@@ -18,8 +18,8 @@ from torch import Tensor
 
 from empg_lite.policy.network import wide
 
-#: Elements of one fp32 chunk of logits: 16 MB on a CPU; on a GPU 256 MB, or the products get too narrow.
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+#: Elements of one fp32 chunk of logits: 8 MB on a CPU; on a GPU 256 MB, or the products get too narrow.
+CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 
 #: (which of the tokens, their log-probs ``(n,)`` in nats, float32) -> their share of a sum over tokens.
 TokenLoss = Callable[[slice, Tensor], Tensor]
@@ -64,9 +64,15 @@ class _HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         rows, total = rows_per_chunk(weight), wide(hidden.new_zeros(()))
         grad_hidden = torch.empty_like(hidden)
+        # One buffer for all chunks: those that malloc gives out one after another are not the same memory.
+        buffer = total.new_empty(min(rows, hidden.shape[0]), weight.shape[0])
         for i in range(0, hidden.shape[0], rows):
             at = slice(i, min(i + rows, hidden.shape[0]))
-            logits = wide(hidden[at] @ weight.T)  # (rows, V); becomes its softmax in place
+            logits = buffer[: at.stop - i]  # (rows, V); becomes its softmax, then its gradient in place
+            if logits.dtype == hidden.dtype:
+                torch.mm(hidden[at], weight.T, out=logits)
+            else:
+                logits.copy_(hidden[at] @ weight.T)
             chosen = logits.gather(-1, targets[at, None])
             top = logits.amax(-1, keepdim=True)
             z = logits.sub_(top).exp_().sum(-1, keepdim=True)
