@@ -247,8 +247,7 @@ def _least(recipe: Recipe, machine: Machine) -> Settings:
         micro_batch_tokens=MIN_TOKENS if "micro_batch_tokens" in auto else int(optim.micro_batch_tokens),
         checkpointing="checkpointing" in auto or bool(optim.gradient_checkpointing),
         evaluates=recipe.run.eval_every > 0,
-        # peft's NF4 layers leave the cast to CUDA's autocast; its others, and a CPU's, cast one by one
-        shared_input=cuda and model.load_in_4bit,
+        device=machine.device,
     )
 
 
