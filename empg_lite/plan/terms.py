@@ -249,14 +249,14 @@ def recomputed_block(shape: Shape, s: Settings) -> int:
 
 
 def backward_block(shape: Shape, s: Settings) -> int:
-    """Going back through the MLP: the gradients of silu(gate) and up, and the residual's. Where I is five times
-    D, as in Qwen2.5, no moment has more."""
+    """Going back through the MLP: the gradients of silu(gate) and up, and the residual's. Where I is five
+    times D, as in Qwen2.5, no moment has more."""
     return s.fitted_tokens * s.itemsize * (2 * shape.intermediate + shape.hidden)
 
 
 def head_chunk(shape: Shape, s: Settings) -> int:
     """The head: a chunk of logits in fp32 and, in 16 bit, as they came; the chunk before, while there is one;
-    for all tokens the last norm's input in fp32, its output, and that one's gradient, which a chunk adds to."""
+    the last norm's input in fp32, its output, and that one's gradient, which comes chunk by chunk."""
     first = min(max(HEAD_CHUNK[s.device] // shape.vocab, 1), s.scored_tokens)
     second = min(first, s.scored_tokens - first)
     logits = FP32 + (s.itemsize if s.itemsize < FP32 else 0)
