@@ -3,8 +3,8 @@
 Nothing here is fitted to a measurement. Each count says which tensors it counts; ``tests/test_plan.py`` holds
 them against what autograd saves, what the allocator gives out and the weights of loaded models,
 ``benchmarks/plan_check.py`` against the resident memory of real steps. Sizes are for the longest rows that
-the recipe lets through. Unsloth fits padded rows within the same budget, and its own kernels keep less: for
-it the M-step is an upper bound.
+the recipe lets through. Unsloth's own passes are not counted: they fit padded rows within the same budget of
+tokens, and keep less of a token.
 
 One block of the network, going forward in training, keeps for every token of the packed row (D hidden,
 I intermediate, A = H d, K = G d)::
