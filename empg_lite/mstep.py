@@ -294,7 +294,8 @@ class _Fitter:
         if not self.policy.packs:
             return sum(sizes), len(batch) * max(sizes)
         prompts = {self.rows[i].prompt_ids for i in batch}  # once each, and nothing is padded
-        tokens = sum(map(len, prompts)) + sum(len(self.rows[i].completion_ids) for i in batch)
+        # a completion's last token predicts nothing
+        tokens = sum(map(len, prompts)) + sum(len(self.rows[i].completion_ids) - 1 for i in batch)
         return tokens, tokens
 
     def _micro_batches(self, rows: Sequence[int]) -> list[list[int]]:

@@ -9,9 +9,19 @@ END, START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 
 def build_model(
-    folder: Path, *, seed: int = 0, hidden: int = 64, layers: int = 2, scale: float = 3.0
+    folder: Path,
+    *,
+    seed: int = 0,
+    hidden: int = 64,
+    layers: int = 2,
+    scale: float = 3.0,
+    intermediate: int | None = None,
 ) -> Path:
-    """Write config, random weights and tokenizer; ``scale`` lets the frozen head be sure of something."""
+    """Write config, random weights and tokenizer; ``scale`` lets the frozen head be sure of something.
+
+    Args:
+        intermediate: width of the MLP, by default twice ``hidden``.
+    """
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -21,7 +31,7 @@ def build_model(
     config = Qwen2Config(
         vocab_size=259,
         hidden_size=hidden,
-        intermediate_size=2 * hidden,
+        intermediate_size=intermediate or 2 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,

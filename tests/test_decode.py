@@ -10,10 +10,11 @@ from conftest import load_fixture_policy
 from test_sampler import ids_of, prompts_of, same_but_for_rounding
 from torch import Tensor
 
+from empg_lite.policy.logprobs import CHUNK_ELEMENTS
 from empg_lite.policy.merged import MergedCopy, merged_weight
 from empg_lite.policy.policy import Policy
 from empg_lite.sampler import Decoding, Prompt
-from empg_lite.sampler.decoder import CHUNK_ELEMENTS, Decoder
+from empg_lite.sampler.decoder import Decoder
 from empg_lite.sampler.graphs import Graphs, _up
 from empg_lite.sampler.native import NativeSampler
 

@@ -15,6 +15,7 @@ from test_plan import BASE, FIXTURE
 
 from empg_lite import profiler
 from empg_lite.mstep import FitSettings, m_step
+from empg_lite.policy.policy import Policy
 from empg_lite.profiler import Rates, fitting_floor, probe, profile, sampling_floor
 from empg_lite.rationale import Rationale, read_rollouts
 from empg_lite.sampler import Decoding, Prompt, SampleWork, make_sampler
@@ -144,17 +145,22 @@ def row(i: int, prompt: int, completion: int, weight: float) -> Rationale:
 
 
 def test_the_m_step_counts_tokens_and_padding(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two passes over rows of 9, 7, 4 tokens (and one of weight 0), two rows to a micro-batch."""
+    """Rows of 9, 7, 6, 4 tokens, two of one prompt (and one row of weight 0): what the embedding looks up."""
     policy = load_fixture_policy(model_dir)
-    rows = [row(0, 5, 4, 1.0), row(1, 3, 4, 1.0), row(2, 2, 2, 1.0), row(3, 50, 50, 0.0)]
+    places: list[int] = []
+    policy.causal.model.embed_tokens.register_forward_hook(lambda m, ids, out: places.append(ids[0].numel()))
+    rows = [row(i, *sizes) for i, sizes in enumerate(((5, 4, 1.0), (3, 4, 1.0), (3, 3, 1.0), (2, 2, 1.0)))]
+    rows.append(row(4, 50, 50, 0.0))
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=1e-6)
     settings = FitSettings(1e-6, 1.0, 1, 0.005, "tokens", 50, 18)
     stats = m_step(policy, optimizer, rows, settings)
-    assert stats.tokens_computed == stats.tokens_padded == 9 + 7 + 4
-    monkeypatch.setattr(policy, "backend", "unsloth")  # whole rows, each as long as the longest of its batch
-    stats = m_step(policy, optimizer, rows, settings)
-    assert stats.tokens_computed == 9 + 7 + 4
-    assert stats.tokens_padded == 2 * 9 + 4
+    assert len(places) == 2  # the shared prompt once, and of no completion the last token
+    assert stats.tokens_computed == stats.tokens_padded == sum(places) == (5 + 3) + (3 + 3 + 2) + (2 + 1)
+    monkeypatch.setattr(Policy, "packs", False)
+    places.clear()
+    stats = m_step(policy, optimizer, rows, replace(settings, micro_batch_tokens=18))
+    assert stats.tokens_computed == 9 + 7 + 6 + 4
+    assert stats.tokens_padded == sum(places) == 2 * 9 + 2 * 6
     nothing = m_step(policy, optimizer, [row(0, 5, 4, 0.0)], settings)
     assert nothing.tokens_computed == nothing.tokens_padded == 0
 

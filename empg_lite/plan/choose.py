@@ -14,18 +14,17 @@ from typing import Any
 from empg_lite.errors import OutOfMemory
 from empg_lite.plan.machine import Machine
 from empg_lite.plan.shape import Shape
-from empg_lite.plan.terms import FP32, Settings, block_bytes_per_token, phases, stays
+from empg_lite.plan.terms import FP32, Settings, phases, stays
 from empg_lite.policy.adapter import read_adapter_config
 from empg_lite.recipe import Recipe
 
 #: Share of the free memory that is planned with: the allocator's rounding and fragments need the rest.
 SHARE = 0.9
-MIN_TOKENS, MAX_TOKENS = 256, 16_384
+#: Tokens of a micro-batch. Above the most, none gains anything; on a CPU it costs time (docs/LOG.md).
+MIN_TOKENS, MAX_TOKENS = 256, {"cpu": 1024, "cuda": 16_384}
 MIN_ROWS, MAX_ROWS = 8, 512
 #: With smaller micro-batches NF4 weights are unpacked too often for their tokens; checkpointing is cheaper.
 ENOUGH_TOKENS = 4096
-#: On a CPU a block's activations should stay in the cache: measured best for three widths (docs/LOG.md).
-CACHE_BYTES = 16 << 20
 
 #: Setting -> recipe key.
 KEYS = {
@@ -129,17 +128,14 @@ def plan_recipe(recipe: Recipe, shape: Shape, machine: Machine) -> Plan:
         s = replace(s, merged=fits(merged=True))
     if "batch_rows" in auto:
         s = replace(s, batch_rows=_largest(MIN_ROWS, MAX_ROWS, lambda n: fits(batch_rows=n)))
-    enough = min(ENOUGH_TOKENS, _token_limit(shape, s, machine))
+    most = MAX_TOKENS[machine.device]
     if "checkpointing" in auto:
-        tokens = enough if "micro_batch_tokens" in auto else s.micro_batch_tokens
+        tokens = min(ENOUGH_TOKENS, most) if "micro_batch_tokens" in auto else s.micro_batch_tokens
         roomy = fits(checkpointing=False, micro_batch_tokens=tokens)
         s = replace(s, checkpointing=not roomy)
     if "micro_batch_tokens" in auto:
-        limit = _token_limit(shape, s, machine)
-        s = replace(
-            s,
-            micro_batch_tokens=_largest(MIN_TOKENS, limit, lambda n: fits(micro_batch_tokens=n)),
-        )
+        tokens = _largest(MIN_TOKENS, most, lambda n: fits(micro_batch_tokens=n))
+        s = replace(s, micro_batch_tokens=tokens)
     return predict(shape, s, machine)
 
 
@@ -250,17 +246,8 @@ def _least(recipe: Recipe, machine: Machine) -> Settings:
         micro_batch_tokens=MIN_TOKENS if "micro_batch_tokens" in auto else int(optim.micro_batch_tokens),
         checkpointing="checkpointing" in auto or bool(optim.gradient_checkpointing),
         evaluates=recipe.run.eval_every > 0,
-        # peft's NF4 layers leave the cast to CUDA's autocast; its others, and a CPU's, cast one by one
-        shared_input=cuda and model.load_in_4bit,
+        device=machine.device,
     )
-
-
-def _token_limit(shape: Shape, s: Settings, machine: Machine) -> int:
-    """Above this a micro-batch gains nothing: on a CPU it leaves the cache, and costs time."""
-    if machine.device == "cuda":
-        return MAX_TOKENS
-    tokens = CACHE_BYTES // block_bytes_per_token(shape, s)
-    return min(max(1 << max(tokens, 1).bit_length() - 1, MIN_TOKENS), MAX_TOKENS)
 
 
 def _largest(least: int, most: int, fits: Any) -> int:

@@ -3,17 +3,21 @@
 Nothing here is fitted to a measurement. Each count says which tensors it counts; ``tests/test_plan.py`` holds
 them against what autograd saves, what the allocator gives out and the weights of loaded models,
 ``benchmarks/plan_check.py`` against the resident memory of real steps. Sizes are for the longest rows that
-the recipe lets through. Unsloth's own kernels keep less: for them the M-step is an upper bound.
+the recipe lets through. Unsloth's own passes are not counted: they fit padded rows within the same budget of
+tokens, and keep less of a token.
 
-One block of the network, going forward in training, keeps for every token (D hidden, I intermediate,
-A = H d, K = G d)::
+One block of the network, going forward in training, keeps for every token of the packed row (D hidden,
+I intermediate, A = H d, K = G d)::
 
     residual before attention, normed    2 D    the norm's input, the LoRA input of q, k, v
-    rotated queries, keys, values        A + 2 K
-    attention's output                   A      with one log-sum a head
+    queries and output, by rows          2 A    attention's own, with one log-sum a head
+    output, packed again                 A      the LoRA input of o
     residual before the MLP, normed      2 D
     gate, silu(gate), up, product        4 I
     LoRA's inner vectors                 7 r
+
+and for every token that attention reads, a prompt's once for itself and once for each of its rows, the key
+and the value, 2 K. Rows of one micro-batch count as equally long: what attention pads is not counted.
 """
 
 from __future__ import annotations
@@ -23,8 +27,8 @@ from dataclasses import dataclass
 
 from empg_lite.plan.shape import Shape
 
-#: Elements of one fp32 chunk of logits in the M-step's head; ``policy/logprobs.py`` has the same number.
-HEAD_CHUNK = 1 << 24
+#: Elements of one fp32 chunk of logits in the M-step's head; ``policy/logprobs.py`` has the same numbers.
+HEAD_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}
 #: The decoder never computes fewer rows; ``sampler/native.py`` has the same number.
 MIN_ROWS = 8
 FP32 = 4
@@ -42,10 +46,10 @@ class Settings:
         prompt_tokens, new_tokens: longest prompt and completion.
         batch_rows: most rows decoded at once.
         merged: sampling uses a merged copy of the linears in the computing type.
-        micro_batch_tokens: padded tokens of a micro-batch; a single longer row is one too.
+        micro_batch_tokens: tokens of a micro-batch, each prompt once; a single longer row is one too.
         checkpointing: a block's activations are computed again going backward.
         evaluates: evaluation decodes one row a prompt, up to ``batch_rows`` of them.
-        shared_input: the LoRA layers of a 16-bit model read one input, they do not each cast their own.
+        device: ``cpu`` or ``cuda``.
     """
 
     itemsize: int
@@ -60,7 +64,7 @@ class Settings:
     micro_batch_tokens: int
     checkpointing: bool
     evaluates: bool
-    shared_input: bool
+    device: str
 
     @property
     def row_tokens(self) -> int:
@@ -74,15 +78,38 @@ class Settings:
         return max(min(whole, self.problems * self.samples), MIN_ROWS)
 
     @property
+    def budget(self) -> int:
+        """Most tokens of a micro-batch, the last of each completion counted: it is scored, not computed."""
+        return max(self.micro_batch_tokens, self.row_tokens)
+
+    @property
     def fitted_tokens(self) -> int:
-        """Tokens of the largest micro-batch."""
-        budget = max(self.micro_batch_tokens, self.row_tokens)
-        return min(budget, self.problems * self.samples * self.row_tokens)
+        """Tokens computed in the largest micro-batch."""
+        return min(self.budget, self.problems * (self.prompt_tokens + self.samples * (self.new_tokens - 1)))
+
+    @property
+    def completed_tokens(self) -> int:
+        """Those of completions, at most: their prompts may be short."""
+        return min(self.fitted_tokens, self.problems * self.samples * (self.new_tokens - 1))
+
+    @property
+    def scored_tokens(self) -> int:
+        """Tokens that the head scores, at most."""
+        return min(self.budget, self.problems * self.samples * self.new_tokens)
+
+    @property
+    def keys_read(self) -> int:
+        """Keys that attention is given, at most: a prompt's for itself, and once more for each of K rows."""
+        whole_step = self.problems * (self.prompt_tokens + self.samples * (self.row_tokens - 1))
+        return min(whole_step, (self.samples + 1) * self.fitted_tokens)
 
 
 def _casts(s: Settings) -> bool:
-    """Whether each LoRA layer casts its input to fp32, its own type, and autocast casts it back."""
-    return s.itemsize < FP32 and not s.shared_input
+    """Whether each LoRA layer casts its input to fp32, its own type, and autocast casts it back.
+
+    peft's NF4 layers leave the cast to CUDA's autocast; its others, and a CPU's, cast one by one.
+    """
+    return s.itemsize < FP32 and not (s.device == "cuda" and s.four_bit)
 
 
 # --- what stays -----------------------------------------------------------------------------------
@@ -185,17 +212,17 @@ def gradient(shape: Shape, s: Settings) -> int:
 
 
 def block_bytes_per_token(shape: Shape, s: Settings) -> int:
-    """What one block keeps of a token for going backward (see the head of this file).
+    """What one block keeps of a packed token for going backward, keys and values apart (see the head of this
+    file). In 16 bit the norms' inputs are fp32."""
+    norms, log_sums = 2 * (shape.hidden + 1), shape.heads  # inputs and scales; attention's, one a head
+    products = 2 * shape.hidden + 3 * shape.queries + 4 * shape.intermediate + 7 * s.lora_r
+    return FP32 * (norms + log_sums) + s.itemsize * products
 
-    In 16 bit the norms' inputs are fp32, and where the LoRA layers cast their own inputs each of the seven
-    keeps its own: q, k, v, gate and up one of D, o one of A; down's takes the place of the product.
-    """
-    d, a, k, i = shape.hidden, shape.queries, shape.keys, shape.intermediate
-    in_fp32 = 2 + shape.heads  # two norms' scales, attention's log-sums
-    if s.itemsize == FP32:
-        return FP32 * (4 * d + 2 * a + 2 * k + 4 * i + 7 * s.lora_r + in_fp32)
-    inputs = 5 * d + a if _casts(s) else 2 * d
-    return FP32 * (2 * d + in_fp32) + s.itemsize * (inputs + 2 * a + 2 * k + 4 * i + 7 * s.lora_r)
+
+def kept_block(shape: Shape, s: Settings) -> int:
+    """What one block keeps of a micro-batch."""
+    keys_and_values = 2 * shape.keys * s.itemsize
+    return s.fitted_tokens * block_bytes_per_token(shape, s) + s.keys_read * keys_and_values
 
 
 def activations(shape: Shape, s: Settings) -> int:
@@ -203,7 +230,14 @@ def activations(shape: Shape, s: Settings) -> int:
     if s.checkpointing:
         return s.fitted_tokens * shape.layers * shape.hidden * s.itemsize
     untrained = shape.hidden * FP32  # the first norm's input is the embedding: nothing goes back to it
-    return s.fitted_tokens * (shape.layers * block_bytes_per_token(shape, s) - untrained)
+    return shape.layers * kept_block(shape, s) - s.fitted_tokens * untrained
+
+
+def attention_mask(shape: Shape, s: Settings) -> int:
+    """Once for all blocks: what each completion token sees, for each query head of a key head; and the rotary
+    angles' cosines and sines."""
+    seen = s.completed_tokens * (shape.heads // shape.kv_heads) * (s.row_tokens - 1)
+    return (seen + s.fitted_tokens * 2 * shape.head_dim) * s.itemsize
 
 
 def recomputed_block(shape: Shape, s: Settings) -> int:
@@ -211,27 +245,24 @@ def recomputed_block(shape: Shape, s: Settings) -> int:
     if not s.checkpointing:
         return 0
     kept = shape.hidden * FP32 if s.itemsize == FP32 else 0
-    return s.fitted_tokens * (block_bytes_per_token(shape, s) - kept)
+    return kept_block(shape, s) - s.fitted_tokens * kept
 
 
 def backward_block(shape: Shape, s: Settings) -> int:
-    """Going back through down: the product's gradient by the linear and by LoRA, and the residual's.
-
-    A LoRA input that was cast has its gradient in 16 bit and in fp32 for a moment.
-    """
-    i, d = shape.intermediate, shape.hidden
-    return s.fitted_tokens * s.itemsize * (4 * i + 4 * d if _casts(s) else 2 * i + d)
+    """Going back through the MLP: the gradients of silu(gate) and up, and the residual's. Where I is five
+    times D, as in Qwen2.5, no moment has more."""
+    return s.fitted_tokens * s.itemsize * (2 * shape.intermediate + shape.hidden)
 
 
 def head_chunk(shape: Shape, s: Settings) -> int:
-    """The head going backward: of a chunk, logits, logits - log Z and their exponential in fp32, beside the
-    gradient of the chunk before; and for all tokens the last norm's input and output, and the latter's
-    gradient."""
-    scored = min(s.fitted_tokens, s.problems * s.samples * s.new_tokens)  # their prompts may be short
-    first = min(max(HEAD_CHUNK // shape.vocab, 1), scored)
-    second = min(first, scored - first)
-    chunks = FP32 * shape.vocab * max(3 * first, first + 3 * second)
-    return chunks + 3 * s.fitted_tokens * shape.hidden * s.itemsize
+    """The head: a chunk of logits in fp32 and, in 16 bit, as they came; the chunk before, while there is one;
+    the last norm's input in fp32, its output, and that one's gradient, which comes chunk by chunk."""
+    first = min(max(HEAD_CHUNK[s.device] // shape.vocab, 1), s.scored_tokens)
+    second = min(first, s.scored_tokens - first)
+    logits = FP32 + (s.itemsize if s.itemsize < FP32 else 0)
+    chunks = shape.vocab * max(logits * first, FP32 * first + logits * second)
+    hidden = s.scored_tokens * (FP32 + 2 * s.itemsize) + first * s.itemsize
+    return chunks + hidden * shape.hidden
 
 
 # --- all of it ------------------------------------------------------------------------------------
@@ -258,7 +289,11 @@ def phases(shape: Shape, s: Settings) -> Iterator[tuple[str, dict[str, int]]]:
 
 def _fitting(shape: Shape, s: Settings) -> dict[str, int]:
     """The larger of two moments: the head going backward, or the first block after it."""
-    kept = {"gradient": gradient(shape, s), "activations": activations(shape, s)}
+    kept = {
+        "gradient": gradient(shape, s),
+        "activations": activations(shape, s),
+        "mask and angles": attention_mask(shape, s),
+    }
     head = {"head chunk": head_chunk(shape, s)}
     block = {
         "one block again": recomputed_block(shape, s),

@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from empg_lite.policy.logprobs import rows_per_chunk
 from empg_lite.policy.network import Layer, Network
 from empg_lite.policy.packing import Rows
 from empg_lite.sampler.draw import Decoding, draw
-
-#: Elements of one fp32 chunk of logits while drawing: 16 MB on a CPU, 256 MB on a GPU.
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 
 class Decoder:
@@ -137,7 +135,7 @@ class Decoder:
     def _draw(self, hidden: Tensor, places: slice) -> None:
         """Head and draw, a chunk of rows at a time: no (n, V) tensor of float32 is made."""
         first, last, _ = places.indices(len(self.tokens))
-        size = max(1, CHUNK_ELEMENTS[hidden.device.type] // len(self.head))
+        size = rows_per_chunk(self.head)
         for start in range(first, last, size):
             chunk = slice(start, min(start + size, last))
             logits = hidden[chunk.start - first : chunk.stop - first].to(self.head.dtype) @ self.head.T
