@@ -14,13 +14,13 @@ from empg_vs_grpo import (
     ARMS,
     CLOSE,
     HARD,
-    RATES,
     SCARCE,
     SEEDS,
     TINY,
     Results,
     best_rate,
     chosen,
+    rates,
     remembering,
     sweep,
 )
@@ -114,14 +114,14 @@ def rates_table(results: Results, task: str, passes: int = 1, arms: Sequence[str
     rows = []
     for arm in arms:
         cells = []
-        for rate in RATES[task]:
+        for rate in rates(task, passes):
             runs = there(results, [s for s in sweep(task, passes, [arm]) if s.rate == rate])
             cells.append("" if runs is None else f"{100 * mean(map(greedy, runs)):.1f}")
         if all(cells):
-            best = RATES[task].index(best_rate(results, task, arm, passes))
+            best = rates(task, passes).index(best_rate(results, task, arm, passes))
             cells[best] = f"**{cells[best]}**"
             rows.append([LABELS[arm], *cells])
-    return table(["arm", *(f"{rate:g}" for rate in RATES[task])], rows) if rows else ""
+    return table(["arm", *(f"{rate:g}" for rate in rates(task, passes))], rows) if rows else ""
 
 
 def main_table(
@@ -326,7 +326,7 @@ def tables(results: Results) -> dict[str, str]:
         "clock": clock_table(results, HARD),
         "stale": changes_table(results, ARMS, "stale", (4,), ("4 steps stale",)),
         "stale-1": changes_table(results, CLOSE, "stale", (1,), ("1 step stale",)),
-        "noise": changes_table(results, CLOSE, "noise", (0.02, 0.05), ("2% let pass", "5% let pass")),
+        "noise": changes_table(results, ("empg",), "noise", (0.02, 0.05), ("2% let pass", "5% let pass")),
         "memory": memory_table(results),
         "memory-hard": memory_table(results, **SCARCE),
         "length": length_table(results, HARD),
