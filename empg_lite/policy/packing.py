@@ -163,7 +163,10 @@ def _mask(packed: Pack, network: Network, dtype: torch.dtype) -> Tensor:
     rows = len(owner)
     mask = torch.cat((seen[:, None].expand(rows, width, prompt_width), causal.expand(rows, width, width)), -1)
     mask = mask[:, None].repeat(1, 1, network.heads // network.kv_heads, 1)
-    return torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, -torch.inf)
+    # Strides of a multiple of 8, which is what a GPU's attention wants: else every layer keeps a copy.
+    width = -(-mask.shape[-1] // 8) * 8
+    added = torch.zeros(*mask.shape[:-1], width, dtype=dtype, device=device)[..., : mask.shape[-1]]
+    return added.masked_fill_(~mask, -torch.inf)
 
 
 def _attend(packed: Pack, mask: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
