@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from empg_lite.policy.policy import Policy
 
 _NAME = re.compile(r"step-(\d{6,})")
+#: Adam's state of the parameter's own shape, by torch's names and bitsandbytes'.
+MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")
 
 
 @dataclass(slots=True)
@@ -187,11 +189,15 @@ def _scaler_state(scaler: Any) -> dict[str, Any] | None:
 
 
 def _optimizer_bytes(policy: Policy, optimizer: Any) -> bytes:
-    """Adam's moments as ``<parameter>/<moment>``."""
+    """Adam's moments as ``<parameter>/<moment>``; those in 8 bits with their scales and codes."""
+    import torch
     from safetensors.torch import save
 
     tensors = {
-        f"{name}/{key}": value.detach().cpu().contiguous()
+        f"{name}/{key}": torch.as_tensor(value)
+        .detach()
+        .cpu()
+        .clone()  # bitsandbytes' matrices share their codes
         for name, parameter in policy.trainable().items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
@@ -209,12 +215,15 @@ def _load_optimizer(policy: Policy, optimizer: Any, data: bytes) -> None:
     for key, value in tensors.items():
         name, moment = key.rsplit("/", 1)
         parameter = parameters[name]
-        if moment != "step" and value.shape != parameter.shape:
+        if moment in MOMENTS and value.shape != parameter.shape:
             raise ValueError(
                 f"{key} has shape {tuple(value.shape)}, the parameter's is {tuple(parameter.shape)}"
             )
-        # Adam's step counters stay on the CPU.
-        optimizer.state[parameter][moment] = value if moment == "step" else value.to(parameter.device)
+        state = optimizer.state[parameter]
+        if moment != "step":
+            state[moment] = value.to(parameter.device)
+        else:  # torch counts in a tensor on the CPU, bitsandbytes in a number
+            state[moment] = int(value) if f"{name}/state1" in tensors else value
 
 
 def _rng_bytes() -> bytes:

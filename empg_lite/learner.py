@@ -17,6 +17,7 @@ from empg_lite.errors import DataError
 from empg_lite.mstep import FitSettings, FitStats, m_step
 from empg_lite.parallel import ALONE, Team
 from empg_lite.policy import load_policy
+from empg_lite.policy.adam import make_adamw
 from empg_lite.policy.integrity import check_config, resolve_model
 from empg_lite.policy.policy import Policy
 from empg_lite.rationale import Problem, Rationale, RolloutHeader
@@ -161,9 +162,8 @@ def build_learner(recipe: Recipe, team: Team = ALONE, *, refuse: bool = False) -
         gradient_checkpointing=recipe.optim.gradient_checkpointing,
     )
     recipe = settle_names(recipe, policy)
-    optimizer = torch.optim.AdamW(
-        list(policy.trainable().values()), lr=recipe.optim.learning_rate, betas=(0.9, 0.999), weight_decay=0.0
-    )
+    optim, parameters = recipe.optim, list(policy.trainable().values())
+    optimizer = make_adamw(parameters, optim.learning_rate, eight_bit=optim.adam_8bit)
     scaler = torch.amp.GradScaler(policy.device.type) if policy.dtype == torch.float16 else None
     return Learner(recipe, policy, optimizer, scaler, TrainState(), planned, held, team)
 

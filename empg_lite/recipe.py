@@ -191,6 +191,7 @@ class OptimSection(Section):
     warmup_steps: CountOrZero = key(5, "steps of linear warm-up")
     max_grad_norm: PositiveNumber = key(1.0, "gradients are clipped to this norm")
     micro_batch_tokens: Count | Auto = key("auto", "token budget of a micro-batch; never changes the maths")
+    adam_8bit: bool = key(False, "hold Adam's moments in 8 bits: a quarter of their memory, no speed")
     gradient_checkpointing: bool | Auto = key("auto", "recompute activations: less memory, a third more time")
 
 

@@ -37,9 +37,10 @@ from empg_lite.plan import (
 from empg_lite.plan import terms as t
 from empg_lite.plan.choose import KEYS, SHARE
 from empg_lite.plan.shape import KNOWN
-from empg_lite.policy import logprobs
+from empg_lite.policy import load_policy, logprobs
+from empg_lite.policy.adam import make_adamw
 from empg_lite.policy.packing import pack, packed_hidden
-from empg_lite.recipe import Recipe
+from empg_lite.recipe import ModelSection, Recipe
 from empg_lite.recipe_file import builtin_recipes, load_recipe
 from empg_lite.sampler import Decoding, NativeSampler, Prompt, native
 from empg_lite.sampler.draw import draw
@@ -49,6 +50,7 @@ BASE = Settings(
     itemsize=4,
     four_bit=False,
     lora_r=4,
+    adam_8bit=False,
     problems=4,
     samples=4,
     prompt_tokens=40,
@@ -111,6 +113,29 @@ def test_moments_and_gradient_are_adams(model_dir: Path) -> None:
     kept = [v for state in optimizer.state.values() for v in state.values() if v.numel() > 1]
     assert t.moments(FIXTURE, BASE) == sum(v.nbytes for v in kept)
     assert t.gradient(FIXTURE, BASE) == grad
+
+
+def test_moments_in_8_bits(tmp_path: Path) -> None:
+    """Matrices above and below 4,096 elements: rank 40 of a model 64 wide, k and v 32."""
+    policy = load_policy(
+        ModelSection(
+            name=str(build_model(tmp_path)),
+            backend="transformers",
+            load_in_4bit=False,
+            lora_r=40,
+            lora_alpha=40,
+        ),
+        "plain",
+        seed=0,
+    )
+    optimizer = make_adamw(list(policy.trainable().values()), 1e-3, eight_bit=True)
+    for p in policy.trainable().values():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    kept = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    assert {v.dtype for v in kept} == {torch.uint8, torch.float32}
+    held = {v.data_ptr(): v.nbytes for v in kept}  # the two codes are shared by all matrices
+    assert t.moments(FIXTURE, replace(BASE, lora_r=40, adam_8bit=True)) == sum(held.values())
 
 
 def kept_by(policy: Any, layers: int, pairs: list[Any]) -> int:

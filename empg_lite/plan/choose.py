@@ -237,6 +237,7 @@ def _least(recipe: Recipe, machine: Machine) -> Settings:
         itemsize=FP32 if dtype == "float32" else 2,
         four_bit=model.load_in_4bit,
         lora_r=rank,
+        adam_8bit=optim.adam_8bit,
         problems=sampler.problems_per_step,
         samples=sampler.samples_per_problem,
         prompt_tokens=int(recipe.data.max_prompt_tokens or 0),

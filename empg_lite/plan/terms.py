@@ -42,6 +42,7 @@ class Settings:
         itemsize: bytes of the computing type.
         four_bit: linears in NF4 with double quantisation, else in the computing type.
         lora_r: rank of the adapter.
+        adam_8bit: Adam's moments in 8 bits.
         problems, samples: P and K of a step.
         prompt_tokens, new_tokens: longest prompt and completion.
         batch_rows: most rows decoded at once.
@@ -55,6 +56,7 @@ class Settings:
     itemsize: int
     four_bit: bool
     lora_r: int
+    adam_8bit: bool
     problems: int
     samples: int
     prompt_tokens: int
@@ -144,8 +146,13 @@ def adapter(shape: Shape, s: Settings) -> int:
 
 
 def moments(shape: Shape, s: Settings) -> int:
-    """Adam's two moments, fp32, from the first update on."""
-    return adapter_params(shape, s) * 2 * FP32
+    """Adam's two moments from the first update on: fp32; or 8 bits with a fp32 scale for every 256, but for
+    matrices below 4,096 elements, and two codes of 256 floats."""
+    if not s.adam_8bit:
+        return adapter_params(shape, s) * 2 * FP32
+    sizes = [s.lora_r * side for linear in shape.linears for side in linear]
+    packed = [n + FP32 * -(-n // 256) if n >= 4096 else n * FP32 for n in sizes]
+    return 2 * (shape.layers * sum(packed) + 256 * FP32 * any(n >= 4096 for n in sizes))
 
 
 # --- E-step ---------------------------------------------------------------------------------------
