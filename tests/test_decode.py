@@ -177,3 +177,13 @@ def test_a_prompt_with_more_samples_than_batch_rows_takes_as_many(policy) -> Non
     prompts = [*prompts_of(policy, 2, 12), Prompt((1, 2, 3), (5,))]
     found = NativeSampler(policy, batch_rows=4).sample(prompts, Decoding(8))
     assert [len(row) for row in found] == [12, 12, 1]
+
+
+def test_many_prompts_that_end_at_once_are_a_loop(policy) -> None:  # type: ignore[no-untyped-def]
+    """More refills without a step between them than Python calls may be nested."""
+    import sys
+
+    prompts = [Prompt((1 + i % 50, 2), (i,)) for i in range(8 * sys.getrecursionlimit() + 8)]
+    found = NativeSampler(policy, batch_rows=8).sample(prompts, Decoding(1))
+    assert all(len(row) == 1 and len(row[0].ids) == 1 for row in found)
+    assert ids_of(found[:50]) == ids_of(NativeSampler(policy).sample(prompts[:50], Decoding(1)))

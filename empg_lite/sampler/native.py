@@ -133,20 +133,22 @@ class _Batch:
 
     def _settle(self) -> bool:
         """Close up and let the next prompts in where that pays; whether anybody is left."""
-        alive = [place for place, row in enumerate(self.rows) if row]
-        if not alive and not self.waiting:
-            return False
-        room = len(self.decoder.tokens) - len(alive)
-        enter = bool(self.waiting) and self._next <= room and (not alive or room >= self._share(alive, room))
-        idle = len(self.rows) - len(alive)
-        shrink = idle >= max(1, IDLE * len(self.rows)) and len(self.rows) > MIN_ROWS
-        if idle and (enter or shrink):
-            self.decoder.close_up(alive)
-            self.rows = [self.rows[place] for place in alive]
-        if enter:
-            self._enter(room)
-            return self._settle()  # a sample may be a single token
-        return True
+        while True:
+            alive = [place for place, row in enumerate(self.rows) if row]
+            if not alive and not self.waiting:
+                return False
+            room = len(self.decoder.tokens) - len(alive)
+            enter = (
+                bool(self.waiting) and self._next <= room and (not alive or room >= self._share(alive, room))
+            )
+            idle = len(self.rows) - len(alive)
+            shrink = idle >= max(1, IDLE * len(self.rows)) and len(self.rows) > MIN_ROWS
+            if idle and (enter or shrink):
+                self.decoder.close_up(alive)
+                self.rows = [self.rows[place] for place in alive]
+            if not enter:
+                return True
+            self._enter(room)  # and look again: a sample may be a single token
 
     @staticmethod
     def _share(alive: Sequence[int], room: int) -> float:
