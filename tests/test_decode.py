@@ -168,9 +168,93 @@ def test_a_captured_size_holds_the_one_that_is_needed(policy) -> None:  # type: 
             assert torch.equal(plain.tokens[:5], rounded.tokens[:5])
             torch.testing.assert_close(plain.logprobs[:5], rounded.logprobs[:5], rtol=1e-5, atol=1e-5)
     graphs = Graphs(plain)
-    assert graphs.fits(16, 140, Decoding(20)) and graphs.fits(3, 20, Decoding(20))
-    assert not graphs.fits(17, 140, Decoding(20)) and not graphs.fits(16, 141, Decoding(20))
-    assert not graphs.fits(16, 140, Decoding(20, 0.0))
+    assert graphs.fits(16, 140) and graphs.fits(3, 20)
+    assert not graphs.fits(17, 140) and not graphs.fits(16, 141)
+
+
+class Replayed:
+    """What stands for a captured graph: the step of its size and decoding, taken one by one."""
+
+    def __init__(self, decoder: Decoder, n: int, seen: int) -> None:
+        self.decoder, self.n, self.seen, self.decoding = decoder, n, seen, decoder.decoding
+
+    def replay(self) -> None:
+        asked, self.decoder.decoding = self.decoder.decoding, self.decoding
+        self.decoder.step(self.n, self.seen)
+        self.decoder.decoding = asked
+
+
+def test_graphs_are_kept_from_call_to_call(monkeypatch: pytest.MonkeyPatch, model_dir: Path) -> None:
+    """Training and evaluation in turn: one cache, no size captured twice, every refresh seen."""
+    policy = load_fixture_policy(model_dir)
+    sizes: list[tuple[object, ...]] = []
+
+    def capture(self: Graphs, n: int, seen: int) -> Replayed:
+        sizes.append((id(self), n, seen, self.decoder.decoding))
+        return Replayed(self.decoder, n, seen)
+
+    monkeypatch.setattr(Graphs, "_capture", capture)
+    monkeypatch.setattr(NativeSampler, "_captures", property(lambda self: self.merged))
+    sampler, plain = NativeSampler(policy), NativeSampler(policy, merged=False)
+    few, many = prompts_of(policy, 8, 8), prompts_of(policy, 70, 1)
+    calls = [(few, Decoding(20)), (many, Decoding(12, 0.0)), (few, Decoding(20, 0.0))]
+    for turn in range(3):
+        for prompts, decoding in calls:
+            found = sampler.sample(prompts, decoding)
+            expected = plain.sample(prompts, decoding)
+            same_but_for_rounding(policy, prompts, found, expected, decoding)
+        if turn == 0:
+            decoder, before = sampler._graphs.decoder, len(sizes)
+            assert len(decoder.tokens) == 70 and decoder.room >= 20 + max(len(p.ids) for p in few)
+        if turn == 1:
+            kept = len(sizes)  # the first kind of call once more, in the larger cache
+        with torch.no_grad():
+            for parameter in policy.trainable().values():
+                parameter.mul_(1.1)
+    assert sampler._graphs.decoder is decoder and before < kept == len(sizes) == len(set(sizes))
+    sampler.release()
+    assert sampler._graphs is None and sampler._copy is None
+
+
+def test_a_capture_that_fails_is_said_once_and_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+    policy,  # type: ignore[no-untyped-def]
+) -> None:
+    asked = []
+
+    def capture(self: Graphs, n: int, seen: int) -> None:
+        asked.append((n, seen))
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(Graphs, "_capture", capture)
+    prompts, decoding = prompts_of(policy, 6, 4), Decoding(20)
+    expected = NativeSampler(policy).sample(prompts, decoding)
+    monkeypatch.setattr(NativeSampler, "_captures", True)
+    sampler = NativeSampler(policy)
+    with pytest.warns(match="not permitted when stream is capturing") as said:
+        found = [sampler.sample(prompts, decoding) for _ in range(2)]
+    assert len(said) == len(asked) == 1
+    assert ids_of(found[0]) == ids_of(found[1]) == ids_of(expected)
+
+    def full(self: Graphs, n: int, seen: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Graphs, "_capture", full)
+    with pytest.raises(torch.OutOfMemoryError):  # that has an answer of its own
+        NativeSampler(policy).sample(prompts, decoding)
+
+
+def test_without_graphs_no_copy_outlives_its_call(policy) -> None:  # type: ignore[no-untyped-def]
+    sampler = NativeSampler(policy)
+    sampler.sample(prompts_of(policy, 2, 2), Decoding(4))
+    assert sampler._copy is None
+
+    def refuse(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sampler.sample(prompts_of(policy, 2, 2), Decoding(4), refuse)
+    assert sampler._copy is None
 
 
 def test_a_prompt_with_more_samples_than_batch_rows_takes_as_many(policy) -> None:  # type: ignore[no-untyped-def]

@@ -89,6 +89,10 @@ class Sampler(Protocol):
         """
         ...
 
+    def release(self) -> None:
+        """Give back the memory that is kept between calls of ``sample``."""
+        ...
+
 
 def check_finite(logprobs: Sequence[Sequence[float]]) -> None:
     """Refuse samples of a policy that has gone NaN.

@@ -66,6 +66,9 @@ class GenerateSampler:
         completions = iter(flat)
         return [[next(completions) for _ in prompt.keys] for prompt in prompts]
 
+    def release(self) -> None:
+        """Nothing is kept between calls."""
+
     def _generate(self, rows: Sequence[tuple[tuple[int, ...], int]], decoding: Decoding) -> list[Completion]:
         from transformers import LogitsProcessorList, StoppingCriteriaList
         from transformers.generation import LogitsProcessor, StoppingCriteria

@@ -59,10 +59,19 @@ class NativeSampler:
             if on_completion:
                 on_completion(*place, completion)
 
-        with self.policy.sampling():
-            decoder, step = self._ready(prompts, decoding)
-            self.work += _Batch(decoder, step, self._stop, prompts, ended).run()
+        try:
+            with self.policy.sampling():
+                decoder, step = self._ready(prompts, decoding)
+                self.work += _Batch(decoder, step, self._stop, prompts, ended).run()
+        finally:
+            if self._graphs is None:  # nobody holds the copy's addresses
+                self.release()
         return [[results[i, k] for k in range(len(prompt.keys))] for i, prompt in enumerate(prompts)]
+
+    def release(self) -> None:
+        """Give back what is kept between calls: with captured graphs, the cache and the merged copy that they
+        address; without, nothing."""
+        self._copy = self._graphs = None
 
     def _ready(self, prompts: Sequence[Prompt], decoding: Decoding) -> tuple[Decoder, Step]:
         """A decoder with room for these prompts, over the weights as they are now."""
@@ -85,14 +94,25 @@ class NativeSampler:
         total = sum(samples)
         rows = max(min(total, max(self.batch_rows or total, max(samples))), MIN_ROWS)
         room = max(len(prompt.ids) for prompt in prompts) + decoding.max_new_tokens
-        captures = self.merged and self.policy.device.type == "cuda"
-        if captures and self._graphs is not None and self._graphs.fits(rows, room, decoding):
-            return self._graphs.decoder, self._graphs.step
-        decoder = Decoder(network, self.policy.head_weight, self.policy.dtype, decoding, rows, room)
-        if not captures:
+
+        def decoder_of(rows: int, room: int) -> Decoder:
+            return Decoder(network, self.policy.head_weight, self.policy.dtype, decoding, rows, room)
+
+        if not self._captures:
+            decoder = decoder_of(rows, room)
             return decoder, decoder.step
-        self._graphs = Graphs(decoder)  # kept for the next call: so is the cache, whose addresses it holds
-        return decoder, self._graphs.step
+        graphs = self._graphs
+        if graphs is not None and not graphs.fits(rows, room):  # room for both: they do not take turns
+            rows, room = max(rows, len(graphs.decoder.tokens)), max(room, graphs.decoder.room)
+            graphs = self._graphs = None  # its cache goes before the next one comes
+        if graphs is None:
+            graphs = self._graphs = Graphs(decoder_of(rows, room))
+        graphs.decoder.decoding = decoding
+        return graphs.decoder, graphs.step
+
+    @property
+    def _captures(self) -> bool:
+        return self.merged and self.policy.device.type == "cuda"
 
 
 @dataclass(slots=True)
