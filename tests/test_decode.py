@@ -10,9 +10,12 @@ from conftest import load_fixture_policy
 from test_sampler import ids_of, prompts_of, same_but_for_rounding
 from torch import Tensor
 
+from empg_lite.policy import load_policy
 from empg_lite.policy.logprobs import CHUNK_ELEMENTS
 from empg_lite.policy.merged import MergedCopy, merged_weight
+from empg_lite.policy.network import live_network
 from empg_lite.policy.policy import Policy
+from empg_lite.recipe import ModelSection
 from empg_lite.sampler import Decoding, Prompt
 from empg_lite.sampler.decoder import Decoder
 from empg_lite.sampler.graphs import Graphs, _up
@@ -271,3 +274,16 @@ def test_many_prompts_that_end_at_once_are_a_loop(policy) -> None:  # type: igno
     found = NativeSampler(policy, batch_rows=8).sample(prompts, Decoding(1))
     assert all(len(row) == 1 and len(row[0].ids) == 1 for row in found)
     assert ids_of(found[:50]) == ids_of(NativeSampler(policy).sample(prompts[:50], Decoding(1)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rotary_angles_are_the_models_own(model_dir: Path, dtype: str) -> None:
+    """To the bit, without asking its module: Unsloth's on a GPU takes no positions."""
+    section = ModelSection(name=str(model_dir), backend="transformers", dtype=dtype, load_in_4bit=False)
+    causal = load_policy(section, "plain", seed=0).causal
+    positions = torch.tensor([0, 1, 2, 31, 500, 32_767])
+    expected = causal.model.rotary_emb(causal.model.norm.weight, positions[None])
+    network = live_network(causal)
+    causal.model.rotary_emb = None
+    for ours, theirs in zip(network.rotary(positions), expected, strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs[0])

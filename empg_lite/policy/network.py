@@ -110,10 +110,6 @@ def live_network(causal: Any) -> Network:
     def mlp(module: Any, x: Tensor) -> Tensor:
         return adapted(module.down_proj, F.silu(adapted(module.gate_proj, x)) * adapted(module.up_proj, x))
 
-    def rotary(positions: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = model.rotary_emb(model.norm.weight, positions[None])
-        return cos[0], sin[0]
-
     return Network(
         embed=model.embed_tokens,
         layers=tuple(
@@ -126,13 +122,42 @@ def live_network(causal: Any) -> Network:
             )
             for layer in model.layers
         ),
-        rotary=rotary,
+        rotary=_rotary(causal),
         norm=model.norm.weight,
         eps=config.rms_norm_eps,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        head_dim=_head_dim(config),
     )
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _rotary(causal: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Positions ``(N,)`` -> cosines and sines ``(N, d)``; see ``Network``.
+
+    Not by the model's own module: on a GPU Unsloth puts one in its place that takes no positions. Stretched
+    angles, which Unsloth does not offer for Qwen2, are left to it.
+    """
+    config, model = causal.config, causal.model
+    if config.rope_parameters["rope_type"] != "default":
+
+        def by_module(positions: Tensor) -> tuple[Tensor, Tensor]:
+            cos, sin = model.rotary_emb(model.norm.weight, positions[None])
+            return cos[0], sin[0]
+
+        return by_module
+    weight, width = model.norm.weight, _head_dim(config)
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=weight.device) / width
+    speeds = 1 / config.rope_parameters["rope_theta"] ** exponents  # (d/2,) radians a token
+
+    def rotary(positions: Tensor) -> tuple[Tensor, Tensor]:
+        angles = (positions[:, None] * speeds).repeat(1, 2)
+        return angles.cos().to(weight.dtype), angles.sin().to(weight.dtype)
+
+    return rotary
 
 
 def adapted(linear: Any, x: Tensor) -> Tensor:
