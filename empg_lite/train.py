@@ -99,6 +99,8 @@ def train(
 
         while state.step < recipe.run.steps:
             groups, times, extra = e_step(session, sampler, grader, stream)  # z ~ pi(z|x), R(x, z), w
+            if not learner.planned.keeps_sampler:
+                sampler.release()
             last = state.step + 1 == recipe.run.steps
             record = session.fit_groups(  # raise sum of w log pi
                 groups,

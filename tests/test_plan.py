@@ -436,6 +436,22 @@ def test_a_micro_batch_stops_growing_where_it_gains_nothing() -> None:
         assert 256 < short.settings.micro_batch_tokens <= most and short.fits
 
 
+def test_what_graphs_address_stays_where_the_m_step_fits_beside_it() -> None:
+    """From one byte of room on; the plan fits either way, and a CPU keeps nothing."""
+    shape, s = KNOWN["0.5B"], replace(BASE, device="cuda", itemsize=2, merged=True, evaluates=True)
+    s = replace(s, batch_rows=64)
+    held = 2 * (shape.linear_params + 24 * (896 + 2 * 128)) + 64 * 64 * 12 * 1024  # 12 KiB a token
+    roomy = predict(shape, s, Machine("cuda", 10**12))
+    alone = predict(shape, s, Machine("cuda", 1))
+    assert roomy.keeps_sampler and roomy.totals["M-step"] == alone.totals["M-step"] + held
+    enough = -(-roomy.peak * 10 // 9)  # SHARE of it may be used
+    assert predict(shape, s, Machine("cuda", enough)).keeps_sampler
+    tight = predict(shape, s, Machine("cuda", enough - 2))
+    assert tight.fits and not tight.keeps_sampler and tight.totals == alone.totals
+    assert not alone.keeps_sampler and not predict(shape, s, CPU).keeps_sampler
+    assert not predict(shape, replace(s, merged=False), Machine("cuda", 10**12)).keeps_sampler
+
+
 def test_plan_and_run_agree(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same free memory: the same sizes, written into the recipe that a run keeps."""
     from empg_lite import learner

@@ -412,3 +412,27 @@ def test_the_optimiser_is_stored_by_name(straight: Path) -> None:
         assert torch.equal(
             tensors.get_tensor(next(n for n in names if n.endswith("/step"))), torch.tensor(6.0)
         )
+
+
+def test_the_sampler_lets_go_before_the_fit_where_the_plan_has_no_room(
+    cli: Any, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from empg_lite.learner import Learner
+    from empg_lite.plan import Plan
+    from empg_lite.sampler import NativeSampler
+
+    steps: list[str] = []
+    release, fit = NativeSampler.release, Learner.fit
+    monkeypatch.setattr(NativeSampler, "release", lambda self: steps.append("release") or release(self))
+    monkeypatch.setattr(Learner, "fit", lambda *a, **k: steps.append("fit") or fit(*a, **k))
+    monkeypatch.setattr(NativeSampler, "_captures", False)
+    orders = []
+    for keeps in (True, False):
+        steps.clear()
+        monkeypatch.setattr(Plan, "keeps_sampler", keeps)
+        out = tmp_path / str(keeps)
+        assert cli("train", "--recipe", recipe_file, "--output-dir", out)[0] == 0
+        orders.append(list(steps))
+    kept, released = orders
+    assert kept.count("fit") == released.count("fit") == 3
+    assert released.count("release") == kept.count("release") + 3

@@ -14,7 +14,7 @@ from typing import Any
 from empg_lite.errors import OutOfMemory
 from empg_lite.plan.machine import Machine
 from empg_lite.plan.shape import Shape
-from empg_lite.plan.terms import FP32, Settings, phases, stays
+from empg_lite.plan.terms import FP32, Settings, held_by_sampler, phases, stays
 from empg_lite.policy.adapter import read_adapter_config
 from empg_lite.recipe import Recipe
 
@@ -25,6 +25,9 @@ MIN_TOKENS, MAX_TOKENS = 256, {"cpu": 1024, "cuda": 16_384}
 MIN_ROWS, MAX_ROWS = 8, 512
 #: With smaller micro-batches NF4 weights are unpacked too often for their tokens; checkpointing is cheaper.
 ENOUGH_TOKENS = 4096
+
+#: A term of the M-step, where it may stay.
+KEPT = "sampler's copy and cache"
 
 #: Setting -> recipe key.
 KEYS = {
@@ -77,6 +80,11 @@ class Plan:
         return max(self.totals.values())
 
     @property
+    def keeps_sampler(self) -> bool:
+        """Whether what the sampler keeps between E-steps may stay while the policy is fitted."""
+        return KEPT in self.phases["M-step"]
+
+    @property
     def largest(self) -> tuple[str, str]:
         """The phase of the peak, and the largest term alive in it."""
         phase = max(self.totals, key=lambda name: self.totals[name])
@@ -107,8 +115,13 @@ class Plan:
 
 
 def predict(shape: Shape, settings: Settings, machine: Machine) -> Plan:
-    """The terms of these settings."""
-    return Plan(shape, machine, settings, stays(shape, settings), dict(phases(shape, settings)))
+    """The terms of these settings; on a GPU with what the sampler keeps, where the M-step fits beside it."""
+    plan = Plan(shape, machine, settings, stays(shape, settings), dict(phases(shape, settings)))
+    if machine.device != "cuda" or not settings.merged:
+        return plan
+    fitting = plan.phases["M-step"] | {KEPT: held_by_sampler(shape, settings)}
+    keeping = replace(plan, phases=plan.phases | {"M-step": fitting})
+    return keeping if keeping.fits else plan
 
 
 def plan_recipe(recipe: Recipe, shape: Shape, machine: Machine) -> Plan:

@@ -204,6 +204,12 @@ def sampler_copy(shape: Shape, s: Settings) -> int:
     return (shape.linear_params + biases) * s.itemsize if s.merged else 0
 
 
+def held_by_sampler(shape: Shape, s: Settings) -> int:
+    """What captured graphs address: the merged copy, and the cache of the most rows there are."""
+    rows = max(s.decoded_rows, s.batch_rows if s.evaluates else 0)
+    return sampler_copy(shape, s) + kv_cache(shape, s, rows)
+
+
 def unpacked_linear(shape: Shape, s: Settings) -> int:
     """The largest linear, dequantised for its product: the weights, and their scales in fp32."""
     weights = max(out * width for out, width in shape.linears)
