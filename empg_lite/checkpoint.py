@@ -193,11 +193,8 @@ def _optimizer_bytes(policy: Policy, optimizer: Any) -> bytes:
     import torch
     from safetensors.torch import save
 
-    tensors = {
-        f"{name}/{key}": torch.as_tensor(value)
-        .detach()
-        .cpu()
-        .clone()  # bitsandbytes' matrices share their codes
+    tensors = {  # clones: bitsandbytes' matrices share their codes
+        f"{name}/{key}": torch.as_tensor(value).detach().cpu().clone()
         for name, parameter in policy.trainable().items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }

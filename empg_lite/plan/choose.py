@@ -196,7 +196,9 @@ def advise(plan: Plan) -> Change | None:
 
     if not fits(change):
         return None
-    for name in list(change):
+    for name in [*change, *change]:  # twice: what was put back may have made room for what was not
+        if name not in change:
+            continue
         rest = {other: value for other, value in change.items() if other != name}
         values = [] if isinstance(change[name], bool) else _halved(getattr(plan.settings, name), change[name])
         change = (
