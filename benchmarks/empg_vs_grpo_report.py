@@ -293,7 +293,6 @@ def kl_stop_table(results: Results) -> str:
     kinds = {
         "0.005 (default)": {},
         "0.001": {"kl_stop": 0.001},
-        "none": {"kl_stop": 1e9},
     }
     rows = []
     for label, changes in kinds.items():
