@@ -14,9 +14,11 @@ from torch import Tensor
 
 from empg_lite.em import m_step_loss
 from empg_lite.mstep import packed_batches
+from empg_lite.policy import load_policy
 from empg_lite.policy.logprobs import CHUNK_ELEMENTS, chosen_logprobs, head_loss
 from empg_lite.policy.packing import pack, packed_hidden
-from empg_lite.policy.policy import Policy
+from empg_lite.policy.policy import Policy, collate
+from empg_lite.recipe import ModelSection
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -107,6 +109,42 @@ def test_packed_gradient_equals_row_by_row(model_dir: Path, checkpointing: bool,
         )
     wrong = gradient(policy, lambda: weighted(policy, PAIRS, weights[::-1]).backward())  # negative control
     assert torch.linalg.norm(wrong - expected) > 0.1 * expected.norm()
+
+
+def in_type(model_dir: Path, dtype: str, load_in_4bit: bool) -> Policy:
+    section = ModelSection(
+        name=str(model_dir),
+        backend="transformers",
+        dtype=dtype,  # type: ignore[arg-type]
+        load_in_4bit=load_in_4bit,
+        lora_r=4,
+        lora_alpha=8,
+    )
+    policy = load_policy(section, "plain", seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return policy
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_in_bfloat16_packing_is_no_worse_than_padding(model_dir: Path, load_in_4bit: bool) -> None:
+    """Against the float32 gradient both are off by bfloat16's rounding, alike; the masters stay float32."""
+    weights = [2.0, 0.5, 1.0, 1.0, 0.25]
+    exact, policy = (in_type(model_dir, dtype, load_in_4bit) for dtype in ("float32", "bfloat16"))
+    expected = gradient(exact, lambda: weighted(exact, PAIRS, weights).backward())
+
+    def padded() -> None:
+        logprobs, mask = policy.token_logprobs(collate(PAIRS, policy.pad_id))
+        m_step_loss(logprobs, mask, torch.tensor(weights), 10.0).backward()
+
+    def off(found: Tensor) -> float:
+        return float(torch.linalg.norm(found - expected) / expected.norm())
+
+    packed = off(gradient(policy, lambda: weighted(policy, PAIRS, weights).backward()))
+    assert 1e-3 < packed < 1.5 * off(gradient(policy, padded)) < 0.15
+    assert {p.dtype for p in policy.trainable().values()} == {torch.float32}
 
 
 def test_in_double_precision_only_rounding_is_left(model_dir: Path) -> None:
