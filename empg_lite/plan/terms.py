@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from empg_lite.plan.shape import Shape
 
 #: Elements of one fp32 chunk of logits in the M-step's head; ``policy/logprobs.py`` has the same numbers.
-HEAD_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}
+HEAD_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}
 #: The decoder never computes fewer rows; ``sampler/native.py`` has the same number.
 MIN_ROWS = 8
 FP32 = 4
@@ -255,14 +255,12 @@ def backward_block(shape: Shape, s: Settings) -> int:
 
 
 def head_chunk(shape: Shape, s: Settings) -> int:
-    """The head: a chunk of logits in fp32 and, in 16 bit, as they came; the chunk before, while there is one;
-    the last norm's input in fp32, its output, and that one's gradient, which comes chunk by chunk."""
-    first = min(max(HEAD_CHUNK[s.device] // shape.vocab, 1), s.scored_tokens)
-    second = min(first, s.scored_tokens - first)
+    """The head: a chunk of logits in fp32 and, in 16 bit, as they came; the last norm's input in fp32, its
+    output, and that one's gradient, which comes chunk by chunk."""
+    chunk = min(max(HEAD_CHUNK[s.device] // shape.vocab, 1), s.scored_tokens)
     logits = FP32 + (s.itemsize if s.itemsize < FP32 else 0)
-    chunks = shape.vocab * max(logits * first, FP32 * first + logits * second)
-    hidden = s.scored_tokens * (FP32 + 2 * s.itemsize) + first * s.itemsize
-    return chunks + hidden * shape.hidden
+    hidden = s.scored_tokens * (FP32 + 2 * s.itemsize) + chunk * s.itemsize
+    return chunk * shape.vocab * logits + hidden * shape.hidden
 
 
 # --- all of it ------------------------------------------------------------------------------------
