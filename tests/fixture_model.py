@@ -16,6 +16,7 @@ def build_model(
     layers: int = 2,
     scale: float = 3.0,
     intermediate: int | None = None,
+    vocab: int = 259,
 ) -> Path:
     """Write config, random weights and tokenizer; ``scale`` lets the frozen head be sure of something.
 
@@ -29,7 +30,7 @@ def build_model(
     _write_tokenizer(folder)
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=259,
+        vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=intermediate or 2 * hidden,
         num_hidden_layers=layers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -39,7 +40,9 @@ from empg_lite.plan.choose import KEYS, SHARE
 from empg_lite.plan.shape import KNOWN
 from empg_lite.policy import load_policy, logprobs
 from empg_lite.policy.adam import make_adamw
+from empg_lite.policy.merged import MergedCopy
 from empg_lite.policy.packing import pack, packed_hidden
+from empg_lite.policy.policy import Policy
 from empg_lite.recipe import ModelSection, Recipe
 from empg_lite.recipe_file import builtin_recipes, load_recipe
 from empg_lite.sampler import Decoding, NativeSampler, Prompt, native
@@ -174,20 +177,9 @@ def test_a_block_keeps_what_autograd_saves(
     model_dir: Path, dtype: str, four_bit: bool, problems: int, samples: int, new_tokens: int
 ) -> None:
     """Two layers minus one: to the byte, the cast copies of the LoRA weights apart."""
-    from empg_lite.policy import load_policy
-    from empg_lite.recipe import ModelSection
-
-    section = ModelSection(
-        name=str(model_dir),
-        backend="transformers",
-        dtype=dtype,  # type: ignore[arg-type]
-        load_in_4bit=four_bit,
-        lora_r=4,
-        lora_alpha=8,
-    )
     s = replace(BASE, itemsize=4 if dtype == "float32" else 2, four_bit=four_bit)
     s = replace(s, problems=problems, samples=samples, new_tokens=new_tokens)
-    two, one = (kept_by(load_policy(section, "plain", seed=0), n, pairs_of(s)) for n in (2, 1))
+    two, one = (kept_by(loaded(model_dir, s), n, pairs_of(s)) for n in (2, 1))
     cast = 0 if dtype == "float32" else 2 * t.adapter_params(FIXTURE, s) // FIXTURE.layers
     assert two - one == t.kept_block(FIXTURE, s) + cast
 
@@ -212,22 +204,25 @@ def wide_mlp(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_model(tmp_path_factory.mktemp("wide"), intermediate=5 * FIXTURE.hidden)
 
 
-def m_step_beside_plan(model: Path, s: Settings) -> tuple[int, int]:
-    """Bytes of one M-step on a whole step's longest rows: predicted, allocated."""
-    from empg_lite.mstep import FitSettings, m_step
-    from empg_lite.policy import load_policy
-    from empg_lite.rationale import Rationale
-    from empg_lite.recipe import ModelSection
-
+def loaded(model: Path, s: Settings) -> Policy:
+    """A policy as these settings have it."""
     section = ModelSection(
         name=str(model),
         backend="transformers",
         dtype="float32" if s.itemsize == 4 else "bfloat16",
-        load_in_4bit=False,
-        lora_r=4,
+        load_in_4bit=s.four_bit,
+        lora_r=s.lora_r,
         lora_alpha=8,
     )
-    policy = load_policy(section, "plain", seed=0, gradient_checkpointing=s.checkpointing)
+    return load_policy(section, "plain", seed=0, gradient_checkpointing=s.checkpointing)
+
+
+def m_step_beside_plan(model: Path, s: Settings) -> tuple[int, int]:
+    """Bytes of one M-step on a whole step's longest rows: predicted, allocated."""
+    from empg_lite.mstep import FitSettings, m_step
+    from empg_lite.rationale import Rationale
+
+    policy = loaded(model, s)
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=1e-3)
     row = dict(question="", gold="", prompt="", completion="", finish_reason="stop", reward=1.0, weight=1.0)
     row |= dict(problem_id="", policy_step=0, reason="equal", sample_index=0, step=1)
@@ -271,24 +266,58 @@ def test_a_part_of_a_step_takes_no_more_than_the_plan_says(wide_mlp: Path, budge
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{}, {"samples": 1, "problems": 16, "prompt_tokens": 200, "new_tokens": 4}],
-    ids=["layer", "prompts"],
+    "change, vocab, terms",
+    [
+        (
+            {"problems": 8, "batch_rows": 32, "prompt_tokens": 8, "new_tokens": 150},
+            259,
+            "closing up, attention",
+        ),
+        ({"problems": 16, "batch_rows": 64, "prompt_tokens": 2, "new_tokens": 4}, 8000, "draw"),
+        ({"samples": 1, "problems": 16, "prompt_tokens": 200, "new_tokens": 4}, 259, "prompts' pass"),
+    ],
+    ids=["layer", "draw", "prompts"],
 )
+@pytest.mark.parametrize("itemsize", [4, 2], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("merged", [False, True], ids=["live", "merged"])
 def test_an_e_step_allocates_what_the_plan_says(
-    model_dir: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+    tmp_path: Path, change: dict[str, Any], vocab: int, terms: str, itemsize: int, merged: bool
 ) -> None:
-    """At the last token of the longest rows, and where long prompts cost more than that."""
-    policy, s = load_fixture_policy(model_dir), replace(BASE, **change)
-    sampler = NativeSampler(policy, 16)
-    monkeypatch.setattr(sampler, "_stop", SimpleNamespace(stopped=lambda ids: False, text=lambda ids: ""))
-    prompts = [  # of two lengths: behind a mask
-        Prompt((1,) * (s.prompt_tokens - i % 2), tuple(range(s.samples))) for i in range(s.problems)
-    ]
-    found = peak_allocated(lambda: sampler.sample(prompts, Decoding(s.new_tokens)))
-    plan = predict(FIXTURE, s, CPU).phases["E-step"]
-    assert ("prompts' pass" if s.samples == 1 else "attention's copy") in plan
-    assert sum(plan.values()) == pytest.approx(found, rel=0.04)
+    """Each of its moments where it costs most. One row in eight ends early, so that places close up."""
+    s = replace(BASE, itemsize=itemsize, merged=merged, **change)
+    model = build_model(tmp_path, vocab=vocab)
+    sampler = NativeSampler(loaded(model, s), s.batch_rows, merged)
+    prompts = [Prompt((1,) * s.prompt_tokens, tuple(range(s.samples))) for _ in range(s.problems)]
+
+    def sample() -> None:
+        seen = itertools.count()
+        early = range(s.batch_rows, s.batch_rows * 9 // 8)  # the first rows, at their second token
+        stop = SimpleNamespace(stopped=lambda ids: next(seen) in early, text=lambda ids: "")
+        sampler._stop = stop  # type: ignore[assignment]
+        sampler.sample(prompts, Decoding(s.new_tokens))
+
+    sample()  # libraries set themselves up
+    plan = predict(read_shape(str(model)), s, CPU).phases["E-step"]
+    assert set(terms.split(", ")) & set(plan)
+    assert sum(plan.values()) == pytest.approx(peak_allocated(sample), rel=0.04)
+
+
+@pytest.mark.parametrize("four_bit", [False, True], ids=["plain", "nf4"])
+@pytest.mark.parametrize("itemsize", [4, 2], ids=["fp32", "bf16"])
+def test_a_merged_copy_takes_what_the_plan_says(model_dir: Path, four_bit: bool, itemsize: int) -> None:
+    """Making it: all that stays, and the largest linear on its way."""
+    s = replace(BASE, itemsize=itemsize, four_bit=four_bit, merged=True)
+    policy, made = loaded(model_dir, s), []
+    found = peak_allocated(lambda: made.append(MergedCopy(policy.causal, policy.dtype)))
+    assert t.sampler_copy(FIXTURE, s) + t.merged_linear(FIXTURE, s) == pytest.approx(found, rel=0.01)
+
+
+def test_what_graphs_hold_is_the_copy_and_the_larger_cache() -> None:
+    """Evaluation decodes one row a prompt: here twice as many as the step."""
+    s = replace(BASE, device="cuda", merged=True, batch_rows=32, evaluates=True)
+    cache = 32 * 64 * t.cache_bytes_per_token(FIXTURE, 4)
+    assert t.held_by_sampler(FIXTURE, s) == t.sampler_copy(FIXTURE, s) + cache
+    assert t.held_by_sampler(FIXTURE, replace(s, evaluates=False)) == t.sampler_copy(FIXTURE, s) + cache // 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -297,7 +326,7 @@ def test_a_draw_allocates_what_the_plan_says(dtype: torch.dtype) -> None:
     logits, keys = torch.randn(8, 50_000).to(dtype), torch.arange(8)
     found = peak_allocated(lambda: draw(logits, keys, 0, Decoding(1))) + logits.nbytes
     s = replace(BASE, itemsize=dtype.itemsize)
-    assert t.sampling_logits(replace(FIXTURE, vocab=50_000), s, 8) == pytest.approx(found, rel=1e-3)
+    assert t.drawing(replace(FIXTURE, vocab=50_000), s, 8) == pytest.approx(found, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -325,7 +354,8 @@ def test_a_head_allocates_what_the_plan_says(
 
 
 def test_constants_of_others_are_theirs() -> None:
-    assert t.HEAD_CHUNK == logprobs.CHUNK_ELEMENTS and t.MIN_ROWS == native.MIN_ROWS
+    assert t.HEAD_CHUNK == logprobs.CHUNK_ELEMENTS
+    assert (t.MIN_ROWS, t.IDLE) == (native.MIN_ROWS, native.IDLE)
 
 
 # --- properties -----------------------------------------------------------------------------------

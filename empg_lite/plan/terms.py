@@ -27,10 +27,12 @@ from dataclasses import dataclass
 
 from empg_lite.plan.shape import Shape
 
-#: Elements of one fp32 chunk of logits in the M-step's head; ``policy/logprobs.py`` has the same numbers.
+#: Elements of one fp32 chunk of logits, drawn from or scored; ``policy/logprobs.py`` has the same numbers.
 HEAD_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}
-#: The decoder never computes fewer rows; ``sampler/native.py`` has the same number.
+#: The decoder never computes fewer rows, and closes up where this share of them has ended;
+#: ``sampler/native.py`` has the same numbers.
 MIN_ROWS = 8
+IDLE = 1 / 8
 FP32 = 4
 
 
@@ -75,9 +77,13 @@ class Settings:
 
     @property
     def decoded_rows(self) -> int:
-        """Rows of the E-step decoded at once: whole problems, at least one."""
-        whole = max(self.batch_rows // self.samples, 1) * self.samples
-        return max(min(whole, self.problems * self.samples), MIN_ROWS)
+        """Places of the E-step's decoder: a problem's samples begin together."""
+        return max(min(max(self.batch_rows, self.samples), self.problems * self.samples), MIN_ROWS)
+
+    @property
+    def evaluated_rows(self) -> int:
+        """Places of the evaluation's decoder."""
+        return max(self.batch_rows, MIN_ROWS)
 
     @property
     def budget(self) -> int:
@@ -106,12 +112,9 @@ class Settings:
         return min(whole_step, (self.samples + 1) * self.fitted_tokens)
 
 
-def _casts(s: Settings) -> bool:
-    """Whether each LoRA layer casts its input to fp32, its own type, and autocast casts it back.
-
-    peft's NF4 layers leave the cast to CUDA's autocast; its others, and a CPU's, cast one by one.
-    """
-    return s.itemsize < FP32 and not (s.device == "cuda" and s.four_bit)
+def _narrow(s: Settings) -> bool:
+    """Whether the computing type has 16 bits: what needs more is written out in fp32."""
+    return s.itemsize < FP32
 
 
 # --- what stays -----------------------------------------------------------------------------------
@@ -142,7 +145,7 @@ def adapter_params(shape: Shape, s: Settings) -> int:
 
 def adapter(shape: Shape, s: Settings) -> int:
     """LoRA in fp32, and in a 16-bit model the cast copies that autocast keeps during a phase."""
-    return adapter_params(shape, s) * (FP32 + (s.itemsize if s.itemsize < FP32 else 0))
+    return adapter_params(shape, s) * (FP32 + (s.itemsize if _narrow(s) else 0))
 
 
 def moments(shape: Shape, s: Settings) -> int:
@@ -158,55 +161,72 @@ def moments(shape: Shape, s: Settings) -> int:
 # --- E-step ---------------------------------------------------------------------------------------
 
 
+def sampler_copy(shape: Shape, s: Settings) -> int:
+    """The merged linears and their biases: made once, written anew for every E-step."""
+    biases = shape.layers * (shape.queries + 2 * shape.keys)
+    return (shape.linear_params + biases) * s.itemsize if s.merged else 0
+
+
+def merged_linear(shape: Shape, s: Settings) -> int:
+    """Writing the merged copy, at the largest linear: base and adapter added up in fp32; the base in fp32 too
+    where it has 16 bits, and dequantised where it is NF4."""
+    weights = max(out * width for out, width in shape.linears)
+    return weights * (FP32 * (2 if _narrow(s) else 1) + (s.itemsize if s.four_bit else 0))
+
+
 def cache_bytes_per_token(shape: Shape, itemsize: int) -> int:
     """Keys and values of one token in all layers."""
     return 2 * shape.layers * shape.keys * itemsize
 
 
 def kv_cache(shape: Shape, s: Settings, rows: int) -> int:
-    """Keys and values of all rows at full length."""
+    """Keys and values of all places at full length, there from the first token on."""
     return rows * s.row_tokens * cache_bytes_per_token(shape, s.itemsize)
 
 
-def attention_copy(shape: Shape, s: Settings, rows: int) -> int:
-    """One layer's keys and values as attention reads them.
+def prompt_pass(shape: Shape, s: Settings, rows: int, prompts: int) -> int:
+    """The prompts' own forward pass, each prompt once, inside one MLP.
 
-    Behind a padding mask each key head is written out for its query heads. The decoder over a merged copy has
-    a cache of fixed place and no such copy; what it moves is one layer's keys, when rows are compacted.
+    The residual before attention, after it, and normed; queries, keys and values by rows; attention's output
+    by rows and packed; silu(gate), and of up the base's product and that with LoRA's, or, over the merged
+    copy, gate, up, silu(gate) and the product. For all layers the rotary angles, and (integers) where each
+    key of each row comes from and goes.
     """
-    width = shape.keys if s.merged or shape.heads == shape.kv_heads else 2 * shape.queries
-    return rows * s.row_tokens * width * s.itemsize
+    lora = 3 * shape.intermediate + s.lora_r
+    mlp = 4 * shape.intermediate if s.merged else lora
+    token = 3 * shape.hidden + 3 * shape.queries + 2 * shape.keys + mlp + 2 * shape.head_dim
+    places = rows * (17 + 8 * shape.kv_heads) + prompts * 16
+    return s.prompt_tokens * (prompts * token * s.itemsize + places)
 
 
-def last_logits(shape: Shape, s: Settings, rows: int) -> int:
-    """Logits of the token before, not yet let go while the next is computed."""
-    return rows * shape.vocab * s.itemsize
+def attention_on_cpu(shape: Shape, s: Settings, rows: int) -> int:
+    """One layer's attention at the last token: the scores, the mask as it came and as it is added, the
+    token's own vectors; in fp32 the scores' softmax, in 16 bit the keys, copied for the product.
+
+    On a GPU the kernel reads the keys where they lie and keeps no scores.
+    """
+    if s.device != "cpu":
+        return 0
+    beside = shape.keys * s.itemsize if _narrow(s) else shape.heads * FP32
+    seen = shape.heads * s.itemsize + beside + s.itemsize + 1
+    vectors = shape.hidden + 2 * shape.queries + 3 * shape.keys
+    return rows * (s.row_tokens * seen + vectors * s.itemsize)
 
 
-def sampling_logits(shape: Shape, s: Settings, rows: int) -> int:
-    """One draw: logits, logits / temperature and probabilities in fp32, and the logits as they came."""
-    return rows * shape.vocab * (3 * FP32 + (s.itemsize if s.itemsize < FP32 else 0))
+def drawing(shape: Shape, s: Settings, rows: int) -> int:
+    """One draw, a chunk of rows at a time: logits, in 16 bit once more in fp32, and probabilities in fp32."""
+    chunk = min(max(HEAD_CHUNK[s.device] // shape.vocab, 1), rows)
+    return chunk * shape.vocab * (s.itemsize + FP32 * (2 if _narrow(s) else 1))
 
 
-def prompt_pass(shape: Shape, s: Settings, prompts: int) -> int:
-    """The prompts' own forward pass, inside one MLP: silu(gate), and of up the base's product, LoRA's, that
-    one scaled, and the sum; residual and normed residual, in fp32 once more where LoRA casts its input; and
-    for all layers the rotary angles, and the mask of a byte a pair."""
-    i, d = shape.intermediate, shape.hidden
-    cast = FP32 * d if _casts(s) else 0
-    token = (5 * i + 2 * d + 2 * shape.head_dim) * s.itemsize + cast + s.prompt_tokens
-    return prompts * s.prompt_tokens * token
-
-
-def sampler_copy(shape: Shape, s: Settings) -> int:
-    """The merged linears and their biases."""
-    biases = shape.layers * (shape.queries + 2 * shape.keys)
-    return (shape.linear_params + biases) * s.itemsize if s.merged else 0
+def closing_up(shape: Shape, s: Settings, rows: int) -> int:
+    """One layer's keys of the rows that stay, once more while they move to the first places."""
+    return int(rows * (1 - IDLE)) * s.row_tokens * shape.keys * s.itemsize
 
 
 def held_by_sampler(shape: Shape, s: Settings) -> int:
     """What captured graphs address: the merged copy, and the cache of the most rows there are."""
-    rows = max(s.decoded_rows, s.batch_rows if s.evaluates else 0)
+    rows = max(s.decoded_rows, s.evaluated_rows if s.evaluates else 0)
     return sampler_copy(shape, s) + kv_cache(shape, s, rows)
 
 
@@ -271,7 +291,7 @@ def head_chunk(shape: Shape, s: Settings) -> int:
     """The head: a chunk of logits in fp32 and, in 16 bit, as they came; the last norm's input in fp32, its
     output, and that one's gradient, which comes chunk by chunk."""
     chunk = min(max(HEAD_CHUNK[s.device] // shape.vocab, 1), s.scored_tokens)
-    logits = FP32 + (s.itemsize if s.itemsize < FP32 else 0)
+    logits = FP32 + (s.itemsize if _narrow(s) else 0)
     hidden = s.scored_tokens * (FP32 + 2 * s.itemsize) + chunk * s.itemsize
     return chunk * shape.vocab * logits + hidden * shape.hidden
 
@@ -280,7 +300,7 @@ def head_chunk(shape: Shape, s: Settings) -> int:
 
 
 def stays(shape: Shape, s: Settings) -> dict[str, int]:
-    """Terms that both phases have."""
+    """Terms that all phases have."""
     return {
         "linear weights": linear_weights(shape, s),
         "embedding, head, norms": embeddings(shape, s),
@@ -291,10 +311,10 @@ def stays(shape: Shape, s: Settings) -> dict[str, int]:
 
 def phases(shape: Shape, s: Settings) -> Iterator[tuple[str, dict[str, int]]]:
     """(phase, its terms at its peak); the phases follow each other, none overlaps."""
-    yield "E-step", _decoding(shape, s, s.decoded_rows, -(-s.decoded_rows // s.samples))
+    prompts = min(s.decoded_rows // s.samples, s.problems)
+    yield "E-step", _decoding(shape, s, s.decoded_rows, prompts)
     if s.evaluates:
-        rows = max(s.batch_rows, MIN_ROWS)
-        yield "evaluation", _decoding(shape, s, rows, rows)
+        yield "evaluation", _decoding(shape, s, s.evaluated_rows, s.evaluated_rows)
     yield "M-step", _fitting(shape, s)
 
 
@@ -315,20 +335,20 @@ def _fitting(shape: Shape, s: Settings) -> dict[str, int]:
 
 
 def _decoding(shape: Shape, s: Settings, rows: int, prompts: int) -> dict[str, int]:
-    """The largest of three moments: the prompts' pass; a layer, or a draw, at the last token of all rows."""
-    unpacked = {} if s.merged else {"one linear dequantised": unpacked_linear(shape, s)}
+    """The largest of five moments: the merged copy written; the prompts' pass; with all places full a layer's
+    attention, a draw, places closed up."""
+    copy = {"merged copy": sampler_copy(shape, s)} if s.merged else {}
+    writing = {"one linear merged": merged_linear(shape, s)} if s.merged else {}
     cache = {"KV cache": kv_cache(shape, s, rows)}
-    passing = {
-        "prompts' keys and values": prompts * s.prompt_tokens * cache_bytes_per_token(shape, s.itemsize),
-        "prompts' pass": prompt_pass(shape, s, prompts),
+    passing = {"prompts' pass": prompt_pass(shape, s, rows, prompts)}
+    if not s.merged:
+        passing["one linear dequantised"] = unpacked_linear(shape, s)
+    full = {
+        "attention": attention_on_cpu(shape, s, rows),
+        "draw": drawing(shape, s, rows),
+        "closing up": closing_up(shape, s, rows),
     }
-    layer = {
-        "last logits": last_logits(shape, s, rows),
-        "attention's copy": attention_copy(shape, s, rows),
-    }
-    drawing = {"sampling logits": sampling_logits(shape, s, rows)}
-    copy = {"merged copy": sampler_copy(shape, s)}
-    return copy | _larger(passing | unpacked, cache | layer | unpacked, cache | drawing)
+    return copy | _larger(writing, cache | passing, *(cache | {name: size} for name, size in full.items()))
 
 
 def _larger(*moments: dict[str, int]) -> dict[str, int]:
