@@ -173,7 +173,7 @@ def measure(case: Case, folder: Path, plain: bool) -> dict[str, Any]:
     prompts = [
         Prompt((5,) * (case.prompt_tokens - i % 2), tuple(range(i, i + case.samples)))
         for i in range(case.problems)
-    ]  # of two lengths: behind a mask, as real prompts are
+    ]  # of two lengths, as real prompts are
     rows = _rows(case)
     learner.fit(rows)  # Adam's moments are there from now on
     for phase, work in (
