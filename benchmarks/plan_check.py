@@ -145,6 +145,7 @@ def build(case: Case, folder: Path) -> None:
     with torch.device("meta"):
         model = Qwen2ForCausalLM(config)
     model = model.to_empty(device="cpu").to(getattr(torch, case.dtype))
+    model.tie_weights()  # or head and embedding are two matrices now, and are saved as two
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     model.save_pretrained(folder)
