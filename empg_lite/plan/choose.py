@@ -137,10 +137,16 @@ def plan_recipe(recipe: Recipe, shape: Shape, machine: Machine) -> Plan:
         return predict(shape, replace(s, **changes), machine).fits
 
     # Each choice is made with the least of what is decided after it: it never costs another its place.
+    def rows(merged: bool) -> int:
+        if "batch_rows" not in auto:
+            return s.batch_rows
+        return _largest(MIN_ROWS, MAX_ROWS, lambda n: fits(batch_rows=n, merged=merged))
+
     if "merged" in auto:
-        s = replace(s, merged=fits(merged=True))
+        # A step reads 2 bytes a weight, NF4 unpacked 4.5: worth half of the rows, and not more.
+        s = replace(s, merged=fits(merged=True) and 2 * rows(True) >= rows(False))
     if "batch_rows" in auto:
-        s = replace(s, batch_rows=_largest(MIN_ROWS, MAX_ROWS, lambda n: fits(batch_rows=n)))
+        s = replace(s, batch_rows=rows(s.merged))
     most = MAX_TOKENS[machine.device]
     if "checkpointing" in auto:
         tokens = min(ENOUGH_TOKENS, most) if "micro_batch_tokens" in auto else s.micro_batch_tokens
