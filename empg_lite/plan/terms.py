@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from empg_lite.plan.shape import Shape
 
 #: Elements of one fp32 chunk of logits, drawn from or scored; ``policy/logprobs.py`` has the same numbers.
-HEAD_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}
+HEAD_CHUNK = {"cpu": 3 << 19, "cuda": 1 << 26}
 #: The decoder never computes fewer rows, and closes up where this share of them has ended;
 #: ``sampler/native.py`` has the same numbers.
 MIN_ROWS = 8
