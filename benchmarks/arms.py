@@ -21,12 +21,12 @@ from memory import SuccessMemory
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from empg_lite.batching import packed_batches
 from empg_lite.data import ProblemStream, load_splits
 from empg_lite.estep import reward_matrix, sample_rationales, weigh
 from empg_lite.evaluate import Examiner
 from empg_lite.learner import Learner, build_learner
 from empg_lite.metrics import View
-from empg_lite.mstep import packed_batches
 from empg_lite.policy.policy import Policy
 from empg_lite.rationale import Group, Problem, Rationale, flatten, group_rationales
 from empg_lite.recipe_file import load_recipe

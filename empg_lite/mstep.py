@@ -7,7 +7,7 @@ micro-batch size is a matter of memory alone: it never changes the maths.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from empg_lite.batching import micro_batches, packed_batches, whole_problems
 from empg_lite.em import Drift, denominator, drift, m_step_loss
 from empg_lite.errors import OutOfMemory
 from empg_lite.parallel import ALONE, Team
@@ -116,70 +117,6 @@ def m_step(
 def _weight(rationale: Rationale) -> float:
     assert rationale.weight is not None, "weigh before fitting"
     return rationale.weight
-
-
-def whole_problems(rows: Sequence[Rationale], kept: Sequence[int], team: Team) -> list[int]:
-    """This process's share of the row numbers ``kept``: whole problems, balanced by their tokens.
-
-    The heaviest problem goes first, to the process with the least so far; every process deals the same way.
-    """
-    problems: dict[str, list[int]] = {}
-    for i in kept:
-        problems.setdefault(rows[i].problem_id, []).append(i)
-    tokens = {pid: sum(rows[i].tokens for i in members) for pid, members in problems.items()}
-    loads = [0] * team.size
-    mine: list[int] = []
-    for pid in sorted(problems, key=lambda pid: -tokens[pid]):  # ties stay in the order of the rows
-        lightest = loads.index(min(loads))
-        loads[lightest] += tokens[pid]
-        if lightest == team.rank:
-            mine += problems[pid]
-    return sorted(mine)
-
-
-def packed_batches(rows: Mapping[int, tuple[Ids, int]], budget: int) -> list[list[int]]:
-    """Row numbers cut into batches of at most ``budget`` tokens (or one row), equal prompts counted once.
-
-    Problems of like length lie together, as attention pads; one is cut only if it does not fit as a whole.
-
-    Args:
-        rows: prompt, and tokens of the completion, of each row by its number.
-    """
-    problems: dict[Ids, list[int]] = {}
-    for i in sorted(rows, key=lambda i: (-rows[i][1], i)):
-        problems.setdefault(rows[i][0], []).append(i)  # in the order of their longest completion
-    batches: list[list[int]] = []
-    used = 0
-    for prompt, members in problems.items():
-        whole = len(prompt) + sum(rows[i][1] for i in members)
-        together = bool(batches) and used + min(whole, budget) <= budget
-        if not together:
-            batches.append([])
-            used = 0
-        used += len(prompt)
-        for i in members:
-            if batches[-1] and used + rows[i][1] > budget:
-                batches.append([])
-                used = len(prompt)
-            batches[-1].append(i)
-            used += rows[i][1]
-    return batches
-
-
-def micro_batches(lengths: Mapping[int, int], budget: int) -> list[list[int]]:
-    """Row numbers cut into batches of like length, each at most ``budget`` padded tokens (or a single row).
-
-    Args:
-        lengths: tokens of each row, prompt and completion, by its number.
-    """
-    batches: list[list[int]] = []
-    width = 0
-    for i in sorted(lengths, key=lambda i: (-lengths[i], i)):
-        if not batches or (len(batches[-1]) + 1) * width > budget:
-            batches.append([])
-            width = lengths[i]  # the longest of its batch comes first
-        batches[-1].append(i)
-    return batches
 
 
 class _Fitter:

@@ -15,10 +15,11 @@ from test_rationale import rationale
 from torch import Tensor
 
 from empg_lite import mstep
+from empg_lite.batching import whole_problems
 from empg_lite.em import denominator
 from empg_lite.errors import EmpgError, Interrupted, OutOfMemory
 from empg_lite.estep import by_group, sample_rationales
-from empg_lite.mstep import FitSettings, FitStats, m_step, whole_problems
+from empg_lite.mstep import FitSettings, FitStats, m_step
 from empg_lite.parallel import ALONE, Team, join
 from empg_lite.policy.packing import Ids
 from empg_lite.policy.policy import Policy

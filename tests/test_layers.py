@@ -42,7 +42,7 @@ FLOORS = [
         "scoring",
     },
     {"sampler", "checkpoint", "runs", "target"},
-    {"estep", "mstep", "learner", "evaluate", "preflight", "profiler"},
+    {"batching", "estep", "mstep", "learner", "evaluate", "preflight", "profiler"},
     {"session", "tester", "train", "offline", "rescore"},
     {"chat", "check", "doctor"},
     {"cli"},

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from empg_lite.batching import packed_batches
 from empg_lite.em import m_step_loss
-from empg_lite.mstep import packed_batches
 from empg_lite.policy import load_policy
 from empg_lite.policy.logprobs import CHUNK_ELEMENTS, chosen_logprobs, head_loss
 from empg_lite.policy.packing import pack, packed_hidden

@@ -24,10 +24,10 @@ from test_train import digest
 
 from empg_lite import cli as command_line
 from empg_lite import store
+from empg_lite.batching import whole_problems
 from empg_lite.checkpoint import list_checkpoints
 from empg_lite.errors import EmpgError, Interrupted, NumericalStop, OutOfMemory, StorageError, explained
 from empg_lite.metrics import read_metrics, stable
-from empg_lite.mstep import whole_problems
 from empg_lite.parallel import ALONE, Team, join
 from empg_lite.recipe_file import load_recipe
 from empg_lite.train import TrainOptions, train
