@@ -190,10 +190,10 @@ class Replayed:
 def test_graphs_are_kept_from_call_to_call(monkeypatch: pytest.MonkeyPatch, model_dir: Path) -> None:
     """Training and evaluation in turn: one cache, no size captured twice, every refresh seen."""
     policy = load_fixture_policy(model_dir)
-    sizes: list[tuple[object, ...]] = []
+    sizes: list[tuple[object, ...]] = []  # holds each Graphs: the id of one that is gone may come again
 
     def capture(self: Graphs, n: int, seen: int) -> Replayed:
-        sizes.append((id(self), n, seen, self.decoder.decoding))
+        sizes.append((self, n, seen, self.decoder.decoding))
         return Replayed(self.decoder, n, seen)
 
     monkeypatch.setattr(Graphs, "_capture", capture)
