@@ -155,6 +155,8 @@ def build_learner(recipe: Recipe, team: Team = ALONE, *, refuse: bool = False) -
     recipe = recipe.resolved()
     planned, held = plan_here(recipe, refuse=refuse, team=team)
     recipe = plan.with_sizes(recipe, planned.settings)
+    if planned.is_tight:
+        plan.return_freed_blocks()
     policy = load_policy(
         recipe.model,
         str(recipe.data.prompt),

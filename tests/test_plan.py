@@ -486,7 +486,9 @@ def test_plan_and_run_agree(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) 
     """The same free memory: the same sizes, written into the recipe that a run keeps."""
     from empg_lite import learner
 
-    for free in (4 * 10**6, 12 * 10**6, 10**9):
+    tight: list[int] = []
+    for free in (4 * 10**6, 12 * 10**6, 10**12, 10**9):
+        monkeypatch.setattr(learner.plan, "return_freed_blocks", lambda free=free: tight.append(free))
         monkeypatch.setattr(learner.plan, "free_memory", lambda device, free=free: free)
         recipe = load_recipe(str(recipe_file), ["sampler.problems_per_step=64", "sampler.max_new_tokens=200"])
         built = learner.build_learner(recipe)
@@ -495,6 +497,25 @@ def test_plan_and_run_agree(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) 
         assert built.recipe.optim == with_sizes(recipe, plan.settings).optim
         assert built.planned == plan and 10**8 < built.held < 4 * 10**9  # of the process, before
     assert (plan.settings.batch_rows, plan.settings.micro_batch_tokens) == (128, 1024)  # the roomy case
+    assert tight == [4 * 10**6, 12 * 10**6, 10**9]  # auto takes most of what there is
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_freed_blocks_go_back_where_memory_is_tight(asked: bool) -> None:
+    """Blocks of 8 MB, freed below one that is kept: glibc's own limit has been raised by a block of 31 MB."""
+    code = (
+        "import sys, torch\nfrom empg_lite import plan\n"
+        "if sys.argv[1] == 'True': plan.return_freed_blocks()\n"
+        "make = lambda mb: torch.ones(mb * 2**18)\n"
+        "make(31); rows = [make(8) for _ in range(20)]; kept = make(8)\n"
+        "before = plan.resident_memory(); del rows\n"
+        "print(before - plan.resident_memory())"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(asked)], env=environment, capture_output=True, text=True, check=True
+    )
+    assert (int(done.stdout) > 150 * 2**20) is asked
 
 
 def test_what_cannot_fit_is_refused_before_loading(

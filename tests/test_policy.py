@@ -146,6 +146,22 @@ def test_gradient_checkpointing_changes_no_gradient(model_dir: Path) -> None:
     assert any(g.abs().max() > 0 for g in grads[0].values())
 
 
+@pytest.mark.parametrize("left", [True, False])
+def test_an_nf4_base_holds_no_weights_file(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: bool
+) -> None:
+    """Its 16-bit weights would stay resident beside the quantised ones; the control is without the copy."""
+    from empg_lite.policy import backends
+
+    if not left:
+        monkeypatch.setattr(backends, "leave_the_file", lambda model: None)
+    own = shutil.copytree(model_dir, tmp_path / "own")  # other tests hold the shared one
+    held = load_fixture_policy(own, load_in_4bit=True)
+    maps = Path("/proc/self/maps").read_text("utf-8")
+    assert (str(own / "model.safetensors") in maps) is not left
+    assert held.model is not None
+
+
 def test_nf4_base_trains_and_stays_as_it_is(model_dir: Path) -> None:
     policy = load_fixture_policy(model_dir, load_in_4bit=True)
     frozen = {n: p.detach().clone() for n, p in policy.model.named_parameters() if not p.requires_grad}

@@ -12,7 +12,14 @@ from empg_lite.plan.choose import (
     refuse_unfit,
     with_sizes,
 )
-from empg_lite.plan.machine import Machine, card, free_memory, resident_memory, this_machine
+from empg_lite.plan.machine import (
+    Machine,
+    card,
+    free_memory,
+    resident_memory,
+    return_freed_blocks,
+    this_machine,
+)
 from empg_lite.plan.shape import Shape, read_shape, shape_of
 from empg_lite.plan.terms import Settings
 
@@ -31,6 +38,7 @@ __all__ = [
     "read_shape",
     "refuse_unfit",
     "resident_memory",
+    "return_freed_blocks",
     "shape_of",
     "this_machine",
     "with_sizes",

@@ -20,6 +20,8 @@ from empg_lite.recipe import Recipe
 
 #: Share of the free memory that is planned with: the allocator's rounding and fragments need the rest.
 SHARE = 0.9
+#: Resident memory was up to 1.3 times what is alive where the C library keeps freed blocks (docs/memory.md).
+ROOM = 2
 #: Tokens of a micro-batch. Above the most, none gains anything; on a CPU it costs time (docs/LOG.md).
 MIN_TOKENS, MAX_TOKENS = 256, {"cpu": 1024, "cuda": 16_384}
 MIN_ROWS, MAX_ROWS = 8, 512
@@ -107,6 +109,11 @@ class Plan:
             "totals": self.totals,
             "settings": {KEYS[name]: getattr(self.settings, name) for name in KEYS},
         }
+
+    @property
+    def is_tight(self) -> bool:
+        """On a CPU, whether freed blocks that the C library keeps may be what no longer fits."""
+        return self.machine.device == "cpu" and ROOM * self.peak > self.machine.free
 
     @property
     def fits(self) -> bool:
