@@ -2,7 +2,9 @@
 
 A reader of a run directory must find either the old state or the new one, whatever instant the
 process or the machine died at. So files are written under a temporary name, synced, and published by
-one rename; a whole directory is published the same way. Everything that persists goes through here.
+one rename; a whole directory is published the same way. Everything that persists goes through here, and
+every change to the disk is one of the eight calls below: the crash tests replace them, to die or to fail at
+each. Files are the user's alone (0600, folders 0700), and a symbolic link is never written through.
 """
 
 from __future__ import annotations
@@ -14,16 +16,57 @@ import hashlib
 import json
 import os
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ParamSpec
 
 from empg_lite.errors import RunInUse, StorageError
+from empg_lite.safe_text import safe
 
 _TMP = ".tmp-"
 _reading_only = False
 P = ParamSpec("P")
+
+
+# --- the calls that change the disk ----------------------------------------------------------------------
+
+
+def _open(path: Path, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
+def _write(fd: int, data: memoryview) -> int:
+    return os.write(fd, data)
+
+
+def _fsync(fd: int) -> None:
+    os.fsync(fd)
+
+
+def _rename(old: Path, new: Path) -> None:
+    os.rename(old, new)
+
+
+def _unlink(path: Path) -> None:
+    os.unlink(path)
+
+
+def _mkdir(path: Path) -> None:
+    os.mkdir(path, 0o700)
+
+
+def _rmdir(path: Path) -> None:
+    os.rmdir(path)
+
+
+def _cut(fd: int, length: int) -> None:
+    os.ftruncate(fd, length)
+
+
+# --- what is made of them --------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -49,53 +92,96 @@ def _writes(call: Callable[P, None]) -> Callable[P, None]:
 
 
 @contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError into one line that names the path and, on a full disk, the room left."""
+def _storage_errors(path: Path, needed: int = 0) -> Iterator[None]:
+    """Turn an OSError into one line that names the path and, on a full disk, the bytes needed and left."""
     try:
         yield
     except OSError as error:
         todo = "check the folder's permissions and disk"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            left = _free_bytes(path) / 1e6
-            todo = f"free some space ({left:.0f} MB left) and repeat the command with --resume"
+            room = f"{needed:,} bytes needed, {_free_bytes(path):,} free"
+            todo = f"free some space ({room}) and repeat the command with --resume"
+        elif error.errno == errno.ELOOP:
+            todo = "symbolic links are not written through: name the file itself"
         raise StorageError(error.strerror or str(error), str(path), todo) from error
 
 
 def _free_bytes(path: Path) -> int:
+    return shutil.disk_usage(_existing(path)).free
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
     while not path.exists() and path != path.parent:
         path = path.parent
-    return shutil.disk_usage(path).free
+    return path
 
 
 def _fsync_dir(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(fd)
+        _fsync(fd)
     finally:
         os.close(fd)
 
 
 def _write_all(fd: int, data: bytes) -> None:
-    """``os.write`` may take less than it was given."""
+    """A write may take less than it was given."""
     view = memoryview(data)
     while view:
-        view = view[os.write(fd, view) :]
+        view = view[_write(fd, view) :]
 
 
-def _write_synced(path: Path, data: bytes) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+def _write_synced(path: Path, data: bytes, flags: int = os.O_TRUNC) -> None:
+    fd = _open(path, os.O_WRONLY | flags)
     try:
         _write_all(fd, data)
-        os.fsync(fd)
+        _fsync(fd)
     finally:
         os.close(fd)
+
+
+def _make_dirs(path: Path) -> None:
+    """What is missing of a folder and its parents, each entry synced into the folder above it."""
+    above = _existing(path)
+    for name in path.relative_to(above).parts:
+        try:
+            _mkdir(above / name)
+        except FileExistsError:
+            if not (above / name).is_dir():
+                raise
+        _fsync_dir(above)
+        above = above / name
+
+
+def _remove_tree(path: Path) -> None:
+    """A folder and all in it; symbolic links are removed, never followed."""
+    for entry in list(os.scandir(path)):
+        if entry.is_dir(follow_symlinks=False):
+            _remove_tree(Path(entry.path))
+        else:
+            _unlink(Path(entry.path))
+    _rmdir(path)
+
+
+def _discard(path: Path) -> None:
+    """Remove what a failed write left, as far as that goes: ``sweep`` removes the rest."""
+    with suppress(OSError):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        _remove_tree(path)
+    else:
+        _unlink(path)
 
 
 @_writes
 def make_dirs(path: Path) -> None:
     """Create ``path`` and its parents where they are missing."""
     with _storage_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
+        _make_dirs(path)
 
 
 @_writes
@@ -106,14 +192,14 @@ def write_file(path: Path, data: bytes | str) -> None:
         StorageError: nothing was replaced.
     """
     data = data.encode("utf-8") if isinstance(data, str) else data
-    with _storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _storage_errors(path, len(data)):
+        _make_dirs(path.parent)
         staged = path.with_name(f"{_TMP}{path.name}-{os.getpid()}")
         try:
             _write_synced(staged, data)
-            os.replace(staged, path)
+            _rename(staged, path)
         except OSError:
-            staged.unlink(missing_ok=True)
+            _discard(staged)
             raise
         _fsync_dir(path.parent)
 
@@ -130,12 +216,13 @@ def write_dir(path: Path, files: Mapping[str, bytes]) -> None:
     manifest = {
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
     }
-    with _storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _storage_errors(path, sum(map(len, files.values()))):
+        _make_dirs(path.parent)
         staged = path.with_name(f"{_TMP}{path.name}-{os.getpid()}")
-        shutil.rmtree(staged, ignore_errors=True)
+        if staged.exists():  # of a process that died and had our number
+            _remove_tree(staged)
         try:
-            staged.mkdir()
+            _mkdir(staged)
             for name, data in files.items():
                 _write_synced(staged / name, data)
             _write_synced(staged / "manifest.json", json.dumps(manifest, indent=1).encode())
@@ -144,15 +231,16 @@ def write_dir(path: Path, files: Mapping[str, bytes]) -> None:
                 # rename() cannot replace a full directory: the old one steps aside first. Dying between
                 # the two renames leaves no `path`, but never a partial one.
                 aside = path.with_name(f"{_TMP}old-{path.name}-{os.getpid()}")
-                os.rename(path, aside)
-                os.rename(staged, path)
-                shutil.rmtree(aside, ignore_errors=True)
+                _rename(path, aside)
+                _rename(staged, path)
+                _fsync_dir(path.parent)
+                _discard(aside)
             else:
-                os.rename(staged, path)
+                _rename(staged, path)
+                _fsync_dir(path.parent)
         except OSError:
-            shutil.rmtree(staged, ignore_errors=True)
+            _discard(staged)
             raise
-        _fsync_dir(path.parent)
 
 
 def verify_dir(path: Path) -> str | None:
@@ -191,8 +279,8 @@ def remove_dir(path: Path) -> None:
         return
     with _storage_errors(path):
         doomed = path.with_name(f"{_TMP}gone-{path.name}-{os.getpid()}")
-        os.rename(path, doomed)
-        shutil.rmtree(doomed)
+        _rename(path, doomed)
+        _remove_tree(doomed)
 
 
 def set_aside(path: Path, prefix: str = ".corrupt-") -> Path:
@@ -202,7 +290,7 @@ def set_aside(path: Path, prefix: str = ".corrupt-") -> Path:
         n = 1
         while target.exists():
             n, target = n + 1, path.with_name(f"{prefix}{path.name}.{n}")
-        os.rename(path, target)
+        _rename(path, target)
         _fsync_dir(path.parent)
     return target
 
@@ -214,7 +302,7 @@ def sweep(folder: Path) -> None:
         return
     with _storage_errors(folder):
         for leftover in folder.glob(f"{_TMP}*"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            _remove(leftover)
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
@@ -225,14 +313,13 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
 @_writes
 def append_text(path: Path, text: str) -> None:
     """Append text in one write and sync it."""
-    with _storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            _write_all(fd, text.encode("utf-8", "surrogatepass"))
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+    data = text.encode("utf-8", "surrogatepass")
+    with _storage_errors(path, len(data)):
+        _make_dirs(path.parent)
+        new = not path.exists()
+        _write_synced(path, data, os.O_APPEND)
+        if new:
+            _fsync_dir(path.parent)
 
 
 def size(path: Path) -> int:
@@ -250,9 +337,14 @@ def truncate(path: Path, length: int) -> None:
             raise OSError(
                 errno.EIO, f"log is shorter than the checkpoint says ({path.stat().st_size} < {length})"
             )
-        with open(path, "r+b") as file:
-            file.truncate(length)
-            os.fsync(file.fileno())
+        if path.stat().st_size == length:
+            return
+        fd = _open(path, os.O_WRONLY)
+        try:
+            _cut(fd, length)
+            _fsync(fd)
+        finally:
+            os.close(fd)
 
 
 @contextmanager
@@ -268,20 +360,34 @@ def run_lock(run: Path) -> Iterator[None]:
     make_dirs(run)
     path = run / "LOCK"
     with _storage_errors(path):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = _open(path, os.O_RDWR)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = os.pread(fd, 64, 0).decode("ascii", "replace").strip() or "unknown"
             raise RunInUse(
-                f"run directory in use by process {holder}",
+                f"run directory in use by {_holder(fd)}",
                 str(run),
                 "wait for it, or choose another --output-dir",
             ) from error
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        with _storage_errors(path):
+            _cut(fd, 0)
+            _write_all(fd, f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n".encode())
         yield
-        os.ftruncate(fd, 0)
+        with _storage_errors(path):
+            _cut(fd, 0)
     finally:
         os.close(fd)
+
+
+def _holder(fd: int) -> str:
+    """What the holder of a lock says of itself; it may be about to say it."""
+    for _ in range(20):
+        if said := os.pread(fd, 400, 0).decode("utf-8", "replace").strip():
+            return safe(said)
+        time.sleep(0.01)
+    return "a process that has not said which"
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S %z")
