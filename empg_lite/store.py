@@ -234,7 +234,7 @@ def write_dir(path: Path, files: Mapping[str, bytes]) -> None:
                 _rename(path, aside)
                 _rename(staged, path)
                 _fsync_dir(path.parent)
-                _discard(aside)
+                _remove_tree(aside)
             else:
                 _rename(staged, path)
                 _fsync_dir(path.parent)

@@ -1,0 +1,342 @@
+"""Killed at any instant, or out of disk at any call, a run resumes to what it would have been."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import random
+import resource
+import shutil
+import signal
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import crash_harness as harness
+import pytest
+from crash_harness import PHASES, Ended, Plant, digest, side_by_side
+
+from empg_lite import checkpoint, session, store
+from empg_lite import train as train_module
+from empg_lite.checkpoint import list_checkpoints
+from empg_lite.metrics import Journal
+
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def plant(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[Plant]:
+    """In memory where the machine has such a folder: a kill knows nothing of the disk below."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield Plant(tmp_path_factory.mktemp("crash"), model_dir)
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Plant(Path(folder), model_dir)
+
+
+@pytest.fixture(scope="module")
+def straight(plant: Plant) -> tuple[Ended, str]:
+    """A run that nothing happens to."""
+    run = plant.fresh()
+    ended = plant.run(run)
+    assert ended.code == 0 and len(ended.calls) > 150
+    assert {name for name, _ in ended.calls} >= set(harness.CALLS) - {"_cut"}
+    return ended, digest(run)
+
+
+def finish(plant: Plant, run: Path) -> str:
+    """Resume to the end; the digest, or what went wrong. The folder is removed."""
+    ended = plant.run(run)
+    found = digest(run) if ended.code == 0 else f"exit {ended.code}: {ended.said}"
+    shutil.rmtree(run)
+    return found
+
+
+def first_save(ended: Ended) -> int:
+    """Number of the call by which the first checkpoint is published and synced."""
+    calls = list(enumerate(ended.calls, 1))
+    renamed = next(n for n, (name, path) in calls if name == "_rename" and "/checkpoints/.tmp-step-" in path)
+    return next(n for n, (name, path) in calls if n > renamed and name == "_fsync")
+
+
+# --- kills ------------------------------------------------------------------------------------------------
+
+
+def killed_at(plant: Plant, at: int, saved_by: int) -> list[Any]:
+    """Killed at a call: [signal, whether what is published is whole, digest of the resumed run]."""
+    run = plant.fresh()
+    ended = plant.run(run, at=at)
+    found = list_checkpoints(run)
+    whole = all(store.verify_dir(p) is None for p in found) and (at <= saved_by or len(found) >= 1)
+    return [ended.code, whole, finish(plant, run)]
+
+
+def test_killed_at_every_change_to_the_disk(plant: Plant, straight: tuple[Ended, str]) -> None:
+    reference, expected = straight
+    n, saved_by = len(reference.calls), first_save(reference)
+    found = side_by_side(lambda at=at: killed_at(plant, at, saved_by) for at in range(1, n + 1))
+    print(f"\nK1: {n} kills, {sum(f != [-9, True, expected] for f in found)} mismatches")
+    assert [(at, f) for at, f in enumerate(found, 1) if f != [-signal.SIGKILL, True, expected]] == []
+
+
+def killed_at_random(plant: Plant, seed: int, seconds: float) -> list[Any]:
+    """Killed again and again until it ends: [[phase of each kill], digest]."""
+    plant.phase, rng, run, phases = mmap.mmap(-1, 1), random.Random(seed), plant.fresh(), []
+    while True:
+        pid = plant.start(run)
+        time.sleep(rng.uniform(0, 0.8 * seconds))
+        phase = plant.phase[0]
+        os.kill(pid, signal.SIGKILL)  # one that has ended waits to be asked how
+        code = plant.wait(pid).code
+        if code == 0:
+            return [phases, finish(plant, run)]
+        assert code == -signal.SIGKILL, code
+        phases.append(PHASES[phase])
+
+
+@pytest.mark.parametrize("kills", [200, pytest.param(3000, marks=slow)])
+def test_killed_at_random(plant: Plant, straight: tuple[Ended, str], kills: int) -> None:
+    started = time.perf_counter()
+    plant.run(plant.fresh())
+    seconds = time.perf_counter() - started
+    seen: Counter[str] = Counter()
+    runs = mismatches = 0
+    while seen.total() < kills:
+        seeds = range(runs, runs + 20)
+        for phases, found in side_by_side(lambda s=s: killed_at_random(plant, s, seconds) for s in seeds):
+            seen.update(phases)
+            mismatches += found != straight[1]
+        runs += len(seeds)
+    print(f"\nK2: {seen.total()} kills of {runs} runs, {mismatches} mismatches; {dict(seen)}")
+    assert mismatches == 0
+    assert set(seen) >= set(PHASES) - {"other"}, "every phase was hit"
+
+
+def killed_twice(plant: Plant, first: int, second: int) -> list[Any]:
+    """[exit code at the second, whether a checkpoint that was there is still one, digest]."""
+    run = plant.fresh()
+    plant.run(run, at=first)
+    had = len(list_checkpoints(run))
+    code = plant.run(run, at=second).code
+    found = list_checkpoints(run)
+    whole = all(store.verify_dir(p) is None for p in found) and (not had or len(found) >= 1)
+    return [code in (0, -signal.SIGKILL), whole, finish(plant, run)]
+
+
+@pytest.mark.parametrize("pairs", [40, pytest.param(1500, marks=slow)])
+def test_killed_while_resuming(plant: Plant, straight: tuple[Ended, str], pairs: int) -> None:
+    """Also within the first save, and within pruning: those calls are among the first ones."""
+    n, rng = len(straight[0].calls), random.Random(pairs)
+    chosen = [(rng.randint(1, n), rng.randint(1, n)) for _ in range(pairs)]
+    found = side_by_side(lambda pair=pair: killed_twice(plant, *pair) for pair in chosen)
+    wrong = [(pair, f) for pair, f in zip(chosen, found, strict=True) if f != [True, True, straight[1]]]
+    print(f"\nK4: {pairs} runs killed twice, {len(wrong)} mismatches")
+    assert wrong == []
+
+
+def forget_optimiser() -> None:
+    checkpoint._load_optimizer = lambda *_: None
+
+
+def forget(**values: Any) -> None:
+    real = session.load_checkpoint
+
+    def load(*args: Any) -> Any:
+        state, logs = real(*args)
+        for name, value in values.items():
+            setattr(state, name, value)
+        return state, logs
+
+    session.load_checkpoint = load
+
+
+def other_random_numbers() -> None:
+    real = train_module.sample_rationales
+    train_module.sample_rationales = lambda *args, **kw: real(*args, **{**kw, "seed": kw["seed"] + 1})
+
+
+def keep_logs() -> None:
+    Journal.cut_back = lambda *_: None  # type: ignore[method-assign,assignment]
+
+
+@pytest.mark.parametrize(
+    "defect",
+    [
+        forget_optimiser,
+        lambda: forget(position=0),
+        lambda: forget(policy_step=0),
+        lambda: forget(num_tokens=0),
+        other_random_numbers,
+        keep_logs,
+    ],
+    ids=["optimiser", "data position", "counters", "token count", "random numbers", "logs"],
+)
+def test_control_what_is_not_restored_is_noticed(plant: Plant, straight: tuple[Ended, str], defect) -> None:  # type: ignore[no-untyped-def]
+    """Killed just before the second checkpoint is published, so that all of its step is done again."""
+    calls = list(enumerate(straight[0].calls, 1))
+    at = next(n for n, (name, path) in calls if name == "_rename" and "/checkpoints/.tmp-step-000002" in path)
+    run = plant.fresh()
+    assert plant.run(run, at=at).code == -signal.SIGKILL
+    assert plant.run(run, change=defect).code == 0
+    assert digest(run) != straight[1]
+
+
+def write_in_place() -> None:
+    def write_dir(path: Path, files: dict[str, bytes]) -> None:
+        store._make_dirs(path)
+        manifest = {
+            n: {"bytes": len(d), "sha256": store.hashlib.sha256(d).hexdigest()} for n, d in files.items()
+        }
+        for name, data in {"manifest.json": json.dumps(manifest).encode(), **files}.items():
+            store._write_synced(path / name, data)
+
+    checkpoint.store.write_dir = write_dir  # type: ignore[assignment]
+
+
+def test_control_a_checkpoint_written_in_place_is_found(plant: Plant, straight: tuple[Ended, str]) -> None:
+    run = plant.fresh()
+    calls = list(enumerate(plant.run(run, change=write_in_place).calls, 1))
+    at = next(n for n, (name, path) in calls if name == "_write" and "step-000001/optimizer" in path)
+    run = plant.fresh()
+    assert plant.run(run, at=at, change=write_in_place).code == -signal.SIGKILL
+    assert any(store.verify_dir(p) is not None for p in list_checkpoints(run))
+    assert finish(plant, run) != straight[1]
+
+
+# --- the order of writing, syncing and renaming -----------------------------------------------------------
+
+
+def violations(calls: list[tuple[str, str]], told: list[int]) -> list[str]:
+    """What of a log of calls would lose or tear something when the machine dies.
+
+    What a rename publishes was synced before it: each file after its last write, and the folder; the folder
+    above is synced after it, before the next change under another name, and before the user is told anything.
+    """
+    found, dirty, made = [], set(), set()
+    unsynced: str | None = None  # folder whose entries changed by the rename just done
+    for n, (name, path) in enumerate(calls):
+        if unsynced is not None and (name != "_fsync" or path != unsynced):
+            if not (name == "_rename" and str(Path(path).parent) == unsynced):  # the second of two
+                found.append(f"{n}: {name} {path} before {unsynced} is synced")
+                unsynced = None
+        if unsynced is not None and n in told:
+            found.append(f"{n}: told before {unsynced} is synced")
+        if name in ("_write", "_cut"):
+            dirty.add(path)
+        elif name == "_mkdir":
+            made.add(path)
+        elif name == "_fsync":
+            dirty.discard(path)
+            made.discard(path)
+            unsynced = None if path == unsynced else unsynced
+        elif name == "_rename":
+            below = [p for p in dirty | made if p == path or p.startswith(f"{path}/")]
+            if below:
+                found.append(f"{n}: {path} is renamed, {below[0]} is not synced")
+            dirty.difference_update(below)
+            made.difference_update(below)
+            if "/.tmp-gone-" not in path:
+                unsynced = str(Path(path).parent)
+    return found
+
+
+def without_file_sync() -> None:
+    def write(path: Path, data: bytes, flags: int = os.O_TRUNC) -> None:
+        fd = store._open(path, os.O_WRONLY | flags)
+        store._write_all(fd, data)
+        os.close(fd)
+
+    store._write_synced = write
+
+
+def without_folder_sync() -> None:
+    store._fsync_dir = lambda path: None
+
+
+def test_everything_is_synced_before_it_is_published(plant: Plant, straight: tuple[Ended, str]) -> None:
+    ended = straight[0]
+    renames = sum(name == "_rename" for name, _ in ended.calls)
+    assert renames > 10
+    assert violations(list(ended.calls), [n for n, _ in ended.notes]) == []
+    for defect, least in ((without_file_sync, 10), (without_folder_sync, 10)):  # the control
+        broken = plant.run(plant.fresh(), change=defect)
+        assert len(violations(list(broken.calls), [n for n, _ in broken.notes])) >= least
+    print(f"\nK5: {renames} renames, 0 violations")
+
+
+# --- a disk that is full or broken ------------------------------------------------------------------------
+
+
+def failed_at(plant: Plant, at: int, how: str) -> list[Any]:
+    """A call fails: [exit code, one line, it names the run, room is said, digest of the resumed run]."""
+    run = plant.fresh()
+    ended = plant.run(run, at=at, how=how)
+    whole = all(store.verify_dir(p) is None for p in list_checkpoints(run))
+    room = " bytes needed, " in ended.said and " free)" in ended.said
+    full = how in ("ENOSPC", "EDQUOT", "EFBIG")
+    one_line = "\n" not in ended.said and str(run) in ended.said
+    return [ended.code, one_line, room is full, whole, finish(plant, run)]
+
+
+def fail_everywhere(plant: Plant, straight: tuple[Ended, str], cases: list[tuple[int, str]]) -> None:
+    found = side_by_side(lambda c=c: failed_at(plant, *c) for c in cases)
+    good = [74, True, True, True, straight[1]]
+    wrong = [(c, straight[0].calls[c[0] - 1], f) for c, f in zip(cases, found, strict=True) if f != good]
+    print(f"\nD1: {len(cases)} failures, {len(wrong)} mismatches")
+    assert wrong == []
+
+
+def test_a_full_disk_at_every_call(plant: Plant, straight: tuple[Ended, str]) -> None:
+    """ENOSPC at each call; the other errors take turns over every fifth."""
+    n, others = len(straight[0].calls), ("EDQUOT", "EIO", "EROFS", "EFBIG")
+    cases = [(at, "ENOSPC") for at in range(1, n + 1)]
+    cases += [(at, others[at // 5 % 4]) for at in range(1, n + 1, 5)]
+    fail_everywhere(plant, straight, cases)
+
+
+@slow
+def test_every_error_at_every_call(plant: Plant, straight: tuple[Ended, str]) -> None:
+    n = len(straight[0].calls)
+    fail_everywhere(
+        plant, straight, [(at, e) for e in ("EDQUOT", "EIO", "EROFS", "EFBIG") for at in range(1, n + 1)]
+    )
+
+
+@pytest.mark.parametrize("limit", [100, 1_000, 10_000, 30_000, 60_000])
+def test_a_real_limit_on_the_size_of_files(plant: Plant, straight: tuple[Ended, str], limit: int) -> None:
+    """The kernel's own refusal, wherever in the run a file first grows past it."""
+    run = plant.fresh()
+    ended = plant.run(run, change=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert ended.code == 74 and "bytes needed" in ended.said and "File too large" in ended.said
+    assert finish(plant, run) == straight[1]
+
+
+# --- two at once ------------------------------------------------------------------------------------------
+
+
+def test_of_two_that_start_at_once_one_wins(plant: Plant, straight: tuple[Ended, str]) -> None:
+    for _ in range(50):
+        run, (ready, go) = plant.fresh(), os.pipe()
+        pids = [
+            plant.start(run, change=lambda fd=ready, end=go: (os.close(end), os.read(fd, 1))) for _ in "ab"
+        ]
+        os.close(ready)
+        os.close(go)  # both wait for this
+        ended = sorted((plant.wait(pid) for pid in pids), key=lambda e: e.code)
+        assert [e.code for e in ended] == [0, 73], [e.said for e in ended]
+        holder = f"in use by process (?:{pids[0]}|{pids[1]}) on {os.uname().nodename} since 20"
+        assert harness.re.search(holder, ended[1].said), ended[1].said
+        assert digest(run) == straight[1]
+        shutil.rmtree(run)
+
+
+def test_a_holder_that_is_killed_frees_the_run_at_once(plant: Plant, straight: tuple[Ended, str]) -> None:
+    run = plant.fresh()
+    assert plant.run(run, at=first_save(straight[0])).code == -signal.SIGKILL
+    assert "process" in (run / "LOCK").read_text()  # it had no time to wipe it out, and nobody minds
+    assert finish(plant, run) == straight[1]
