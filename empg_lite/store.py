@@ -280,6 +280,7 @@ def remove_dir(path: Path) -> None:
     with _storage_errors(path):
         doomed = path.with_name(f"{_TMP}gone-{path.name}-{os.getpid()}")
         _rename(path, doomed)
+        _fsync_dir(path.parent)
         _remove_tree(doomed)
 
 

@@ -17,6 +17,7 @@ import json
 import mmap
 import os
 import re
+import resource
 import signal
 import tempfile
 import time
@@ -168,6 +169,8 @@ class Plant:
         except BaseException as error:
             known = explained(error)
             code, said = known.exit_code, str(known)
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))  # the report is not the run's
         facts = {"said": said, "calls": report.calls, "notes": report.notes}
         self._report_of(os.getpid()).write_text(json.dumps(facts), "utf-8")
         return code
