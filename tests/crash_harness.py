@@ -243,6 +243,56 @@ def _wrap_store(calls: list[tuple[str, str]], at: int, how: str) -> None:
     store._fsync_dir = fsync_dir
 
 
+def record_durable(run: Path, trees: Path) -> None:
+    """Keep, as ``trees/N``, each state of the run that a machine dying after call N is sure to have kept.
+
+    A file has the content of its last fsync; a folder has the entries that it had at its own. What was
+    written or renamed after that is dropped. Call it in the child, before the calls are wrapped.
+    """
+    contents: dict[int, bytes] = {}  # inode -> what was synced of it
+    entries: dict[int, dict[str, int]] = {}  # inode of a folder -> its synced entries
+    folders: set[int] = set()
+    kept: list[Any] = [None]
+    count = itertools.count()
+
+    def state(inode: int) -> Any:
+        if inode in folders:
+            return {name: state(child) for name, child in sorted(entries.get(inode, {}).items())}
+        return contents.get(inode, b"")
+
+    def write(at: Path, node: Any) -> None:
+        if isinstance(node, bytes):
+            at.write_bytes(node)
+            return
+        at.mkdir()
+        for name, child in node.items():
+            write(at / name, child)
+
+    def keep(fd: int) -> None:
+        inode = os.fstat(fd).st_ino
+        path = Path(os.readlink(f"/proc/self/fd/{fd}"))
+        if path.is_dir():
+            folders.add(inode)
+            found = {e.name: e for e in os.scandir(path)}
+            folders.update(e.inode() for e in found.values() if e.is_dir(follow_symlinks=False))
+            entries[inode] = {name: e.inode() for name, e in found.items()}
+        else:
+            contents[inode] = path.read_bytes()
+        top = entries.get(run.parent.stat().st_ino, {}).get(run.name)
+        now = state(top) if top is not None else None
+        if now is not None and now != kept[-1]:
+            kept.append(now)
+            write(trees / str(next(count)), now)
+
+    real = store._fsync
+
+    def fsync(fd: int) -> None:
+        real(fd)
+        keep(fd)
+
+    store._fsync = fsync
+
+
 def digest(run: Path) -> str:
     """What a resumed run must share with the straight one: adapters, optimiser, metrics without clocks."""
     newest = list_checkpoints(run)[-1]
