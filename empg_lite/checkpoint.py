@@ -39,7 +39,8 @@ class TrainState:
         num_tokens: completion tokens sampled so far.
         no_signal: steps in a row, up to now, with every weight 0; ``steps_without_update`` counts all.
         skipped_nonfinite: passes thrown away for a non-finite gradient; ``nonfinite_in_a_row`` up to now.
-        micro_batch_tokens: the budget after any out-of-memory back-off.
+        micro_batch_tokens, batch_rows: the sizes after any out-of-memory back-off; 0: the recipe's.
+        pending: metrics of the step just fitted, until they are validated and logged.
         seconds: training time without set-up and evaluation.
         best_accuracy, best_step: best validation accuracy so far, and where.
     """
@@ -54,6 +55,8 @@ class TrainState:
     skipped_nonfinite: int = 0
     nonfinite_in_a_row: int = 0
     micro_batch_tokens: int = 0
+    batch_rows: int = 0
+    pending: dict[str, Any] | None = None
     seconds: float = 0.0
     best_accuracy: float | None = None
     best_step: int | None = None
@@ -127,6 +130,8 @@ def save_checkpoint(
         StorageError: nothing was published.
     """
     path = checkpoint_path(run, state.step)
+    if path.exists():  # of a step that was stopped before it was logged: as good, and never without one
+        return path
     record = {
         "format": 1,
         "state": dataclasses.asdict(state),

@@ -1,4 +1,8 @@
-"""When a run should end early: a signal, or its time is up."""
+"""When a run should end early: a signal, or its time is up.
+
+A signal is noted; the loops that may take long (decoding steps, micro-batches, grading, evaluation) ask
+``stop_point`` whether one came. What they leave has changed nothing, and is done again on resume, the same.
+"""
 
 from __future__ import annotations
 
@@ -28,21 +32,48 @@ class Clock:
         return self.max_minutes is not None and self.seconds() >= 60 * self.max_minutes
 
 
+class StopRequested(BaseException):
+    """A signal came while something long was going on. Like KeyboardInterrupt no error of the program."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+#: What ``stop_point`` looks at: the signals received, where loops may be left because of them.
+_listened: list[int] = []
+
+
+def stop_point() -> None:
+    """Leave the loop at hand if a signal came.
+
+    Raises:
+        StopRequested: one did, and ``stop_request(midway=True)`` is in force.
+    """
+    if _listened:
+        raise StopRequested(_listened[0])
+
+
 @contextmanager
-def stop_request(*, announce: bool = True) -> Iterator[list[int]]:
+def stop_request(*, announce: bool = True, midway: bool = False) -> Iterator[list[int]]:
     """A list that the first SIGINT or SIGTERM is put into; the second ends the process at once.
 
-    The step at hand is finished and saved first: interrupting it would lose it, and gain seconds. One process
-    of a launch announces it.
+    Args:
+        announce: say so; one process of a launch does.
+        midway: ``stop_point`` leaves the step at hand. Else it is finished first: the processes of a launch
+            can only stop together.
     """
     received: list[int] = []
 
     def on_signal(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
+        if midway:
+            _listened.append(signum)
         if announce:
-            os.write(2, b"\nstopping after this step, which is saved; once more to stop at once\n")
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+            when = b"now" if midway else b"after this step"
+            os.write(2, b"\nstopping " + when + b", what is done is saved; once more to stop at once\n")
+        for number in previous:
+            signal.signal(number, signal.SIG_DFL)  # the kernel's own: no handler has to wait for its turn
 
     try:
         previous = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -52,5 +83,6 @@ def stop_request(*, announce: bool = True) -> Iterator[list[int]]:
     try:
         yield received
     finally:
+        _listened.clear()
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -66,6 +66,8 @@ class OutOfMemory(EmpgError):
     """Nothing smaller is left to try."""
 
     exit_code = 71
+    #: The optimiser has not moved anything since the last step: a checkpoint may be made.
+    between_steps = True
 
 
 class RunInUse(EmpgError):
@@ -110,13 +112,24 @@ def _rebuilt(kind: type[EmpgError], text: str) -> EmpgError:
     return kind.__new__(kind, text)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: torch says so in its own class on a card, in words on a CPU and in cuBLAS."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and any(words in said for words in _OUT_OF_MEMORY)
+
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 def explained(error: BaseException) -> EmpgError:
     """Any error as one of ours: what libraries and the system raise, in the words and codes of this page."""
     if isinstance(error, EmpgError):
         return error
     if isinstance(error, KeyboardInterrupt):
         return Interrupted(2, "interrupted")
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(error):
         return OutOfMemory(
             "out of memory",
             "",

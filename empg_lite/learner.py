@@ -56,7 +56,7 @@ class Learner:
 
     def sampler(self) -> Sampler:
         """The recipe's engine over the policy."""
-        rows = self.recipe.sampler.batch_rows
+        rows = self.state.batch_rows or self.recipe.sampler.batch_rows
         engine, merged = self.recipe.sampler.engine, self.recipe.sampler.merged
         return make_sampler(self.policy, engine, int(rows), bool(merged))
 

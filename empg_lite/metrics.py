@@ -7,6 +7,7 @@ and ``memory/*`` may differ between a straight and a resumed run.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,6 +119,10 @@ def _reuses(record: Mapping[str, Any]) -> bool:
     return record["em/updates"] > 1 or record["em/staleness"] > 0
 
 
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class Journal:
     """The append-only logs of a run: ``metrics.jsonl`` and ``events.jsonl``."""
 
@@ -125,8 +130,8 @@ class Journal:
         self._paths = {name: run / name for name in ("metrics.jsonl", "events.jsonl")}
 
     def metrics(self, record: Mapping[str, Any]) -> None:
-        """One object a step."""
-        store.append_line(self._paths["metrics.jsonl"], record)
+        """One object a step; a number that is not finite is null: JSON has no other name for it."""
+        store.append_line(self._paths["metrics.jsonl"], {k: _finite(v) for k, v in record.items()})
 
     def event(self, event: str, **facts: Any) -> None:
         """Something that is not a step: a resume, a back-off, a skipped step, a warning."""

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from empg_lite.batching import micro_batches, packed_batches, whole_problems
+from empg_lite.control import stop_point
 from empg_lite.em import Drift, denominator, drift, m_step_loss
-from empg_lite.errors import OutOfMemory
+from empg_lite.errors import OutOfMemory, is_out_of_memory
 from empg_lite.parallel import ALONE, Team
 from empg_lite.policy.packing import Ids
 from empg_lite.policy.policy import Policy
@@ -47,7 +48,7 @@ class FitStats:
     Attributes:
         updates: optimiser steps taken (0 where every weight is 0).
         skipped_nonfinite: passes whose gradient was not finite and was thrown away.
-        loss, grad_norm: of the first pass; None where there was none.
+        loss, grad_norm: of the first finite pass; None where there was none.
         drift: how far the policy moved from where the fit began; None where not measured.
         rows_fitted: rows of non-zero weight in the first pass.
         micro_batch_tokens: the budget in force at the end (smaller after an out-of-memory back-off).
@@ -149,10 +150,10 @@ class _Fitter:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm))
-        self.first = self.first or (loss, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate
         finite = math.isfinite(norm) and math.isfinite(loss)
+        self.first = self.first or ((loss, norm) if finite else None)
         if self.scaler is not None:
             self.scaler.step(self.optimizer)  # leaves the weights alone where it saw an infinity
             self.scaler.update()
@@ -171,6 +172,7 @@ class _Fitter:
         scale = one if self.scaler is None else self.scaler.scale(one)
         total, computed, padded = torch.zeros((), dtype=torch.float64, device=self.policy.device), 0, 0
         for batch in self._micro_batches(whole_problems(self.rows, kept, self.team)):
+            self._stop_point()
             w = torch.tensor([weights[i] for i in batch], dtype=torch.float32, device=self.policy.device)
             loss = self.policy.completion_loss(self._pairs(batch), partial(self._loss, w, scale))
             loss.backward()
@@ -180,6 +182,11 @@ class _Fitter:
             if self.on_done:
                 self.on_done(len(batch))
         return float(total), computed, padded
+
+    def _stop_point(self) -> None:
+        """Until the optimiser has moved something; from then on the step is finished."""
+        if not self.updates:
+            stop_point()
 
     def _loss(self, weights: Tensor, scale: Tensor, rows: Tensor, logprobs: Tensor) -> Tensor:
         """Of some tokens, ``(n,)``: each is a row of its own here, so that a row may be cut anywhere."""
@@ -192,6 +199,7 @@ class _Fitter:
         def measure(mine: Sequence[int]) -> list[Tensor]:
             found = {i: torch.zeros(0) for i in mine}
             for batch in self._micro_batches([i for i in mine if self.rows[i].completion_ids]):
+                self._stop_point()
                 with torch.no_grad():
                     measured = self.policy.completion_logprobs(self._pairs(batch))
                 found |= {i: row.cpu() for i, row in zip(batch, measured, strict=True)}
@@ -246,20 +254,24 @@ class _Fitter:
 
         Processes do so together: one that is short of memory makes all halve theirs, and none waits alone.
         """
-        widest = max(r.tokens for r in self.rows)
+        sizes = [r.tokens for r in self.rows]
         while True:
             try:
                 result, short = work(), None
-            except torch.OutOfMemoryError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 short = error
             if not self.team.any(short is not None):
                 return result
-            if self.budget <= widest:
-                raise OutOfMemory(
-                    f"one rationale of {widest} tokens does not fit in memory",
+            if self.budget <= min(sizes):  # every micro-batch was a single row
+                failure = OutOfMemory(
+                    f"out of memory at one rationale at a time, the longest of {max(sizes)} tokens",
                     "M-step",
                     "lower sampler.max_new_tokens, or set optim.gradient_checkpointing: true",
-                ) from short
+                )
+                failure.between_steps = not self.updates
+                raise failure from short
             self.optimizer.zero_grad(set_to_none=True)
             self.budget = max(self.budget // 2, 1)
             torch.cuda.empty_cache()

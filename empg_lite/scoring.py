@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
+from empg_lite.control import stop_point
 from empg_lite.rationale import Rationale
 from empg_lite.rewards import Case, Grader, Verdict
 
@@ -64,7 +65,11 @@ class Scorer:
         for r in rationales:
             if id(r) not in self._submitted:
                 self.submit(r)
-        return [self._verdict(r) for r in rationales]
+        found = []
+        for r in rationales:
+            stop_point()
+            found.append(self._verdict(r))
+        return found
 
     def _before(self, r: Rationale) -> Rationale | None:
         before = self._known.get((r.problem_id, r.completion))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,16 @@ import torch
 
 from empg_lite import store
 from empg_lite.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
-from empg_lite.control import Clock
+from empg_lite.control import RESUME, Clock, StopRequested
 from empg_lite.em import Drift
-from empg_lite.errors import EmpgError, GraderUnusable, NoSignal, NumericalStop
+from empg_lite.errors import (
+    EmpgError,
+    GraderUnusable,
+    Interrupted,
+    NoSignal,
+    NumericalStop,
+    OutOfMemory,
+)
 from empg_lite.estep import estep_metrics, mixture_metrics
 from empg_lite.health import FAILURES_STOP, Finding, diagnose, graded_failures
 from empg_lite.learner import Learner, build_learner
@@ -35,7 +43,9 @@ from empg_lite.runs import METRICS, PROFILE, Opened, rollout_path, write_run_fil
 
 #: Steps in a row without any signal, or with a non-finite gradient, after which going on is pointless.
 DEAD_STEPS = 10
-NONFINITE_STEPS = 5
+NONFINITE_STEPS = 3
+#: Share of the steps so far with a non-finite gradient above which the same holds.
+NONFINITE_SHARE = 0.05
 #: Passes above which reuse trades with the learning rate and gains nothing (measured on toy tasks).
 MANY_PASSES = 4
 #: Steps within which the same finding is not said again.
@@ -175,7 +185,8 @@ class Session:
 
         Raises:
             NoSignal: no rationale has earned anything for ``DEAD_STEPS`` steps (passed over by ``force``).
-            NumericalStop: ``NONFINITE_STEPS`` gradients in a row were not finite.
+            NumericalStop: ``NONFINITE_STEPS`` gradients in a row were not finite, or as many in all and more
+                than ``NONFINITE_SHARE`` of the steps. None of them moved anything.
             GraderUnusable: the grader failed on most answers, two steps in a row.
         """
         state = self.learner.state
@@ -187,12 +198,14 @@ class Session:
                 f"{self.run}, step {state.step}",
                 self.grader_error or "events.jsonl and `empg-lite inspect` say on what; then --resume",
             )
-        if state.nonfinite_in_a_row >= NONFINITE_STEPS:
+        bad = state.skipped_nonfinite
+        often = bad >= NONFINITE_STEPS and bad > NONFINITE_SHARE * state.step
+        if state.nonfinite_in_a_row >= NONFINITE_STEPS or often:
             self.checkpoint()
             raise NumericalStop(
-                f"{state.nonfinite_in_a_row} gradients in a row were not finite",
+                f"{bad} gradients of {state.step} steps were not finite, {state.nonfinite_in_a_row} in a row",
                 f"{self.run}, step {state.step}",
-                "lower optim.learning_rate",
+                "lower optim.learning_rate; the checkpoint holds the weights from before them",
             )
         if state.no_signal >= DEAD_STEPS and not force:
             self.checkpoint()
@@ -202,6 +215,36 @@ class Session:
                 "look at `empg-lite inspect`: easier problems, a longer sampler.max_new_tokens, a larger "
                 "sampler.samples_per_problem; --force goes on regardless",
             )
+
+    @contextmanager
+    def saved_when_cut_short(self) -> Iterator[None]:
+        """What a signal or a lack of memory leaves half done has changed nothing: the state is saved as is.
+
+        Raises:
+            Interrupted: a signal came.
+            OutOfMemory: as it came.
+        """
+        try:
+            yield
+        except StopRequested as stop:
+            raise Interrupted(stop.signum, f"stopped {self._where_saved()}", str(self.run), RESUME) from None
+        except OutOfMemory as error:
+            if error.between_steps and self.learner.team.size == 1:
+                self.journal.event("out_of_memory", step=self.learner.state.step, what=error.what)
+                error.where = f"{error.where}, {self._where_saved()}"
+                error.args = (" · ".join((error.what, error.where, error.todo)),)
+            raise
+
+    def _where_saved(self) -> str:
+        step = self.learner.state.step
+        return f"after step {step}, {self.checkpoint().name} is saved" if step else "before the first step"
+
+    def note_rows(self, rows: int | None) -> None:
+        """Rows that the sampler draws at once now, if fewer than before."""
+        state, before = self.learner.state, self.learner.state.batch_rows or self.recipe.sampler.batch_rows
+        if rows is not None and rows < int(before):
+            self.journal.event("sampler_rows_shrunk", step=state.step + 1, old=before, new=rows)
+            state.batch_rows = rows
 
     # --- what stays on disk -----------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ def train(
     if refusal and not options.force:
         raise RecipeError(refusal, "sampler", "set it back, or say --force")
     grading = Grader(code=options.code)
-    with store.run_lock(run), stop_request(announce=team.main) as stop, grading as grader:
+    stopping = stop_request(announce=team.main, midway=team.size == 1)
+    with store.run_lock(run), stopping as stop, grading as grader, ExitStack() as saving:
         journal = Journal(run)
         opened = team.once(
             lambda: open_run(run, recipe, resume=options.resume, allow_change=options.allow_change)
@@ -87,6 +89,7 @@ def train(
         session = Session(
             run, opened, journal, view, options.command, team=team, refuse=new and not options.force
         )
+        saving.enter_context(session.saved_when_cut_short())
         learner, state, recipe = session.learner, session.learner.state, session.recipe
         problems = fitting_problems(session, splits.train)
         stream = ProblemStream(problems, recipe.run.seed)
@@ -97,20 +100,21 @@ def train(
             fly_first(session, sampler, grader, first_problems(problems, recipe.run.seed), options.force)
         tester.before()
 
-        while state.step < recipe.run.steps:
-            groups, times, extra = e_step(session, sampler, grader, stream)  # z ~ pi(z|x), R(x, z), w
-            if not learner.planned.keeps_sampler:
-                sampler.release()
-            last = state.step + 1 == recipe.run.steps
-            record = session.fit_groups(  # raise sum of w log pi
-                groups,
-                reward=str(recipe.data.reward),
-                times=times,
-                measure_kl=recipe.em.passes > 1 or tester.due(state.step + 1),
-                extra=extra,
-            )
-            record |= tester.validate(force=last)
-            session.record(record)
+        while state.step < recipe.run.steps or state.pending:
+            if not state.pending:  # else the run was stopped while this step was validated
+                groups, times, extra = e_step(session, sampler, grader, stream)  # z ~ pi(z|x), R(x, z), w
+                if not learner.planned.keeps_sampler:
+                    sampler.release()
+                state.pending = session.fit_groups(  # raise sum of w log pi
+                    groups,
+                    reward=str(recipe.data.reward),
+                    times=times,
+                    measure_kl=recipe.em.passes > 1 or tester.due(state.step + 1),
+                    extra=extra,
+                )
+            last = state.step >= recipe.run.steps
+            session.record(state.pending | tester.validate(force=last))
+            state.pending = None
 
             signum, out_of_time = team.first(next(iter(stop), None)), team.any(clock.out_of_time())
             if session.checkpoint_due() or signum or out_of_time:
@@ -151,6 +155,7 @@ def e_step(
         sums = {name: value + more_sums[name] for name, value in sums.items()}
     tokens = sum(len(r.completion_ids) for r in flatten(groups))
     own = sampler.work.since(before)
+    session.note_rows(sampler.batch_rows)
     work = sum(session.learner.team.gather(own), SampleWork())
     extra = {
         "entropy": sums.pop("nats") / max(tokens, 1),

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from string import ascii_uppercase
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from crash_harness import Ended, Plant
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -112,6 +117,31 @@ def load_fixture_policy(
             for parameter in loaded.trainable().values():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return loaded
+
+
+@pytest.fixture(scope="session")
+def plant(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[Plant]:
+    """Forked children that train; in memory where the machine has such a folder: a kill knows no disk."""
+    from crash_harness import Plant
+
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield Plant(tmp_path_factory.mktemp("crash"), model_dir)
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Plant(Path(folder), model_dir)
+
+
+@pytest.fixture(scope="session")
+def straight_child(plant: Plant) -> tuple[Ended, str]:
+    """A child that nothing happens to: how it ended, and the digest of its run."""
+    from crash_harness import CALLS, digest
+
+    run = plant.fresh()
+    ended = plant.run(run)
+    assert ended.code == 0 and len(ended.calls) > 150
+    assert {name for name, _ in ended.calls} >= set(CALLS) - {"_cut"}
+    return ended, digest(run)
 
 
 def in_thread(work: Callable[[], None]) -> None:

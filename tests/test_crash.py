@@ -9,10 +9,8 @@ import random
 import resource
 import shutil
 import signal
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +24,6 @@ from empg_lite.checkpoint import list_checkpoints
 from empg_lite.metrics import Journal
 
 slow = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def plant(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[Plant]:
-    """In memory where the machine has such a folder: a kill knows nothing of the disk below."""
-    memory = Path("/dev/shm")
-    if not os.access(memory, os.W_OK):
-        yield Plant(tmp_path_factory.mktemp("crash"), model_dir)
-        return
-    with tempfile.TemporaryDirectory(dir=memory) as folder:
-        yield Plant(Path(folder), model_dir)
-
-
-@pytest.fixture(scope="module")
-def straight(plant: Plant) -> tuple[Ended, str]:
-    """A run that nothing happens to."""
-    run = plant.fresh()
-    ended = plant.run(run)
-    assert ended.code == 0 and len(ended.calls) > 150
-    assert {name for name, _ in ended.calls} >= set(harness.CALLS) - {"_cut"}
-    return ended, digest(run)
 
 
 def finish(plant: Plant, run: Path) -> str:
@@ -76,8 +53,8 @@ def killed_at(plant: Plant, at: int, saved_by: int) -> list[Any]:
     return [ended.code, whole, finish(plant, run)]
 
 
-def test_killed_at_every_change_to_the_disk(plant: Plant, straight: tuple[Ended, str]) -> None:
-    reference, expected = straight
+def test_killed_at_every_change_to_the_disk(plant: Plant, straight_child: tuple[Ended, str]) -> None:
+    reference, expected = straight_child
     n, saved_by = len(reference.calls), first_save(reference)
     found = side_by_side(lambda at=at: killed_at(plant, at, saved_by) for at in range(1, n + 1))
     print(f"\nK1: {n} kills, {sum(f != [-9, True, expected] for f in found)} mismatches")
@@ -100,7 +77,7 @@ def killed_at_random(plant: Plant, seed: int, seconds: float) -> list[Any]:
 
 
 @pytest.mark.parametrize("kills", [200, pytest.param(3000, marks=slow)])
-def test_killed_at_random(plant: Plant, straight: tuple[Ended, str], kills: int) -> None:
+def test_killed_at_random(plant: Plant, straight_child: tuple[Ended, str], kills: int) -> None:
     started = time.perf_counter()
     plant.run(plant.fresh())
     seconds = time.perf_counter() - started
@@ -110,7 +87,7 @@ def test_killed_at_random(plant: Plant, straight: tuple[Ended, str], kills: int)
         seeds = range(runs, runs + 20)
         for phases, found in side_by_side(lambda s=s: killed_at_random(plant, s, seconds) for s in seeds):
             seen.update(phases)
-            mismatches += found != straight[1]
+            mismatches += found != straight_child[1]
         runs += len(seeds)
     print(f"\nK2: {seen.total()} kills of {runs} runs, {mismatches} mismatches; {dict(seen)}")
     assert mismatches == 0
@@ -129,12 +106,12 @@ def killed_twice(plant: Plant, first: int, second: int) -> list[Any]:
 
 
 @pytest.mark.parametrize("pairs", [40, pytest.param(1500, marks=slow)])
-def test_killed_while_resuming(plant: Plant, straight: tuple[Ended, str], pairs: int) -> None:
+def test_killed_while_resuming(plant: Plant, straight_child: tuple[Ended, str], pairs: int) -> None:
     """Also within the first save, and within pruning: those calls are among the first ones."""
-    n, rng = len(straight[0].calls), random.Random(pairs)
+    n, rng = len(straight_child[0].calls), random.Random(pairs)
     chosen = [(rng.randint(1, n), rng.randint(1, n)) for _ in range(pairs)]
     found = side_by_side(lambda pair=pair: killed_twice(plant, *pair) for pair in chosen)
-    wrong = [(pair, f) for pair, f in zip(chosen, found, strict=True) if f != [True, True, straight[1]]]
+    wrong = [(pair, f) for pair, f in zip(chosen, found, strict=True) if f != [True, True, straight_child[1]]]
     print(f"\nK4: {pairs} runs killed twice, {len(wrong)} mismatches")
     assert wrong == []
 
@@ -176,14 +153,16 @@ def keep_logs() -> None:
     ],
     ids=["optimiser", "data position", "counters", "token count", "random numbers", "logs"],
 )
-def test_control_what_is_not_restored_is_noticed(plant: Plant, straight: tuple[Ended, str], defect) -> None:  # type: ignore[no-untyped-def]
+def test_control_what_is_not_restored_is_noticed(
+    plant: Plant, straight_child: tuple[Ended, str], defect
+) -> None:  # type: ignore[no-untyped-def]
     """Killed just before the second checkpoint is published, so that all of its step is done again."""
-    calls = list(enumerate(straight[0].calls, 1))
+    calls = list(enumerate(straight_child[0].calls, 1))
     at = next(n for n, (name, path) in calls if name == "_rename" and "/checkpoints/.tmp-step-000002" in path)
     run = plant.fresh()
     assert plant.run(run, at=at).code == -signal.SIGKILL
     assert plant.run(run, change=defect).code == 0
-    assert digest(run) != straight[1]
+    assert digest(run) != straight_child[1]
 
 
 def write_in_place() -> None:
@@ -198,14 +177,16 @@ def write_in_place() -> None:
     checkpoint.store.write_dir = write_dir  # type: ignore[assignment]
 
 
-def test_control_a_checkpoint_written_in_place_is_found(plant: Plant, straight: tuple[Ended, str]) -> None:
+def test_control_a_checkpoint_written_in_place_is_found(
+    plant: Plant, straight_child: tuple[Ended, str]
+) -> None:
     run = plant.fresh()
     calls = list(enumerate(plant.run(run, change=write_in_place).calls, 1))
     at = next(n for n, (name, path) in calls if name == "_write" and "step-000001/optimizer" in path)
     run = plant.fresh()
     assert plant.run(run, at=at, change=write_in_place).code == -signal.SIGKILL
     assert any(store.verify_dir(p) is not None for p in list_checkpoints(run))
-    assert finish(plant, run) != straight[1]
+    assert finish(plant, run) != straight_child[1]
 
 
 # --- the order of writing, syncing and renaming -----------------------------------------------------------
@@ -257,8 +238,8 @@ def without_folder_sync() -> None:
     store._fsync_dir = lambda path: None
 
 
-def test_everything_is_synced_before_it_is_published(plant: Plant, straight: tuple[Ended, str]) -> None:
-    ended = straight[0]
+def test_everything_is_synced_before_it_is_published(plant: Plant, straight_child: tuple[Ended, str]) -> None:
+    ended = straight_child[0]
     renames = sum(name == "_rename" for name, _ in ended.calls)
     assert renames > 10
     assert violations(list(ended.calls), [n for n, _ in ended.notes]) == []
@@ -282,44 +263,50 @@ def failed_at(plant: Plant, at: int, how: str) -> list[Any]:
     return [ended.code, one_line, room is full, whole, finish(plant, run)]
 
 
-def fail_everywhere(plant: Plant, straight: tuple[Ended, str], cases: list[tuple[int, str]]) -> None:
+def fail_everywhere(plant: Plant, straight_child: tuple[Ended, str], cases: list[tuple[int, str]]) -> None:
     found = side_by_side(lambda c=c: failed_at(plant, *c) for c in cases)
-    good = [74, True, True, True, straight[1]]
-    wrong = [(c, straight[0].calls[c[0] - 1], f) for c, f in zip(cases, found, strict=True) if f != good]
+    good = [74, True, True, True, straight_child[1]]
+    wrong = [
+        (c, straight_child[0].calls[c[0] - 1], f) for c, f in zip(cases, found, strict=True) if f != good
+    ]
     print(f"\nD1: {len(cases)} failures, {len(wrong)} mismatches")
     assert wrong == []
 
 
-def test_a_full_disk_at_every_call(plant: Plant, straight: tuple[Ended, str]) -> None:
+def test_a_full_disk_at_every_call(plant: Plant, straight_child: tuple[Ended, str]) -> None:
     """ENOSPC at each call; the other errors take turns over every fifth."""
-    n, others = len(straight[0].calls), ("EDQUOT", "EIO", "EROFS", "EFBIG")
+    n, others = len(straight_child[0].calls), ("EDQUOT", "EIO", "EROFS", "EFBIG")
     cases = [(at, "ENOSPC") for at in range(1, n + 1)]
     cases += [(at, others[at // 5 % 4]) for at in range(1, n + 1, 5)]
-    fail_everywhere(plant, straight, cases)
+    fail_everywhere(plant, straight_child, cases)
 
 
 @slow
-def test_every_error_at_every_call(plant: Plant, straight: tuple[Ended, str]) -> None:
-    n = len(straight[0].calls)
+def test_every_error_at_every_call(plant: Plant, straight_child: tuple[Ended, str]) -> None:
+    n = len(straight_child[0].calls)
     fail_everywhere(
-        plant, straight, [(at, e) for e in ("EDQUOT", "EIO", "EROFS", "EFBIG") for at in range(1, n + 1)]
+        plant,
+        straight_child,
+        [(at, e) for e in ("EDQUOT", "EIO", "EROFS", "EFBIG") for at in range(1, n + 1)],
     )
 
 
 @pytest.mark.parametrize("limit", [100, 1_000, 10_000, 30_000, 60_000])
-def test_a_real_limit_on_the_size_of_files(plant: Plant, straight: tuple[Ended, str], limit: int) -> None:
+def test_a_real_limit_on_the_size_of_files(
+    plant: Plant, straight_child: tuple[Ended, str], limit: int
+) -> None:
     """The kernel's own refusal, wherever in the run a file first grows past it."""
     run = plant.fresh()
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     ended = plant.run(run, change=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard)))
     assert ended.code == 74 and "bytes needed" in ended.said and "File too large" in ended.said
-    assert finish(plant, run) == straight[1]
+    assert finish(plant, run) == straight_child[1]
 
 
 # --- two at once ------------------------------------------------------------------------------------------
 
 
-def test_of_two_that_start_at_once_one_wins(plant: Plant, straight: tuple[Ended, str]) -> None:
+def test_of_two_that_start_at_once_one_wins(plant: Plant, straight_child: tuple[Ended, str]) -> None:
     for _ in range(50):
         run, (ready, go) = plant.fresh(), os.pipe()
         pids = [
@@ -331,12 +318,14 @@ def test_of_two_that_start_at_once_one_wins(plant: Plant, straight: tuple[Ended,
         assert [e.code for e in ended] == [0, 73], [e.said for e in ended]
         holder = f"in use by process (?:{pids[0]}|{pids[1]}) on {os.uname().nodename} since 20"
         assert harness.re.search(holder, ended[1].said), ended[1].said
-        assert digest(run) == straight[1]
+        assert digest(run) == straight_child[1]
         shutil.rmtree(run)
 
 
-def test_a_holder_that_is_killed_frees_the_run_at_once(plant: Plant, straight: tuple[Ended, str]) -> None:
+def test_a_holder_that_is_killed_frees_the_run_at_once(
+    plant: Plant, straight_child: tuple[Ended, str]
+) -> None:
     run = plant.fresh()
-    assert plant.run(run, at=first_save(straight[0])).code == -signal.SIGKILL
+    assert plant.run(run, at=first_save(straight_child[0])).code == -signal.SIGKILL
     assert "process" in (run / "LOCK").read_text()  # it had no time to wipe it out, and nobody minds
-    assert finish(plant, run) == straight[1]
+    assert finish(plant, run) == straight_child[1]

@@ -77,8 +77,8 @@ class Settings:
 
     @property
     def decoded_rows(self) -> int:
-        """Places of the E-step's decoder: a problem's samples begin together."""
-        return max(min(max(self.batch_rows, self.samples), self.problems * self.samples), MIN_ROWS)
+        """Places of the E-step's decoder."""
+        return max(min(self.batch_rows, self.problems * self.samples), MIN_ROWS)
 
     @property
     def evaluated_rows(self) -> int:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Protocol
 
-from empg_lite.errors import NumericalStop
+import torch
+
+from empg_lite.errors import NumericalStop, OutOfMemory, is_out_of_memory
+from empg_lite.policy.policy import Policy
 from empg_lite.rationale import FinishReason
 from empg_lite.sampler.draw import Decoding
+
+#: Matrix products over one or two rows take other CPU kernels and differ by 1e-6 from wider ones; a batch
+#: that never gets narrower than this keeps a sample's numbers independent of its neighbours.
+MIN_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +76,14 @@ OnCompletion = Callable[[int, int, Completion], None]
 
 
 class Sampler(Protocol):
-    """An engine that draws completions; ``work`` grows with what it computes."""
+    """An engine that draws completions; ``work`` grows with what it computes.
+
+    Attributes:
+        batch_rows: most rows drawn at once; smaller after memory ran out.
+    """
 
     work: SampleWork
+    batch_rows: int | None
 
     def sample(
         self, prompts: Sequence[Prompt], decoding: Decoding, on_completion: OnCompletion | None = None
@@ -86,12 +99,85 @@ class Sampler(Protocol):
 
         Raises:
             NumericalStop: the policy's logits are not finite.
+            OutOfMemory: with as few rows at once as can be.
         """
         ...
 
     def release(self) -> None:
         """Give back the memory that is kept between calls of ``sample``."""
         ...
+
+
+class Engine(ABC):
+    """What the engines share: where memory runs out, fewer rows are drawn at once, and the samples stay the
+    same, for each has random numbers of its own.
+
+    Args:
+        batch_rows: most rows drawn at once; None for all.
+    """
+
+    def __init__(self, policy: Policy, batch_rows: int | None = None) -> None:
+        self.policy, self.batch_rows = policy, batch_rows
+        self.work = SampleWork()
+
+    @abstractmethod
+    def draw(self, prompts: Sequence[Prompt], decoding: Decoding, ended: OnCompletion) -> None:
+        """Draw all of them, telling ``ended`` of each completion once."""
+
+    def sample(
+        self, prompts: Sequence[Prompt], decoding: Decoding, on_completion: OnCompletion | None = None
+    ) -> list[list[Completion]]:
+        """See ``Sampler``."""
+        results: dict[tuple[int, int], Completion] = {}
+        places = [[(i, k) for k in range(len(prompt.keys))] for i, prompt in enumerate(prompts)]
+        parts = self._parts(places)
+
+        def ended(part: int, at: int, completion: Completion) -> None:
+            place = parts[part][at]
+            results[place] = completion
+            if on_completion:
+                on_completion(*place, completion)
+
+        while parts:
+            asked = [Prompt(prompts[p[0][0]].ids, tuple(prompts[i].keys[k] for i, k in p)) for p in parts]
+            try:
+                self.draw(asked, decoding, ended)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                longest = max(len(prompt.ids) for prompt in asked) + decoding.max_new_tokens
+                self._shrink(error, sum(map(len, parts)), longest)
+            # What has ended is kept, the rest begins again.
+            parts = self._parts([[place for place in row if place not in results] for row in places])
+        return [[results[place] for place in row] for row in places]
+
+    def _parts(self, places: Sequence[list[tuple[int, int]]]) -> list[list[tuple[int, int]]]:
+        """Each prompt's samples, cut where they are more than may be drawn at once."""
+        n = self.batch_rows or max(map(len, places), default=1)
+        return [row[at : at + n] for row in places for at in range(0, len(row), n)]
+
+    def _shrink(self, error: BaseException, rows: int, longest: int) -> None:
+        """Half of the rows that could be drawn at once, and what the engine keeps given back.
+
+        Raises:
+            OutOfMemory: they are as few as can be.
+        """
+        rows = min(self.batch_rows or rows, rows)
+        if rows <= MIN_ROWS:
+            raise OutOfMemory(
+                f"{rows} rows of {longest} tokens do not fit in memory",
+                "sampling",
+                "lower sampler.max_new_tokens, or set sampler.merged: false",
+            ) from error
+        self.batch_rows = max(rows // 2, MIN_ROWS)
+        self.release()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def release(self) -> None:
+        """Give back the memory that is kept between calls of ``sample``; most keep none."""
+        return None
 
 
 def check_finite(logprobs: Sequence[Sequence[float]]) -> None:

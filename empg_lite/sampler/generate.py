@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from empg_lite.control import stop_point
 from empg_lite.policy.policy import Policy
-from empg_lite.sampler.base import Completion, OnCompletion, Prompt, SampleWork, check_finite
+from empg_lite.sampler.base import Completion, Engine, OnCompletion, Prompt, SampleWork, check_finite
 from empg_lite.sampler.draw import Decoding, draw
 from empg_lite.sampler.stops import StopRule
 
@@ -34,6 +35,7 @@ class _Hook:
         return torch.full_like(scores, -torch.inf).scatter(-1, tokens[:, None], 0.0)
 
     def finished(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        stop_point()
         completions = input_ids[:, self.width :].tolist()
         for row, ids in enumerate(completions):
             if self.ended[row] is None and self.stop.stopped(ids):
@@ -41,33 +43,24 @@ class _Hook:
         return torch.tensor([end is not None for end in self.ended], device=input_ids.device)
 
 
-class GenerateSampler:
+class GenerateSampler(Engine):
     """``model.generate`` over left-padded prompts, each repeated for its samples."""
 
     def __init__(self, policy: Policy, batch_rows: int | None = None) -> None:
-        self.policy, self.batch_rows = policy, batch_rows
-        self.work = SampleWork()
+        super().__init__(policy, batch_rows)
         self._stop = StopRule(policy.tokenizer, policy.stop_ids, policy.template.stop)
 
-    def sample(
-        self, prompts: Sequence[Prompt], decoding: Decoding, on_completion: OnCompletion | None = None
-    ) -> list[list[Completion]]:
-        """See ``base.Sampler``; completions end with their batch."""
+    def draw(self, prompts: Sequence[Prompt], decoding: Decoding, ended: OnCompletion) -> None:
+        """See ``base.Engine``; completions end with their batch."""
         rows = [(prompt.ids, key) for prompt in prompts for key in prompt.keys]
         places = [(i, k) for i, prompt in enumerate(prompts) for k in range(len(prompt.keys))]
         size = self.batch_rows or len(rows)
-        flat: list[Completion] = []
+        done = 0
         with self.policy.sampling():
             for start in range(0, len(rows), size):
                 for completion in self._generate(rows[start : start + size], decoding):
-                    if on_completion:
-                        on_completion(*places[len(flat)], completion)
-                    flat.append(completion)
-        completions = iter(flat)
-        return [[next(completions) for _ in prompt.keys] for prompt in prompts]
-
-    def release(self) -> None:
-        """Nothing is kept between calls."""
+                    ended(*places[done], completion)
+                    done += 1
 
     def _generate(self, rows: Sequence[tuple[tuple[int, ...], int]], decoding: Decoding) -> list[Completion]:
         from transformers import LogitsProcessorList, StoppingCriteriaList

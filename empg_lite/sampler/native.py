@@ -9,11 +9,20 @@ from dataclasses import dataclass, field
 
 import torch
 
+from empg_lite.control import stop_point
 from empg_lite.policy.merged import MergedCopy
 from empg_lite.policy.network import Network
 from empg_lite.policy.policy import Policy
 from empg_lite.rationale import FinishReason
-from empg_lite.sampler.base import Completion, OnCompletion, Prompt, SampleWork, check_finite
+from empg_lite.sampler.base import (
+    MIN_ROWS,
+    Completion,
+    Engine,
+    OnCompletion,
+    Prompt,
+    SampleWork,
+    check_finite,
+)
 from empg_lite.sampler.decoder import Decoder
 from empg_lite.sampler.draw import Decoding
 from empg_lite.sampler.graphs import Graphs
@@ -22,43 +31,29 @@ from empg_lite.sampler.stops import StopRule
 #: ``Decoder.step`` or what stands for it: (places, tokens that attention looks at).
 Step = Callable[[int, int], None]
 
-#: Matrix products over one or two rows take other CPU kernels and differ by 1e-6 from wider ones; a batch
-#: that never gets narrower than this keeps a sample's numbers independent of its neighbours.
-MIN_ROWS = 8
 #: Places are closed up, or given to the next prompts, when this share of them is idle: both have a price.
 IDLE = 1 / 8
 
 
-class NativeSampler:
+class NativeSampler(Engine):
     """Decoding in places of a fixed cache; see ``decoder``.
 
     Args:
-        batch_rows: most rows decoded at once; None for all. A prompt's samples begin together, so that one
-            with more samples takes as many.
+        batch_rows: most rows decoded at once; None for all. A prompt with more samples goes through once for
+            each part of them.
         merged: over a merged copy of the weights, made anew for every call of ``sample``; else through the
             policy's own modules.
     """
 
     def __init__(self, policy: Policy, batch_rows: int | None = None, merged: bool = True) -> None:
-        self.policy, self.batch_rows, self.merged = policy, batch_rows, merged
-        self.work = SampleWork()
+        super().__init__(policy, batch_rows)
+        self.merged = merged
         self._stop = StopRule(policy.tokenizer, policy.stop_ids, policy.template.stop)
         self._copy: MergedCopy | None = None
         self._graphs: Graphs | None = None
 
-    def sample(
-        self, prompts: Sequence[Prompt], decoding: Decoding, on_completion: OnCompletion | None = None
-    ) -> list[list[Completion]]:
-        """See ``base.Sampler``."""
-        results: dict[tuple[int, int], Completion] = {}
-        if not prompts:
-            return []
-
-        def ended(place: tuple[int, int], completion: Completion) -> None:
-            results[place] = completion
-            if on_completion:
-                on_completion(*place, completion)
-
+    def draw(self, prompts: Sequence[Prompt], decoding: Decoding, ended: OnCompletion) -> None:
+        """See ``base.Engine``."""
         try:
             with self.policy.sampling():
                 decoder, step = self._ready(prompts, decoding)
@@ -66,7 +61,6 @@ class NativeSampler:
         finally:
             if self._graphs is None:  # nobody holds the copy's addresses
                 self.release()
-        return [[results[i, k] for k in range(len(prompt.keys))] for i, prompt in enumerate(prompts)]
 
     def release(self) -> None:
         """Give back what is kept between calls: with captured graphs, the cache and the merged copy that they
@@ -90,9 +84,8 @@ class NativeSampler:
     def _decoder(
         self, network: Network, prompts: Sequence[Prompt], decoding: Decoding
     ) -> tuple[Decoder, Step]:
-        samples = [len(prompt.keys) for prompt in prompts]
-        total = sum(samples)
-        rows = max(min(total, max(self.batch_rows or total, max(samples))), MIN_ROWS)
+        total = sum(len(prompt.keys) for prompt in prompts)
+        rows = max(min(total, self.batch_rows or total), MIN_ROWS)
         room = max(len(prompt.ids) for prompt in prompts) + decoding.max_new_tokens
 
         def decoder_of(rows: int, room: int) -> Decoder:
@@ -134,7 +127,7 @@ class _Batch:
         step: Step,
         stop: StopRule,
         prompts: Sequence[Prompt],
-        ended: Callable[[tuple[int, int], Completion], None],
+        ended: OnCompletion,
     ) -> None:
         self.decoder, self.step, self.stop, self.prompts, self.ended = decoder, step, stop, prompts, ended
         # like with like: prompts of one length pad nothing when they go through
@@ -145,6 +138,7 @@ class _Batch:
     def run(self) -> SampleWork:
         """Draw all of them; what it took."""
         while self._settle():
+            stop_point()
             n = max(len(self.rows), MIN_ROWS)
             self.step(n, max(row.prompt_tokens + len(row.ids) for row in self.rows if row))
             self.work += SampleWork(row_steps=n)
@@ -208,7 +202,7 @@ class _Batch:
             stopped = self.stop.stopped(row.ids)
             if stopped or len(row.ids) == self.decoder.decoding.max_new_tokens:
                 self.rows[place] = None
-                self.ended(row.name, self._completion(row, "stop" if stopped else "length"))
+                self.ended(*row.name, self._completion(row, "stop" if stopped else "length"))
         self.work += SampleWork(tokens=kept)
 
     def _completion(self, row: _Row, finish_reason: FinishReason) -> Completion:
