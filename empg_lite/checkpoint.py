@@ -15,13 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter
+
 from empg_lite import store
 from empg_lite.errors import CheckpointError, DataError
-from empg_lite.policy.adapter import WEIGHTS, adapter_files, load_adapter_bytes
+from empg_lite.policy.adapter import MAX_HEADER, WEIGHTS, adapter_files, load_adapter_bytes, read_tensors
 
 if TYPE_CHECKING:
     from empg_lite.policy.policy import Policy
 
+OPTIMIZER, RNG = "optimizer.safetensors", "rng.safetensors"
+#: Bytes of ``state.json``.
+MAX_STATE = 1 << 20
 _NAME = re.compile(r"step-(\d{6,})")
 #: Adam's state of the parameter's own shape, by torch's names and bitsandbytes'.
 MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")
@@ -139,8 +144,8 @@ def save_checkpoint(
         "scaler": _scaler_state(scaler),
     }
     files = adapter_files(policy) | {
-        "optimizer.safetensors": _optimizer_bytes(policy, optimizer),
-        "rng.safetensors": _rng_bytes(),
+        OPTIMIZER: _optimizer_bytes(policy, optimizer),
+        RNG: _rng_bytes(),
         "state.json": json.dumps(record, indent=1).encode(),
     }
     store.write_dir(path, files)
@@ -156,10 +161,27 @@ def stored_state(path: Path) -> TrainState:
         CheckpointError: it is not whole, or of another format.
     """
     require_valid(path)
+    return _read_state(path)[0]
+
+
+def _read_state(path: Path) -> tuple[TrainState, dict[str, Any]]:
+    """The state, and all of ``state.json``.
+
+    Raises:
+        CheckpointError: it is not what ``save_checkpoint`` writes.
+    """
     try:
-        return TrainState(**json.loads((path / "state.json").read_bytes())["state"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"state.json cannot be read ({error})", str(path)) from error
+        record = json.loads(store.read_regular(path / "state.json", MAX_STATE))
+        state = TrainState(**record["state"])  # knows every key; the types are looked at next
+        TypeAdapter(TrainState).validate_json(json.dumps(record["state"]), strict=True)
+        if state.step != int(path.name[5:]) or min(state.step, state.policy_step, state.position) < 0:
+            raise ValueError(f"it is of step {state.step}")
+        if not isinstance(record["logs"], dict) or not all(type(n) is int for n in record["logs"].values()):
+            raise ValueError("logs are no lengths")
+        return state, record
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"state.json cannot be read ({said})", str(path)) from error
 
 
 def load_checkpoint(
@@ -173,18 +195,20 @@ def load_checkpoint(
     Raises:
         CheckpointError: it is not whole, or does not belong to this model and recipe.
     """
-    from safetensors import SafetensorError
-
     require_valid(path)
+    state, record = _read_state(path)
+    files = {name: path / name for name in (WEIGHTS, OPTIMIZER, RNG)}
     try:
-        record = json.loads((path / "state.json").read_bytes())
-        state = TrainState(**record["state"])
-        load_adapter_bytes(policy, (path / WEIGHTS).read_bytes(), str(path / WEIGHTS))
-        _load_optimizer(policy, optimizer, (path / "optimizer.safetensors").read_bytes())
-        _load_rng((path / "rng.safetensors").read_bytes())
+        numbers = sum(p.numel() for p in policy.trainable().values())
+        # Adam has two moments and codes; the generators of CUDA devices take 16 bytes each
+        most = {WEIGHTS: 8 * numbers, OPTIMIZER: 16 * numbers, RNG: 0}
+        data = {n: store.read_regular(file, most[n] + 2 * MAX_HEADER) for n, file in files.items()}
+        load_adapter_bytes(policy, data[WEIGHTS], str(files[WEIGHTS]))
+        _load_optimizer(policy, optimizer, read_tensors(data[OPTIMIZER], str(files[OPTIMIZER])))
+        _load_rng(read_tensors(data[RNG], str(files[RNG])))
         if scaler is not None and record["scaler"] is not None:
             scaler.load_state_dict(record["scaler"])
-    except (DataError, ValueError, KeyError, TypeError, RuntimeError, OSError, SafetensorError) as error:
+    except (DataError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
         raise CheckpointError(f"checkpoint cannot be restored ({error})", str(path)) from error
     return state, {str(k): int(v) for k, v in record["logs"].items()}
 
@@ -206,10 +230,7 @@ def _optimizer_bytes(policy: Policy, optimizer: Any) -> bytes:
     return save(tensors)
 
 
-def _load_optimizer(policy: Policy, optimizer: Any, data: bytes) -> None:
-    from safetensors.torch import load
-
-    tensors = load(data)
+def _load_optimizer(policy: Policy, optimizer: Any, tensors: Mapping[str, Any]) -> None:
     parameters = policy.trainable()
     unknown = {key.rsplit("/", 1)[0] for key in tensors} - parameters.keys()
     if unknown:
@@ -217,6 +238,8 @@ def _load_optimizer(policy: Policy, optimizer: Any, data: bytes) -> None:
     for key, value in tensors.items():
         name, moment = key.rsplit("/", 1)
         parameter = parameters[name]
+        if not bool(value.double().isfinite().all()):
+            raise ValueError(f"{key} holds NaN or infinity")
         if moment in MOMENTS and value.shape != parameter.shape:
             raise ValueError(
                 f"{key} has shape {tuple(value.shape)}, the parameter's is {tuple(parameter.shape)}"
@@ -238,11 +261,10 @@ def _rng_bytes() -> bytes:
     return save(states)
 
 
-def _load_rng(data: bytes) -> None:
+def _load_rng(states: Mapping[str, Any]) -> None:
     import torch
-    from safetensors.torch import load
 
-    for name, state in load(data).items():
+    for name, state in states.items():
         if name == "torch":
             torch.set_rng_state(state)
         elif torch.cuda.is_available() and int(name[5:]) < torch.cuda.device_count():

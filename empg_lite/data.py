@@ -127,6 +127,12 @@ def load_solutions(data: DataSection, column: str | None = None) -> dict[str, st
     return found
 
 
+def digest_of(problems: Sequence[Problem]) -> str:
+    """SHA-256 of the questions and golds, in their order."""
+    text = json.dumps([(p.id, p.gold) for p in problems])  # an id is a hash of the question
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def subset(problems: Sequence[Problem], limit: int | None) -> list[Problem]:
     """At most ``limit`` problems, in file order: always the same ones, and not the first of a sorted file."""
     return _cut(problems, min(limit, len(problems)), "subset")[1] if limit is not None else list(problems)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -164,9 +164,39 @@ def _agree(
     return new, events
 
 
-def write_run_files(run: Path, recipe: Recipe, command: str) -> None:
+def compare_environment(run: Path, inputs: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Events for what differs from the environment that a run was started in.
+
+    Args:
+        inputs: digests of what the run reads, by a name for people.
+
+    Raises:
+        RecipeError: an input is another one.
+    """
+    try:
+        old = json.loads((run / ENVIRONMENT).read_text("utf-8"))
+        known, before = dict(old["inputs"]), {"torch": old["versions"]["torch"], "threads": old["threads"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # of an older version, or damaged: it is written again
+    for name, digest in inputs.items():
+        if known.get(name, digest) != digest:
+            raise RecipeError(
+                f"the {name} is not what the run was started with",
+                str(run / ENVIRONMENT),
+                "put it back, or start another run",
+            )
+    found = environment()
+    now = {"torch": found["versions"]["torch"], "threads": found["threads"]}
+    return [
+        {"event": "environment_changed", "what": what, "old": before[what], "new": now[what]}
+        for what in now
+        if before[what] != now[what]
+    ]
+
+
+def write_run_files(run: Path, recipe: Recipe, command: str, inputs: Mapping[str, str]) -> None:
     """``recipe.yaml`` (every value, and the command that made it) and ``environment.json``."""
-    store.write_file(run / ENVIRONMENT, json.dumps(environment(), indent=1))
+    store.write_file(run / ENVIRONMENT, json.dumps({**environment(), "inputs": dict(inputs)}, indent=1))
     store.write_file(run / RECIPE, dump_recipe(recipe, header=f"made by: {command}" if command else ""))
 
 

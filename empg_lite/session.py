@@ -36,10 +36,11 @@ from empg_lite.metrics import Journal, View, read_metrics
 from empg_lite.parallel import ALONE, Team
 from empg_lite.policy.adapter import WEIGHTS, adapter_files
 from empg_lite.policy.card import tokenizer_files
+from empg_lite.policy.integrity import fingerprint, resolve_model
 from empg_lite.profiler import probe, profile
 from empg_lite.rationale import Group, Rationale, encode_rollouts, flatten
 from empg_lite.recipe import Recipe
-from empg_lite.runs import METRICS, PROFILE, Opened, rollout_path, write_run_files
+from empg_lite.runs import METRICS, PROFILE, Opened, compare_environment, rollout_path, write_run_files
 
 #: Steps in a row without any signal, or with a non-finite gradient, after which going on is pointless.
 DEAD_STEPS = 10
@@ -66,11 +67,17 @@ class Session:
         team: Team = ALONE,
         *,
         refuse: bool = False,
+        data: str | None = None,
     ) -> None:
+        """``data``: digest of the problems; with another one a run does not resume."""
         self.run, self.journal, self.view = run, journal, view
         self.learner: Learner = build_learner(opened.recipe, team, refuse=refuse)
         self.recipe: Recipe = self.learner.recipe
         self.grader_error: str | None = None  # what the last grader failure said
+        m = self.recipe.model
+        inputs = {"base model": fingerprint(resolve_model(m.name, m.revision)[0])}
+        inputs |= {"training data": data} if data else {}
+        changed = compare_environment(run, inputs) if opened.checkpoint else []
         if opened.checkpoint is None:
             journal.cut_back({})
             if source is not None:
@@ -89,7 +96,29 @@ class Session:
             )
         for event in opened.events:
             journal.event(**event)
-        write_run_files(run, self.recipe, command)
+            if event["event"] == "invalid_checkpoint":
+                view.warn(f"{event['path']} is damaged: {event['reason']}; it is kept as {event['moved_to']}")
+        for event in changed:
+            journal.event(**event)
+            view.warn(
+                f"{event['what']} was {event['old']} when the run was started and is {event['new']} now: "
+                "numbers may differ in their last digits"
+            )
+        write_run_files(run, self.recipe, command, inputs)
+
+    def prove_room(self) -> None:
+        """Before the first step: write a trial checkpoint, and ask whether all that is to come fits the disk.
+
+        Raises:
+            StorageError: it does not, or nothing can be written there.
+        """
+        r = self.recipe
+        adapter = sum(len(data) for data in adapter_files(self.learner.policy).values())
+        one = 3 * adapter  # with Adam's two moments
+        rows = r.sampler.problems_per_step * r.sampler.samples_per_problem
+        # A token is some 12 bytes of text and ids in a rollout; most completions end well before the limit.
+        rollouts = r.run.steps * rows * int(r.sampler.max_new_tokens) * 6
+        store.prove_room(self.run / "checkpoints", one, (r.run.keep + 1) * one + 2 * adapter + rollouts)
 
     def _restore(self, checkpoint: Path) -> dict[str, int]:
         learner = self.learner

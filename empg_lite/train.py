@@ -19,7 +19,7 @@ from typing import Any
 from empg_lite import store
 from empg_lite.checkpoint import stored_state
 from empg_lite.control import RESUME, Clock, stop_request
-from empg_lite.data import ProblemStream, load_splits
+from empg_lite.data import ProblemStream, digest_of, load_splits
 from empg_lite.errors import DataError, Interrupted, RecipeError
 from empg_lite.estep import by_group, sample_rationales, weigh
 from empg_lite.metrics import Journal, View
@@ -87,7 +87,14 @@ def train(
         splits = load_splits(opened.recipe)
         new = opened.checkpoint is None  # what was begun has its sizes, and fitted once
         session = Session(
-            run, opened, journal, view, options.command, team=team, refuse=new and not options.force
+            run,
+            opened,
+            journal,
+            view,
+            options.command,
+            team=team,
+            refuse=new and not options.force,
+            data=digest_of(splits.train),
         )
         saving.enter_context(session.saved_when_cut_short())
         learner, state, recipe = session.learner, session.learner.state, session.recipe
@@ -97,6 +104,7 @@ def train(
         tester = Tester(session, sampler, grader, splits)
         begun = state.step
         if not state.step:
+            session.prove_room()
             fly_first(session, sampler, grader, first_problems(problems, recipe.run.seed), options.force)
         tester.before()
 

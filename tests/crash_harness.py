@@ -150,6 +150,12 @@ class Plant:
         """``start`` and ``wait``."""
         return self.wait(self.start(run, **how))
 
+    @contextmanager
+    def measured(self) -> Iterator[Callable[[], int]]:
+        """Bytes that the largest child of the block grew by, over this process."""
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        yield lambda: max(0, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss - before) * 1024
+
     def _report_of(self, pid: int) -> Path:
         return self.folder / f"report-{pid}.json"
 

@@ -123,7 +123,9 @@ def test_trouble_of_one_is_trouble_of_all(probes: list[dict[str, Any]]) -> None:
     """Process 1 alone runs out of memory, or a row is infinite: budgets and decisions stay equal."""
     for found in (probe["trouble"] for probe in probes):
         assert found["short"]["budget"] == 20 and found["short"]["error"] <= 1e-10
-        assert found["hopeless"].startswith("one rationale of 18 tokens does not fit")
+        assert found["hopeless"].startswith(
+            "out of memory at one rationale at a time, the longest of 18 tokens"
+        )
         assert found["infinite"] == [0, 1, 0.0]
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from empg_lite.errors import DataError, MissingInput
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from empg_lite.policy.policy import Policy
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -55,6 +57,30 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return {"lora_r": rank, "lora_alpha": alpha, "base": config.get("base_model_name_or_path")}
 
 
+#: Of a safetensors file: bytes of the header, tensors. An 8-bit optimiser of a 7B model has 2,400.
+MAX_HEADER, MAX_TENSORS = 1 << 20, 4096
+
+
+def read_tensors(data: bytes, where: str) -> dict[str, Tensor]:
+    """Tensors of a small safetensors file; its header is looked at before anything is made of it.
+
+    Raises:
+        DataError: it is damaged, or has more than a file of ours could have.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        length = int.from_bytes(data[:8], "little")
+        if length > min(MAX_HEADER, len(data) - 8):
+            raise ValueError(f"a header of {length:,} bytes")
+        if len(header := json.loads(data[8 : 8 + length])) > MAX_TENSORS:
+            raise ValueError(f"{len(header):,} tensors")
+        return load(data)
+    except (SafetensorError, ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"damaged safetensors file ({str(error)[:200]})", where) from error
+
+
 def load_adapter(policy: Policy, folder: Path) -> None:
     """Put an adapter's values into the policy's LoRA layers; names and shapes must match exactly.
 
@@ -69,13 +95,8 @@ def load_adapter_bytes(policy: Policy, data: bytes, where: str) -> None:
     """As ``load_adapter``, from the bytes of a safetensors file."""
     import torch
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
-    from safetensors import SafetensorError
-    from safetensors.torch import load
 
-    try:
-        tensors = load(data)
-    except SafetensorError as error:
-        raise DataError(f"damaged safetensors file ({error})", where) from error
+    tensors = read_tensors(data, where)
     expected = get_peft_model_state_dict(policy.model, save_embedding_layers=False)
     if tensors.keys() != expected.keys():
         odd = sorted(tensors.keys() ^ expected.keys())[0]
