@@ -41,7 +41,8 @@ class Splits:
         train, validation: in file order; validation is held out of the training rows.
         evaluation: what accuracies are reported on.
         dropped: how many rows were left out because they were a ``duplicate`` of an earlier one, an
-            ``evaluation`` row among the training rows, or published with ``no_answer``.
+            ``evaluation`` row among the training rows, published with ``no_answer``, or ``bad`` where
+            ``data.skip_bad_rows`` leaves them out.
     """
 
     train: tuple[Problem, ...]
@@ -214,8 +215,15 @@ def _read(data: DataSection, split: str, path: str | None) -> tuple[list[Problem
     rows = _rows(data, split, path)
     seen: dict[str, tuple[Problem, str]] = {}
     dropped: Counter[str] = Counter()
+    broken: list[DataError] = []
     for row in rows:
-        problem = _problem(row, data)
+        try:
+            if row.error:
+                raise row.error
+            problem = _problem(row, data)
+        except DataError as error:
+            broken.append(error)
+            continue
         if data.source == "math-hard" and _level(row) != _MATH_HARD_LEVEL:
             continue
         if problem is None:
@@ -226,11 +234,29 @@ def _read(data: DataSection, split: str, path: str | None) -> tuple[list[Problem
             dropped["duplicate"] += 1
         else:
             what = f"the same question has another answer than at {seen[problem.id][1]}"
-            raise DataError(what, f"{row.where}: answer", "remove one of the rows")
+            broken.append(DataError(what, f"{row.where}: answer", "remove one of the rows"))
+    if broken and not data.skip_bad_rows:
+        raise _all_of(broken)
+    dropped["bad"] += len(broken)
     if not seen:
         what = f"no row has {'an answer' if data.source == 'math' else f'the level {_MATH_HARD_LEVEL!r}'}"
         raise DataError(what, f"{rows[0].where}: level", "check that this is the right file")
     return [problem for problem, _ in seen.values()], dropped
+
+
+#: Unusable rows that one error names.
+MOST_NAMED = 20
+
+
+def _all_of(broken: Sequence[DataError]) -> DataError:
+    """The first error of a file's rows, and where the others are."""
+    first, others = broken[0], broken[1:]
+    if not others:
+        return first
+    places = ", ".join(e.where.split(": ")[0].rpartition(":")[2] for e in others[: MOST_NAMED - 1])
+    more = f", and {len(others) - MOST_NAMED + 1} more" if len(others) >= MOST_NAMED else ""
+    todo = f"{first.todo}; also unusable: lines {places}{more}; data.skip_bad_rows leaves them out"
+    return DataError(first.what, first.where, todo)
 
 
 def _rows(data: DataSection, split: str, path: str | None) -> list[Row]:

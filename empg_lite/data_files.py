@@ -24,10 +24,11 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row as it was read: column -> value."""
+    """One row as it was read: column -> value; or why it cannot be."""
 
     fields: Mapping[str, Any]
     where: str
+    error: DataError | None = None
 
 
 def find_file(path: Path, split: str, source: str) -> Path:
@@ -54,7 +55,8 @@ def read_rows(path: Path) -> list[Row]:
 
     Raises:
         MissingInput: no such file, or it cannot be opened.
-        DataError: naming ``file:line`` where the file is broken, empty, or of another kind.
+        DataError: naming ``file:line`` where the file is broken, empty, or of another kind. A broken line of
+            a .jsonl file comes as a row with its error.
     """
     readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
     if path.suffix not in readers:
@@ -73,9 +75,12 @@ def read_rows(path: Path) -> list[Row]:
 def _jsonl_rows(path: Path) -> Iterator[Row]:
     with open(path, "rb") as file:  # bytes: only \n ends a line, whatever else Unicode calls one
         for number, raw in enumerate(file, 1):
-            text = _decode(raw, path, number)
-            if text.strip():
-                yield _row(_from_json(text.rstrip(), path, number), f"{path}:{number}")
+            try:
+                text = _decode(raw, path, number)
+                if text.strip():
+                    yield _row(_from_json(text.rstrip(), path, number), f"{path}:{number}")
+            except DataError as error:  # of this line alone: the others may be sound
+                yield Row({}, f"{path}:{number}", error)
 
 
 def _json_rows(path: Path) -> Iterator[Row]:

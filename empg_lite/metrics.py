@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from empg_lite import store
+from empg_lite.safe_text import without_passwords
 
 #: Names whose values are wall-clock or machine facts.
 VOLATILE = ("step_time", "time/", "memory/")
@@ -119,6 +120,16 @@ def _reuses(record: Mapping[str, Any]) -> bool:
     return record["em/updates"] > 1 or record["em/staleness"] > 0
 
 
+#: Characters of a text in an event: what a user's function or a library says has no bound.
+LONGEST = 4000
+
+
+def _short(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return without_passwords(value if len(value) <= LONGEST else f"{value[:LONGEST]} ...")
+
+
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -135,7 +146,8 @@ class Journal:
 
     def event(self, event: str, **facts: Any) -> None:
         """Something that is not a step: a resume, a back-off, a skipped step, a warning."""
-        store.append_line(self._paths["events.jsonl"], {"event": event, **facts})
+        record = {"event": event, **{k: _short(v) for k, v in facts.items()}}
+        store.append_line(self._paths["events.jsonl"], record)
 
     def lengths(self) -> dict[str, int]:
         """Bytes of each log now; goes into the checkpoint."""

@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
+from empg_lite.safe_text import without_passwords
 from empg_lite.tiny import BUNDLED
 
 SOURCES = ("gsm8k", "math", "math-hard", *BUNDLED, "local")
@@ -55,6 +56,8 @@ def _clean_text(text: str) -> str:
         raise refusal("empty text", "write a value, or null where none is wanted")
     if any(c < " " or c == "\x7f" or "\ud800" <= c <= "\udfff" for c in text):
         raise refusal("control characters in the text", "write it on one line, without escapes")
+    if without_passwords(text) != text:
+        raise refusal("an address with a name or password", "take it out: a recipe is shown and published")
     return text
 
 
@@ -107,6 +110,7 @@ class DataSection(Section):
     hub_config: Text | None = key(None, "configuration (subset) of a hub dataset")
     question_column: Text | None = key(None, "column of the question; null: question, problem or prompt")
     answer_column: Text | None = key(None, "column of the answer; null: gold, answer or solution")
+    skip_bad_rows: bool = key(False, "leave unusable rows of a file out, counted, instead of refusing it")
 
     @field_validator("source")
     @classmethod
@@ -148,7 +152,7 @@ class SamplerSection(Section):
     engine: Literal["auto", "native", "generate", "unsloth"] = key(
         "auto", "native: our own; generate: the backend's; unsloth: the same with Unsloth's kernels"
     )
-    problems_per_step: Count = key(32, "P: problems of one step")
+    problems_per_step: Annotated[int, Field(ge=1, le=65_536)] = key(32, "P: problems of one step")
     samples_per_problem: Annotated[int, Field(ge=1, le=4096)] = key(8, "K: rationales drawn for each problem")
     max_new_tokens: Tokens = key(512, "a rationale cut off here has reward 0")
     temperature: PositiveNumber = key(1.0, "training samples at 1; another value needs --force")

@@ -18,6 +18,7 @@ _UNSAFE = re.compile(
     "\x00-\x08\x0b-\x1f\x7f"  # C0 controls but newline and tab; ESC begins CSI and OSC sequences
     "\x80-\x9f"  # C1 controls: the one-byte CSI and OSC
     "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # bidirectional marks, overrides and isolates
+    "\u00ad\u180e\u200b-\u200d\u2060-\u2065\ufeff"  # of no width: they hide in an answer
     "\u2028\u2029"  # line and paragraph separators
     "\ufff9-\ufffb"  # interlinear annotation
     "\ud800-\udfff"  # lone surrogates: no encoding has them
@@ -31,6 +32,18 @@ def _escape(match: re.Match[str]) -> str:
     if code <= 0xFF:
         return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
+
+
+_PASSWORD = re.compile(r"(:/{1,2})[^/@\s]+@")  # one slash is left of two where it was taken for a path
+
+
+def without_passwords(text: str) -> str:
+    """``text`` with what stands before the @ of an address taken out.
+
+    >>> without_passwords("https://me:secret@host/x")
+    'https://***@host/x'
+    """
+    return _PASSWORD.sub(r"\1***@", text)
 
 
 def safe(text: str) -> str:

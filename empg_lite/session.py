@@ -6,6 +6,7 @@ Whatever happened after the newest checkpoint happens again, the same.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import time
 from collections import deque
@@ -49,6 +50,8 @@ NONFINITE_STEPS = 3
 NONFINITE_SHARE = 0.05
 #: Passes above which reuse trades with the learning rate and gains nothing (measured on toy tasks).
 MANY_PASSES = 4
+#: Times the median step, at which a step counts as stuck.
+STUCK, SURELY_STUCK = 10, 60.0  # and no less than so many seconds
 #: Steps within which the same finding is not said again.
 SILENCE = 10
 
@@ -263,10 +266,19 @@ class Session:
                 error.where = f"{error.where}, {self._where_saved()}"
                 error.args = (" · ".join((error.what, error.where, error.todo)),)
             raise
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
     def _where_saved(self) -> str:
         step = self.learner.state.step
         return f"after step {step}, {self.checkpoint().name} is saved" if step else "before the first step"
+
+    def watch(self) -> None:
+        """A step that takes ``STUCK`` times the median, from now on, says on stderr where it is."""
+        times = sorted(r["step_time"] for r in self._recent if "step_time" in r)
+        if len(times) >= 3:
+            wait = max(SURELY_STUCK, STUCK * times[len(times) // 2])
+            faulthandler.dump_traceback_later(wait, file=2)
 
     def note_rows(self, rows: int | None) -> None:
         """Rows that the sampler draws at once now, if fewer than before."""

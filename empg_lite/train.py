@@ -109,6 +109,7 @@ def train(
         tester.before()
 
         while state.step < recipe.run.steps or state.pending:
+            session.watch()
             if not state.pending:  # else the run was stopped while this step was validated
                 groups, times, extra = e_step(session, sampler, grader, stream)  # z ~ pi(z|x), R(x, z), w
                 if not learner.planned.keeps_sampler:

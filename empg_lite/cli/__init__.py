@@ -34,7 +34,9 @@ def main(argv: list[str] | None = None) -> None:
         if "--debug" in arguments and not isinstance(error, (SystemExit, typer.Exit)):
             import traceback
 
-            traceback.print_exc()
+            from empg_lite.safe_text import safe, without_passwords
+
+            print(without_passwords(safe(traceback.format_exc())), end="", file=sys.stderr)
         code = _report(error)
     raise SystemExit(code if isinstance(code, int) else 0)
 
@@ -70,9 +72,9 @@ def _report(error: BaseException) -> int:
 
 
 def _one_line(error: EmpgError) -> str:
-    from empg_lite.safe_text import safe
+    from empg_lite.safe_text import safe, without_passwords
 
-    return " ".join(safe(str(error)).split())
+    return " ".join(without_passwords(safe(str(error))).split())
 
 
 def _translate(error: BaseException) -> EmpgError:

@@ -59,6 +59,8 @@ def chat(
     debug: DebugOption = False,
 ) -> None:
     """Ask a model and see its reasoning, the answer read from it, and its reward."""
+    from empg_lite.errors import DataError
+    from empg_lite.safe_text import safe
     from empg_lite.target import resolve_target
 
     out = Output(as_json)
@@ -81,7 +83,10 @@ def chat(
         )
         while question := _read_question(out):
             question, _, known = question.partition("=>")
-            _exchange(out, talk, grader, question.strip(), known.strip() or gold, compare)
+            try:
+                _exchange(out, talk, grader, question.strip(), known.strip() or gold, compare)
+            except DataError as error:  # of this question alone
+                out.print(safe(str(error)), style="yellow", markup=False, highlight=False)
 
 
 def _read_question(out: Output) -> str:

@@ -96,9 +96,17 @@ class Policy:
     # --- text <-> ids -----------------------------------------------------------------------------
 
     def encode_prompt(self, question: str) -> tuple[str, tuple[int, ...]]:
-        """The prompt as text and as ids."""
-        prompt = self.template.render(question)
-        return prompt, tuple(self.tokenizer.encode(prompt, add_special_tokens=False))
+        """The prompt as text and as ids.
+
+        A control token's name in a question is text like any other: nobody ends the user's turn from within.
+        """
+        prompt, encode = self.template.render(question), self.tokenizer.encode
+        if not any(name in question for name in self.tokenizer.get_added_vocab()):
+            return prompt, tuple(encode(prompt, add_special_tokens=False))
+        before, after = self.template.text.split("{question}")
+        ids = [encode(part, add_special_tokens=False) for part in (before, after)]
+        own = encode(question, add_special_tokens=False, split_special_tokens=True)
+        return prompt, (*ids[0], *own, *ids[1])
 
     def encode_completion(self, text: str) -> tuple[int, ...]:
         """Ids of a completion that came as text, with the template's end token appended."""

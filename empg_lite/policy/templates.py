@@ -79,7 +79,11 @@ def load_template(name_or_file: str) -> Template:
     if name_or_file in TEMPLATES:
         return TEMPLATES[name_or_file]
     path = Path(name_or_file)
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError:  # no system has a file of such a name
+        found = False
+    if not found:
         close = get_close_matches(name_or_file, TEMPLATES, 1)
         hint = f"did you mean {close[0]}?" if close else f"built-in: {', '.join(TEMPLATES)}"
         raise MissingInput(f"no prompt template {name_or_file!r}", "data.prompt", hint)
