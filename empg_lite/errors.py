@@ -22,6 +22,8 @@ class EmpgError(Exception):
     exit_code = 70
     #: All processes of a launch raise it alike (see ``parallel``).
     shared = False
+    #: The optimiser has not moved anything since the last step: a checkpoint may be made.
+    between_steps = True
 
     def __init__(self, what: str, where: str = "", todo: str = "") -> None:
         self.what, self.where, self.todo = what, where, todo
@@ -66,8 +68,6 @@ class OutOfMemory(EmpgError):
     """Nothing smaller is left to try."""
 
     exit_code = 71
-    #: The optimiser has not moved anything since the last step: a checkpoint may be made.
-    between_steps = True
 
 
 class RunInUse(EmpgError):

@@ -75,6 +75,13 @@ class Learner:
             )
         return kept, len(problems) - len(kept)
 
+    def is_finite(self) -> bool:
+        """Whether no trained weight and no moment is NaN or infinite."""
+        parameters = self.policy.trainable().values()
+        moments = (v for p in parameters for v in self.optimizer.state.get(p, {}).values())
+        tensors = [*parameters, *(v for v in moments if isinstance(v, torch.Tensor))]
+        return all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
+
     def learning_rate(self) -> float:
         """Rate of the step about to be taken: linear warm-up, then constant, lower for more passes."""
         o, passes = self.recipe.optim, self.recipe.em.passes

@@ -254,15 +254,16 @@ class Session:
 
         Raises:
             Interrupted: a signal came.
-            OutOfMemory: as it came.
+            OutOfMemory, NumericalStop: as it came.
         """
         try:
             yield
         except StopRequested as stop:
             raise Interrupted(stop.signum, f"stopped {self._where_saved()}", str(self.run), RESUME) from None
-        except OutOfMemory as error:
-            if error.between_steps and self.learner.team.size == 1:
-                self.journal.event("out_of_memory", step=self.learner.state.step, what=error.what)
+        except (OutOfMemory, NumericalStop) as error:
+            if error.between_steps and self.learner.team.size == 1 and self.learner.is_finite():
+                kind = "out_of_memory" if isinstance(error, OutOfMemory) else "not_finite"
+                self.journal.event(kind, step=self.learner.state.step, what=error.what)
                 error.where = f"{error.where}, {self._where_saved()}"
                 error.args = (" · ".join((error.what, error.where, error.todo)),)
             raise

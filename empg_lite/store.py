@@ -446,8 +446,9 @@ def run_lock(run: Path) -> Iterator[None]:
 def _holder(fd: int) -> str:
     """What the holder of a lock says of itself; it may be about to say it."""
     for _ in range(20):
-        if said := os.pread(fd, 400, 0).decode("utf-8", "replace").strip():
-            return safe(said)
+        said = os.pread(fd, 400, 0).decode("utf-8", "replace")
+        if said.endswith("\n"):
+            return safe(said.strip())
         time.sleep(0.01)
     return "a process that has not said which"
 

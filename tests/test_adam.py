@@ -11,6 +11,7 @@ from fixture_model import build_model
 from empg_lite.checkpoint import _load_optimizer, _optimizer_bytes
 from empg_lite.policy import load_policy
 from empg_lite.policy.adam import make_adamw
+from empg_lite.policy.adapter import read_tensors
 from empg_lite.policy.policy import Policy
 from empg_lite.recipe import ModelSection
 
@@ -68,7 +69,7 @@ def test_a_checkpoint_goes_on_to_the_bit(folder: Path, eight_bit: bool) -> None:
         with torch.no_grad():
             for name, p in other.trainable().items():
                 p.copy_(kept[name])
-        _load_optimizer(other, again, data)
+        _load_optimizer(other, again, read_tensors(data, "optimizer"))
         return walk(other, again, range(3, 6))
 
     assert torch.equal(resumed(stored), straight)

@@ -47,6 +47,7 @@ DEFAULTS = {
     "data.path": None, "data.split": "train", "data.eval_path": None, "data.eval_split": "test",
     "data.validation": None, "data.prompt": None, "data.reward": None, "data.max_prompt_tokens": None,
     "data.hub_config": None, "data.question_column": None, "data.answer_column": None,
+    "data.skip_bad_rows": False,
     "sampler.engine": "auto", "sampler.problems_per_step": 32, "sampler.samples_per_problem": 8,
     "sampler.max_new_tokens": 512, "sampler.temperature": 1.0, "sampler.top_p": 1.0, "sampler.top_k": 0,
     "sampler.refill": 0, "sampler.batch_rows": "auto", "sampler.merged": "auto",
