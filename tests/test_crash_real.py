@@ -28,6 +28,7 @@ def test_the_command_killed_and_repeated(tmp_path: Path) -> None:
 
 
 _CALL = re.compile(r"^\d+ +(\w+)\((.*)\) += (-?\d+)")
+_RESUMED = re.compile(r"^(\d+) +<\.\.\. \w+ resumed>(.*)")
 _PATH = re.compile(r'^(?:AT_FDCWD(?:<[^>]*>)?, )?"([^"]*)"')
 _DESCRIPTOR = re.compile(r"^(\d+)<([^>]*)>")
 _NAMES = {
@@ -46,7 +47,13 @@ def read_strace(lines: Iterable[str], run: Path) -> tuple[list[tuple[str, str]],
     """Changes within the run, as ``store`` would log them; the places at which something was printed."""
     calls: list[tuple[str, str]] = []
     told: list[int] = []
+    begun: dict[str, str] = {}  # by process: a call that another one's came in between
     for line in lines:
+        if line.endswith(" <unfinished ...>"):
+            begun[line.split(" ", 1)[0]] = line.removesuffix(" <unfinished ...>")
+            continue
+        if resumed := _RESUMED.match(line):
+            line = begun.pop(resumed[1], "") + resumed[2]
         found = _CALL.match(line)
         if not found or int(found[3]) < 0:
             continue
@@ -59,6 +66,15 @@ def read_strace(lines: Iterable[str], run: Path) -> tuple[list[tuple[str, str]],
         if where.startswith(str(run)) and not where.endswith("/LOCK"):
             calls.append((_NAMES[name], where))
     return calls, told
+
+
+def test_calls_in_two_pieces_are_read_as_one() -> None:
+    log = [
+        "7 fsync(5</r/a> <unfinished ...>",
+        '8 write(2</dev/tty>, "x", 1) = 1',
+        "7 <... fsync resumed>) = 0",
+    ]
+    assert read_strace(log, Path("/r")) == ([("_fsync", "/r/a")], [0])
 
 
 UNSYNCED = (
