@@ -125,6 +125,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.slow
 def test_time_is_linear_in_hostile_text() -> None:
     """A megabyte of each and many sentences of all: seconds are needed, the limit only tells a blow-up."""
     code = (

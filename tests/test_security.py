@@ -500,7 +500,7 @@ VALUES = st.recursive(
 )
 
 
-@FUZZ
+@settings(max_examples=100, deadline=None)
 @given(st.dictionaries(KEYS, VALUES, max_size=6))
 def test_any_values_as_a_recipe(tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]) -> None:
     path = Path(tmp_path_factory.getbasetemp()) / "fuzz-values.yaml"

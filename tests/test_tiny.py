@@ -311,7 +311,7 @@ def test_completions_fit_the_recipe(tokenizer: Any) -> None:
 # ---- model -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=BUNDLED)
+@pytest.fixture(scope="module", params=["tiny", pytest.param("tiny-hard", marks=pytest.mark.slow)])
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -234,6 +234,7 @@ def test_interrupted_and_resumed_equals_straight(straight: Path) -> None:
     assert digest(run) == digest(straight / "run")
 
 
+@pytest.mark.slow
 def test_kill_9_and_resumed_equals_straight(straight: Path) -> None:
     """The real command in a process of its own, killed in the middle of a step."""
     run = straight / "killed"

@@ -23,6 +23,8 @@ _PROBES = (
     "Zoë paid €3.50 — half of 7½ · \\boxed{\\frac{1}{2}}",
 )
 _MAX_HEADER = 100 << 20
+#: Seconds that the hub may take to say which commit a model is at; then the cache alone is asked.
+PATIENCE = 8
 
 
 def resolve_model(name: str, revision: str | None, *, weights: bool = True) -> tuple[Path, str | None]:
@@ -41,16 +43,23 @@ def resolve_model(name: str, revision: str | None, *, weights: bool = True) -> t
         return model_path(name), None
     if Path(name).is_dir():
         return Path(name), None
-    from huggingface_hub import snapshot_download
+    from httpx import HTTPError
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     patterns = ["*.json", "merges.txt", "*.jinja"] + (["*.safetensors"] if weights else [])
     todo = "check the name and the network, or give a local folder as model.name"
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        try:  # snapshot_download itself waits without end for a network that takes and never answers
+            revision, cached = HfApi().model_info(name, revision=revision, timeout=PATIENCE).sha, False
+        except (ConnectionError, HTTPError):
+            cached = True
+        folder = Path(
+            snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=cached)
+        )
     except HFValidationError as error:
         raise MissingInput(f"no model folder or hub name {name!r}", "model.name", todo) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
         raise MissingInput(f"model {name!r} cannot be fetched", "model.name", todo) from error
     return folder, folder.name
 
