@@ -5,9 +5,8 @@ and fits rows of full length, and compares the resident memory of each phase (ov
 with the plan. The high-water mark of the process is set back before each phase (``/proc/self/clear_refs``).
 It ends with exit code 1 where the peak is more than 15% off.
 
-Each step is taken as on a machine with just the memory that its plan asks for: there the package tells the C
-library to give freed blocks back at once. With ``--ample`` memory it does not, for speed, and resident memory
-has the blocks that are kept for the next request too.
+For plans of this size the package has the C library give freed blocks back at once. ``--keep`` leaves that
+out, to see what resident memory has otherwise: the blocks that are kept for the next request.
 """
 
 from __future__ import annotations
@@ -85,22 +84,22 @@ def main() -> None:
     )
     parser.add_argument("--cases", nargs="*", default=[c.name for c in CASES], help="names; default: all")
     parser.add_argument("--json", action="store_true", help="print one JSON object a case instead of tables")
-    parser.add_argument("--ample", action="store_true", help="a machine with memory to spare")
+    parser.add_argument("--keep", action="store_true", help="let the C library keep freed blocks")
     parser.add_argument("--build", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--child", nargs=2, metavar=("CASE", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         case = next(c for c in CASES if c.name == arguments.child[0])
         folder = Path(arguments.child[1])
-        print(build(case, folder) if arguments.build else json.dumps(measure(case, folder, arguments.ample)))
+        print(build(case, folder) if arguments.build else json.dumps(measure(case, folder, arguments.keep)))
         return
-    results = [run(case, arguments.ample) for case in CASES if case.name in arguments.cases]
+    results = [run(case, arguments.keep) for case in CASES if case.name in arguments.cases]
     for result in results:
         print(json.dumps(result) if arguments.json else table(result))
     raise SystemExit(0 if all(abs(r["ratio"] - 1) <= BAR for r in results) else 1)
 
 
-def run(case: Case, ample: bool) -> dict[str, Any]:
+def run(case: Case, keep: bool) -> dict[str, Any]:
     """One case in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(Path(__file__).resolve()), "--child", case.name, folder]
@@ -108,8 +107,8 @@ def run(case: Case, ample: bool) -> dict[str, Any]:
         paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
         environment.pop("MALLOC_MMAP_THRESHOLD_", None)
-        if ample:
-            command.append("--ample")
+        if keep:
+            command.append("--keep")
         # The weights are made in a process of their own: what that takes must not count.
         subprocess.run([*command, "--build"], env=environment, check=True, stdout=subprocess.DEVNULL)
         done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
@@ -148,7 +147,7 @@ def build(case: Case, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def measure(case: Case, folder: Path, ample: bool) -> dict[str, Any]:
+def measure(case: Case, folder: Path, keep: bool) -> dict[str, Any]:
     """Predicted and measured bytes of each phase, over what the process held after its imports."""
     import bitsandbytes  # noqa: F401  (imported here, or its memory would count as the model's)
     import peft  # noqa: F401
@@ -156,14 +155,14 @@ def measure(case: Case, folder: Path, ample: bool) -> dict[str, Any]:
 
     from empg_lite import plan
     from empg_lite.learner import build_learner
-    from empg_lite.plan.choose import SHARE
     from empg_lite.recipe import Recipe
     from empg_lite.sampler import Prompt
 
     recipe = Recipe.model_validate(_recipe(case, folder)).resolved()
     shape = plan.read_shape(str(folder))
     planned = plan.plan_recipe(recipe, shape, plan.Machine("cpu", 10**12))
-    plan.free_memory = lambda device: 10**12 if ample else int(planned.peak / SHARE) + 1  # type: ignore[attr-defined]
+    if keep:
+        plan.return_freed_blocks = lambda: None
     before = plan.resident_memory()
     _forget_peak()
     learner = build_learner(recipe)

@@ -162,7 +162,7 @@ def build_learner(recipe: Recipe, team: Team = ALONE, *, refuse: bool = False) -
     recipe = recipe.resolved()
     planned, held = plan_here(recipe, refuse=refuse, team=team)
     recipe = plan.with_sizes(recipe, planned.settings)
-    if planned.is_tight:
+    if planned.is_large:
         plan.return_freed_blocks()
     policy = load_policy(
         recipe.model,

@@ -497,7 +497,10 @@ def test_plan_and_run_agree(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) 
         assert built.recipe.optim == with_sizes(recipe, plan.settings).optim
         assert built.planned == plan and 10**8 < built.held < 4 * 10**9  # of the process, before
     assert (plan.settings.batch_rows, plan.settings.micro_batch_tokens) == (128, 1024)  # the roomy case
-    assert tight == [4 * 10**6, 12 * 10**6, 10**9]  # auto takes most of what there is
+    assert tight == [4 * 10**6, 12 * 10**6, 10**9]  # auto takes most of what there is; 10**12 has to spare
+    large = plan_recipe(recipe, read_shape(recipe.model.name), Machine("cpu", 10**12))
+    assert not large.is_large and replace(large, stays={"weights": 10**9 + 1}).is_large
+    assert not replace(large, machine=Machine("cuda", 1), stays={"weights": 10**9 + 1}).is_large
 
 
 @pytest.mark.parametrize("asked", [True, False])

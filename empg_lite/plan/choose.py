@@ -20,8 +20,9 @@ from empg_lite.recipe import Recipe
 
 #: Share of the free memory that is planned with: the allocator's rounding and fragments need the rest.
 SHARE = 0.9
-#: Resident memory was up to 1.3 times what is alive where the C library keeps freed blocks (docs/memory.md).
-ROOM = 2
+#: Where the C library keeps freed blocks, resident memory was up to 1.5 times what is alive (docs/memory.md):
+#: a peak of so many bytes, or of more than one part in ``ROOM`` of the free memory, is kept to instead.
+LARGE, ROOM = 10**9, 2
 #: Tokens of a micro-batch. Above the most, none gains anything; on a CPU it costs time (docs/LOG.md).
 MIN_TOKENS, MAX_TOKENS = 256, {"cpu": 1024, "cuda": 16_384}
 MIN_ROWS, MAX_ROWS = 8, 512
@@ -111,9 +112,10 @@ class Plan:
         }
 
     @property
-    def is_tight(self) -> bool:
-        """On a CPU, whether freed blocks that the C library keeps may be what no longer fits."""
-        return self.machine.device == "cpu" and ROOM * self.peak > self.machine.free
+    def is_large(self) -> bool:
+        """On a CPU, whether memory is worth the time that giving back freed blocks takes."""
+        large = self.peak > LARGE or ROOM * self.peak > self.machine.free
+        return self.machine.device == "cpu" and large
 
     @property
     def fits(self) -> bool:

@@ -80,7 +80,7 @@ def return_freed_blocks() -> None:
     """Make the C library give blocks of 1 MB and more back to the system as soon as they are freed (glibc).
 
     By default it raises that limit, up to 32 MB, as large blocks are freed, and the process grows by a third
-    and more over what is alive. With memory to spare that is the faster way: a fresh page costs a fault.
+    and more over what is alive. For small work that is the faster way: a fresh page costs a fault.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
