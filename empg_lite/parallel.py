@@ -8,10 +8,11 @@ values, so that nothing but the speed depends on N. One process alone is a team 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from empg_lite import store
 from empg_lite.errors import EmpgError, explained
@@ -141,6 +142,13 @@ def _shared(error: EmpgError) -> EmpgError:
     """Mark an error as one that nobody needs to be told of."""
     error.shared = True
     return error
+
+
+def leave(code: int) -> NoReturn:
+    """End a launched process as it is: torch's own teardown may abort it once the others are gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @contextmanager

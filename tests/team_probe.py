@@ -20,7 +20,7 @@ from empg_lite.em import denominator
 from empg_lite.errors import EmpgError, Interrupted, OutOfMemory
 from empg_lite.estep import by_group, sample_rationales
 from empg_lite.mstep import FitSettings, FitStats, m_step
-from empg_lite.parallel import ALONE, Team, join
+from empg_lite.parallel import ALONE, Team, join, leave
 from empg_lite.policy.packing import Ids
 from empg_lite.policy.policy import Policy
 from empg_lite.rationale import Problem, Rationale
@@ -225,6 +225,7 @@ def main() -> None:
     except EmpgError as error:
         found["error"] = [type(error).__name__, error.exit_code, error.what, error.where, error.todo]
     print(json.dumps(found))
+    leave(0)
 
 
 if __name__ == "__main__":

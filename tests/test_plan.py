@@ -497,10 +497,18 @@ def test_plan_and_run_agree(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) 
         assert built.recipe.optim == with_sizes(recipe, plan.settings).optim
         assert built.planned == plan and 10**8 < built.held < 4 * 10**9  # of the process, before
     assert (plan.settings.batch_rows, plan.settings.micro_batch_tokens) == (128, 1024)  # the roomy case
-    assert tight == [4 * 10**6, 12 * 10**6, 10**9]  # auto takes most of what there is; 10**12 has to spare
-    large = plan_recipe(recipe, read_shape(recipe.model.name), Machine("cpu", 10**12))
-    assert not large.is_large and replace(large, stays={"weights": 10**9 + 1}).is_large
-    assert not replace(large, machine=Machine("cuda", 1), stays={"weights": 10**9 + 1}).is_large
+    assert tight == [4 * 10**6, 12 * 10**6, 10**12, 10**9]  # auto takes what there is, or 512 rows: over 1 GB
+
+
+def test_memory_is_kept_to_where_it_is_scarce_or_much() -> None:
+    plan = plan_recipe(load_recipe("tiny", ["sampler.batch_rows=8"]), read_shape("tiny"), CPU)
+
+    def large(peak: int, machine: Machine) -> bool:
+        return replace(plan, stays={"weights": peak}, phases={"M-step": {}}, machine=machine).is_large
+
+    assert not large(10**9, CPU) and large(10**9 + 1, CPU)
+    assert not large(10**6, Machine("cpu", 2 * 10**6)) and large(10**6 + 1, Machine("cpu", 2 * 10**6))
+    assert not large(10**10, Machine("cuda", 1))
 
 
 @pytest.mark.parametrize("asked", [True, False])

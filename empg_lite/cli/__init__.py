@@ -10,7 +10,7 @@ import typer
 
 from empg_lite.cli import look, talk, work
 from empg_lite.errors import EmpgError, UsageError, explained
-from empg_lite.parallel import GRACE, processes, speaks
+from empg_lite.parallel import GRACE, leave, processes, speaks
 
 app = typer.Typer(
     name="empg-lite",
@@ -38,7 +38,10 @@ def main(argv: list[str] | None = None) -> None:
 
             print(without_passwords(safe(traceback.format_exc())), end="", file=sys.stderr)
         code = _report(error)
-    raise SystemExit(code if isinstance(code, int) else 0)
+    code = code if isinstance(code, int) else 0
+    if processes() > 1:
+        leave(code)
+    raise SystemExit(code)
 
 
 def refuse_launcher(arguments: list[str]) -> None:
