@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
             print(without_passwords(safe(traceback.format_exc())), end="", file=sys.stderr)
         code = _report(error)
     code = code if isinstance(code, int) else 0
-    if processes() > 1:
+    if argv is None and processes() > 1:  # the command itself, not a call from within a process
         leave(code)
     raise SystemExit(code)
 
