@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from empg_lite.errors import DataError
 from empg_lite.estep import sample_rationales
 from empg_lite.learner import Learner, build_learner
 from empg_lite.rationale import Problem, Rationale, problem_id
@@ -43,7 +42,6 @@ class Chat:
             max_new_tokens or self.recipe.sampler.max_new_tokens, temperature=temperature
         )
         self._sampler = self.learner.sampler()
-        self._context = int(self.learner.policy.causal.config.max_position_embeddings)
         self._asked = 0
 
     def ask(
@@ -58,13 +56,7 @@ class Chat:
         return replies
 
     def _answer(self, question: str, gold: str | None, grader: Grader) -> Rationale:
-        tokens = len(self.learner.policy.encode_prompt(question)[1]) + self.decoding.max_new_tokens
-        if tokens > self._context:
-            raise DataError(
-                f"question and answer may take {tokens:,} tokens, the model's context is {self._context:,}",
-                "chat",
-                "ask something shorter, or lower --max-new-tokens",
-            )
+        self.learner.require_room(question, self.decoding.max_new_tokens)
         problem = Problem(problem_id(question), question, gold or "")
         draw = sample_rationales(
             self.learner.policy,

@@ -75,6 +75,21 @@ class Learner:
             )
         return kept, len(problems) - len(kept)
 
+    def require_room(self, question: str, max_new_tokens: int) -> None:
+        """Refuse a question whose longest answer would leave the model's context.
+
+        Raises:
+            DataError: it would.
+        """
+        tokens = len(self.policy.encode_prompt(question)[1]) + max_new_tokens
+        context = int(self.policy.causal.config.max_position_embeddings)
+        if tokens > context:
+            raise DataError(
+                f"question and answer may take {tokens:,} tokens, the model's context is {context:,}",
+                "the question",
+                "ask something shorter, or lower --max-new-tokens",
+            )
+
     def is_finite(self) -> bool:
         """Whether no trained weight and no moment is NaN or infinite."""
         parameters = self.policy.trainable().values()

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from empg_lite.control import stop_point
 from empg_lite.rationale import Rationale
-from empg_lite.rewards import Case, Grader, Verdict
+from empg_lite.recipe import Recipe
+from empg_lite.rewards import Case, Grader, UserCode, Verdict, pin, refuse_code
 
 #: What identifies a completion for the purpose of not grading it twice.
 VerdictKey = tuple[str, str]
@@ -89,3 +90,26 @@ class Scorer:
 def score(rationales: Sequence[Rationale], grader: Grader, reward: str) -> list[Rationale]:
     """Grade rationales that are all there. See ``Scorer``."""
     return Scorer(grader, reward).scored(rationales)
+
+
+def with_code(
+    recipe: Recipe, allow_code: bool, *, repin: bool = False, runs: bool = True
+) -> tuple[Recipe, UserCode | None]:
+    """The recipe with its reward pinned, and the file that the reward runs, if it is one.
+
+    Args:
+        repin: take a file that is not the one recorded.
+        runs: the caller will run the file, and has to be allowed to.
+
+    Raises:
+        UsageError: it would run a file that nobody allowed.
+        MissingInput, DataError: the file is not there, or not the one recorded.
+    """
+    if recipe.data.reward is None:
+        return recipe, None
+    spec, code = pin(recipe.data.reward, repin=repin)
+    if code is None:
+        return recipe, None
+    if runs and not allow_code:
+        raise refuse_code(code.ref, "data.reward")
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"reward": spec})}), code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,8 @@ def resolve_target(
             own = load_recipe(recipe, overrides, seed).model_copy(update={"model": own.model})
         return Target(_with_adapter(own, adapter), run, f"{run.name}/{adapter.name}")
     is_adapter = (path / "adapter_config.json").is_file()
-    if not is_adapter and not path.is_dir() and ("/" not in name or path.parent.is_dir()):
+    may_be_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not path.parent.is_dir()
+    if not is_adapter and not path.is_dir() and not may_be_hub_id:
         raise MissingInput("no such run, adapter or model", name, "empg-lite train makes a run under runs/")
     if recipe is None:
         kind = "an adapter" if is_adapter else "a model"

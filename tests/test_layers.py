@@ -45,6 +45,7 @@ FLOORS = [
     {"batching", "estep", "mstep", "learner", "evaluate", "preflight", "profiler"},
     {"session", "tester", "train", "offline", "rescore"},
     {"chat", "check", "doctor"},
+    {"api"},
     {"cli"},
 ]
 FLOOR = {name: n for n, names in enumerate(FLOORS) for name in names}

@@ -15,7 +15,6 @@ from empg_lite.cli.options import (
     RecipeOption,
     SeedOption,
     SetOption,
-    with_code,
 )
 
 if TYPE_CHECKING:
@@ -162,6 +161,7 @@ def check(
     from empg_lite.recipe_file import load_recipe
     from empg_lite.rewards import Grader
     from empg_lite.safe_text import safe
+    from empg_lite.scoring import with_code
 
     out = Output(as_json)
     plan = load_recipe(recipe or "tiny", overrides or [], seed)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from empg_lite.metrics import View
-    from empg_lite.recipe import Recipe
     from empg_lite.rewards import UserCode
 
 RecipeOption = Annotated[
@@ -140,28 +139,3 @@ def reward_option(reward: str, allow_code: bool) -> tuple[str, UserCode | None]:
     if code is not None and not allow_code:
         raise refuse_code(code.ref, "--reward")
     return spec, code
-
-
-def with_code(
-    recipe: Recipe, allow_code: bool, *, repin: bool = False, runs: bool = True
-) -> tuple[Recipe, UserCode | None]:
-    """The recipe with its reward pinned, and the file that the reward runs, if it is one.
-
-    Args:
-        repin: take a file that is not the one recorded.
-        runs: the command will run the file, and has to be allowed to.
-
-    Raises:
-        UsageError: it would run a file without ``--allow-code``.
-        MissingInput, DataError: the file is not there, or not the one recorded.
-    """
-    from empg_lite.rewards import pin, refuse_code
-
-    if recipe.data.reward is None:
-        return recipe, None
-    spec, code = pin(recipe.data.reward, repin=repin)
-    if code is None:
-        return recipe, None
-    if runs and not allow_code:
-        raise refuse_code(code.ref, "data.reward")
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"reward": spec})}), code

@@ -20,7 +20,6 @@ from empg_lite.cli.options import (
     SetOption,
     TargetArgument,
     reward_option,
-    with_code,
 )
 
 if TYPE_CHECKING:
@@ -61,6 +60,7 @@ def chat(
     """Ask a model and see its reasoning, the answer read from it, and its reward."""
     from empg_lite.errors import DataError
     from empg_lite.safe_text import safe
+    from empg_lite.scoring import with_code
     from empg_lite.target import resolve_target
 
     out = Output(as_json)

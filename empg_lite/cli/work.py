@@ -26,7 +26,6 @@ from empg_lite.cli.options import (
     TargetArgument,
     command_line,
     reward_option,
-    with_code,
 )
 
 if TYPE_CHECKING:
@@ -63,6 +62,7 @@ def train(
     """Train by a recipe: sample, score, fit; evaluate before and after."""
     from empg_lite.recipe_file import dump_recipe, load_recipe
     from empg_lite.runs import RECIPE, is_run, next_run_dir
+    from empg_lite.scoring import with_code
 
     out = Output(as_json)
     changes = [*(overrides or []), *([f"run.steps={max_steps}"] if max_steps else [])]
@@ -257,6 +257,7 @@ def evaluate(
     debug: DebugOption = False,
 ) -> None:
     """Greedy accuracy with a 95% interval, on held-out problems. Interrupted: repeat the command to go on."""
+    from empg_lite.scoring import with_code
     from empg_lite.target import resolve_target
 
     out = Output(as_json)

@@ -1,0 +1,169 @@
+"""The Python API does what the commands do: the same files, the same figures, the same errors."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+
+import empg_lite
+from empg_lite import api
+from empg_lite.errors import DataError, EmpgError, MissingInput, RecipeError, UsageError
+from empg_lite.metrics import View, stable
+
+
+class Watcher(View):
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def step(self, record, total) -> None:  # type: ignore[no-untyped-def]
+        self.steps.append(record["step"])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> tuple[api.Run, Path, Watcher]:
+    """A run of three steps by the API, its recipe, and who watched."""
+    from conftest import write_recipe
+
+    folder = tmp_path_factory.mktemp("api")
+    recipe, watcher = write_recipe(folder, model_dir), Watcher()
+    return api.run(recipe, folder / "run", seed=5, view=watcher), recipe, watcher
+
+
+def test_run_is_train(cli, trained: tuple[api.Run, Path, Watcher], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    run, recipe, watcher = trained
+    code, _, _ = cli("train", "--recipe", recipe, "--seed", 5, "--output-dir", tmp_path / "by-command")
+    assert code == 0
+    other = api.load_run(tmp_path / "by-command")
+    assert [stable(r) for r in run.metrics()] == [stable(r) for r in other.metrics()]
+    weights = "adapter/adapter_model.safetensors"
+    assert (run.path / weights).read_bytes() == (other.path / weights).read_bytes()
+    assert watcher.steps == [1, 2, 3] == [r["step"] for r in run.metrics()][1:]  # 0 is the evaluation before
+    assert run.summary["steps"] == 3 and run.summary["run"] == str(run.path) and not other.summary
+    assert run.recipe.run.seed == 5 and run.recipe == other.recipe
+
+
+def test_what_a_run_stored(trained: tuple[api.Run, Path, Watcher]) -> None:
+    run = trained[0]
+    rows = run.rationales(2)
+    assert len(rows) == 24 and {r.step for r in rows} == {2}
+    assert run.rationales() == run.rationales(3) != rows
+    mean = sum(r.reward for r in rows if not r.failed) / len(rows)
+    assert run.metrics()[2]["reward"] == pytest.approx(mean, abs=1e-12)
+    assert all("event" in e for e in run.events())
+    with pytest.raises(MissingInput):
+        run.rationales(9)
+
+
+def test_evaluate_model_is_eval(cli, trained: tuple[api.Run, Path, Watcher]) -> None:  # type: ignore[no-untyped-def]
+    run, _, _ = trained
+    figures = api.evaluate_model(run, k=2, base=True)
+    code, out, _ = cli("eval", run.path, "--k", 2, "--base", "--json")
+    assert code == 0 and json.loads(out.splitlines()[-1]) == json.loads(json.dumps(figures))
+    assert figures["pass@1"] == run.summary["accuracy_after"]
+
+
+def test_a_loaded_policy_answers_as_in_chat(cli, trained: tuple[api.Run, Path, Watcher]) -> None:  # type: ignore[no-untyped-def]
+    run, _, _ = trained
+    policy = api.load_policy(run)
+    answer = policy.answer("3 + 4 = ?")
+    code, out, _ = cli("chat", run.path, "--prompt", "3 + 4 = ?", "--compare", "--json")
+    said = json.loads(out.splitlines()[-1])
+    assert code == 0 and answer.completion == said["tuned"]["completion"]
+    with policy.as_base():
+        base = policy.answer("3 + 4 = ?")
+    assert base.completion == said["base"]["completion"] != answer.completion
+    assert answer.reward is None
+
+    group = policy.sample("3 + 4 = ?", 6)
+    texts = [r.completion for r in group.rationales]
+    assert len(texts) == 6 and len(set(texts)) > 1
+    assert [r.completion for r in policy.sample("3 + 4 = ?", 6).rationales] == texts
+    assert [r.completion for r in policy.sample("3 + 4 = ?", 6, seed=1).rationales] != texts
+    with pytest.raises(DataError, match="context"):
+        policy.answer("1 + " * 5000)
+
+
+def test_a_loop_of_sample_score_fit(trained: tuple[api.Run, Path, Watcher], tmp_path: Path) -> None:
+    run, recipe, _ = trained
+    out = tmp_path / "rollouts.jsonl"
+    said = api.sample_rationales(recipe, out, problems=3, overrides={"run.seed": 5})
+    assert said["rationales"] == 24
+    scored = api.score_rationales(out, "regex:[a-m]")
+    assert scored["rationales"] == 24 and 0 < scored["reward"] < 1
+    fitted = api.fit_rationales(
+        [out], recipe, tmp_path / "fit", overrides={"run.seed": 5, "run.eval_every": 0}
+    )
+    (record,) = fitted.metrics()
+    first = run.metrics()[1]
+    # The first step of the run drew, scored and fitted the very same rationales.
+    assert (record["reward"], record["loss"], record["grad_norm"]) == (
+        first["reward"],
+        first["loss"],
+        first["grad_norm"],
+    )
+
+
+def test_grading_planning_and_problems(trained: tuple[api.Run, Path, Watcher]) -> None:
+    assert api.grade_answer(r"so it is \boxed{0.5}", "1/2").reward == 1
+    assert api.grade_answer("#### 7", "8", "gsm8k").reason == "different"
+    assert api.plan_memory("tiny", "2GB").fits
+    huge = {
+        "sampler.problems_per_step": 4096,
+        "sampler.samples_per_problem": 64,
+        "sampler.batch_rows": 200_000,
+    }
+    assert not api.plan_memory("tiny", "2GB", overrides=huge).fits
+    problems = api.load_problems(trained[1], "train")
+    assert {p.gold for p in problems} <= {str(n) for n in range(9)}
+    assert len(api.load_problems("tiny")) == 500
+
+
+def test_errors_are_those_of_the_command(trained: tuple[api.Run, Path, Watcher], tmp_path: Path) -> None:
+    run, recipe, _ = trained
+    with pytest.raises(RecipeError, match="learning_rate"):
+        api.run(recipe, tmp_path / "a", overrides={"optim.learning_rate": "fast"})
+    with pytest.raises(UsageError, match="--resume"):
+        api.run(recipe, run.path)
+    with pytest.raises(UsageError, match="read_recipe"):
+        api.run(api.read_recipe(recipe), tmp_path / "b", seed=1)
+    with pytest.raises(MissingInput):
+        api.load_run(tmp_path)
+    with pytest.raises(MissingInput):
+        api.load_policy(str(tmp_path / "nothing" / "here"))
+    (tmp_path / "mine.py").write_text("def reward(completion, gold, question, meta):\n    return 1.0\n")
+    mine = f"python:{tmp_path / 'mine.py'}"
+    with pytest.raises(UsageError, match="allow-code"):
+        api.grade_answer("x", "y", mine)
+    assert api.grade_answer("x", "y", mine, allow_code=True).reward == 1
+    assert not list(tmp_path.glob("[ab]")), "a refused run leaves nothing"
+
+
+def test_overrides_take_python_values() -> None:
+    recipe = api.read_recipe("tiny", overrides={"run.eval_limit": None, "model.load_in_4bit": True})
+    assert recipe.run.eval_limit is None and recipe.model.load_in_4bit is True
+    assert api.read_recipe("tiny", overrides={"optim.learning_rate": 1e-5}).optim.learning_rate == 1e-5
+    assert api.read_recipe("tiny", overrides={"data.eval_split": "007"}).data.eval_split == "007"
+
+
+def test_no_name_hides_a_module_and_all_are_typed_and_documented() -> None:
+    modules = {p.stem for p in Path(empg_lite.__file__).parent.iterdir()}
+    assert not set(api.__all__) & modules
+    assert (Path(empg_lite.__file__).parent / "py.typed").is_file()
+    for name in api.__all__:
+        thing = getattr(api, name)
+        assert inspect.getdoc(thing), name
+        if inspect.isfunction(thing):
+            assert all(p.annotation is not p.empty for p in inspect.signature(thing).parameters.values()), (
+                name
+            )
+    public = {
+        n.name
+        for n in ast.parse(inspect.getsource(api)).body
+        if isinstance(n, ast.FunctionDef | ast.ClassDef)
+    }
+    assert {n for n in public if not n.startswith("_")} == set(api.__all__)
+    assert issubclass(MissingInput, EmpgError)
