@@ -38,13 +38,32 @@ def next_run_dir(name: str) -> Path:
     return RUNS / f"{name}-{n:03d}"
 
 
+def seed_dir(sweep: Path, seed: int) -> Path:
+    """``SWEEP/seed-N``."""
+    return sweep / f"seed-{seed}"
+
+
+def runs_of(folder: Path) -> list[Path]:
+    """The run that a folder is, or those of the sweep that it is, by seed.
+
+    Raises:
+        MissingInput: it is neither.
+    """
+    if is_run(folder):
+        return [folder]
+    found = [p for p in folder.glob("seed-*") if is_run(p) and p.name[5:].isdecimal()]
+    if not found:
+        raise MissingInput("not a run directory", str(folder), "empg-lite train makes one under runs/")
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
+
 def newest_run() -> Path:
-    """The run written to last under ``runs/``.
+    """The run written to last under ``runs/``, sweeps included.
 
     Raises:
         MissingInput: there is none.
     """
-    found = [p for p in RUNS.glob("*") if is_run(p)] if RUNS.is_dir() else []
+    found = [p for pattern in ("*", "*/seed-*") for p in RUNS.glob(pattern) if is_run(p)]
     if not found:
         raise MissingInput("no run found", f"{RUNS}/", "train one: empg-lite train --recipe tiny")
     return max(found, key=lambda p: ((p / RECIPE).stat().st_mtime, p.name))

@@ -43,7 +43,7 @@ FLOORS = [
     },
     {"sampler", "checkpoint", "runs", "target"},
     {"batching", "estep", "mstep", "learner", "evaluate", "preflight", "profiler"},
-    {"session", "tester", "train", "offline", "rescore"},
+    {"session", "tester", "train", "offline", "rescore", "sweep"},
     {"chat", "check", "doctor"},
     {"api"},
     {"cli"},

@@ -51,6 +51,15 @@ def train(
     force: ForceOption = False,
     overrides: SetOption = None,
     seed: SeedOption = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            "--seeds",
+            metavar="N,N,...",
+            help="Train once for each seed, into DIR/seed-N.",
+            show_default=False,
+        ),
+    ] = None,
     allow_change: AllowChangeOption = None,
     allow_code: AllowCodeOption = False,
     profile: Annotated[
@@ -65,11 +74,12 @@ def train(
     from empg_lite.scoring import with_code
 
     out = Output(as_json)
+    several = _seeds(seeds, seed)
     changes = [*(overrides or []), *([f"run.steps={max_steps}"] if max_steps else [])]
     name = recipe
     if recipe is None and resume and output_dir is not None and is_run(output_dir):
         name = str(output_dir / RECIPE)  # the run knows its own recipe
-    plan = load_recipe(name or "tiny", changes, seed)
+    plan = load_recipe(name or "tiny", changes, several[0] if several else seed)
     repin = "data.reward" in (allow_change or ())
     plan, code = with_code(plan, allow_code, repin=repin, runs=not dry_run)
     if dry_run:
@@ -87,8 +97,17 @@ def train(
         resume, force, max_minutes, tuple(allow_change or ()), command_line(), code, profile
     )
     with out.guarded(), join() as team:
-        run = team.once(lambda: output_dir or next_run_dir(_run_name(name)))
+        title = _run_name(name) + ("-seeds" if several else "")
+        run = team.once(lambda: output_dir or next_run_dir(title))
         out.print(f"run: {run}", markup=False, highlight=False)
+        if several:
+            from empg_lite.cli.sweep_table import show_sweep
+            from empg_lite.sweep import sweep
+
+            result = sweep(plan, run, several, options, out.view(), team)
+            out.line(result)
+            show_sweep(out, result)
+            return
         result = run_training(plan, run, options, out.view(), team)
         out.line(result)
         _say_result(out, result, run)
@@ -96,6 +115,26 @@ def train(
             from empg_lite.cli.profile_table import show_profile
 
             show_profile(out, run)
+
+
+def _seeds(text: str | None, seed: int | None) -> list[int]:
+    """The seeds of ``--seeds``; none where it was not said.
+
+    Raises:
+        UsageError: they are not whole numbers, all different, or ``--seed`` was said too.
+    """
+    from empg_lite.errors import UsageError
+
+    if text is None:
+        return []
+    if seed is not None:
+        raise UsageError("--seed and --seeds together", "--seeds", "say one of them")
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and word.isascii() and int(word) < 2**32 for word in words):
+        raise UsageError(f"{text!r} is no list of seeds", "--seeds", "write it like 0,1,2; each below 2**32")
+    if len({int(word) for word in words}) < len(words):
+        raise UsageError(f"a seed stands twice in {text!r}", "--seeds", "each makes a folder of its own")
+    return [int(word) for word in words]
 
 
 def _run_name(recipe: str | None) -> str:
