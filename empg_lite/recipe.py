@@ -307,6 +307,18 @@ def field_docs() -> list[FieldDoc]:
     ]
 
 
+def recipe_schema() -> dict[str, Any]:
+    """The recipe as a JSON schema (draft 2020-12), for editors: keys, types, bounds, descriptions.
+
+    What it accepts may still be refused: it knows nothing of files, names and contradictions.
+    """
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Recipe.model_json_schema(),
+        "title": "empg-lite recipe",
+    }
+
+
 def sections() -> dict[str, type[Section]]:
     """Section name -> its model, in order."""
     return {name: model for name, model in get_type_hints(Recipe).items() if name in Recipe.model_fields}

@@ -16,7 +16,6 @@ app = typer.Typer(
     name="empg-lite",
     help="Teach a small language model to reason with the EM Policy Gradient, on one GPU.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     epilog="First try: empg-lite train --recipe tiny   (any CPU, two minutes, no download)",
 )

@@ -15,6 +15,7 @@ from empg_lite.cli.options import (
     RecipeOption,
     SeedOption,
     SetOption,
+    recipe_names,
 )
 
 if TYPE_CHECKING:
@@ -94,16 +95,28 @@ def _show_rationale(out: Output, r: Rationale) -> None:
     out.print(Panel(body, title=title, border_style=style))
 
 
+_ACTIONS = ("list", "show", "schema")
+
 # --- recipes, check, plan, doctor ---------------------------------------------------------------------
 
 
 def recipes(
-    action: Annotated[str, typer.Argument(metavar="[list|show]", help="list them, or show one.")] = "list",
-    name: Annotated[str | None, typer.Argument(help="Recipe to show.", show_default=False)] = None,
+    action: Annotated[
+        str,
+        typer.Argument(
+            metavar="[list|show|schema]",
+            help="list them; show one, with every key there is; print a JSON schema for editors.",
+            autocompletion=lambda incomplete: [a for a in _ACTIONS if a.startswith(incomplete)],
+        ),
+    ] = "list",
+    name: Annotated[
+        str | None,
+        typer.Argument(help="Recipe to show.", show_default=False, autocompletion=recipe_names),
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """The recipes that come with the package."""
+    """The recipes that come with the package, and what may stand in one."""
     from empg_lite.errors import UsageError
 
     out = Output(as_json)
@@ -111,8 +124,17 @@ def recipes(
         _list_recipes(out)
     elif action == "show" and name is not None:
         _show_recipe(out, name)
+    elif action == "schema" and name is None:
+        import json
+
+        from empg_lite.recipe import recipe_schema
+
+        schema = recipe_schema()
+        out.line(schema)
+        if not as_json:
+            typer.echo(json.dumps(schema, indent=2))
     else:
-        raise UsageError("say `recipes`, `recipes list` or `recipes show NAME`", "recipes")
+        raise UsageError("say `recipes`, `recipes show NAME` or `recipes schema`", "recipes")
 
 
 def _list_recipes(out: Output) -> None:

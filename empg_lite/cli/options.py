@@ -19,8 +19,30 @@ if TYPE_CHECKING:
     from empg_lite.metrics import View
     from empg_lite.rewards import UserCode
 
+
+def recipe_names(incomplete: str) -> list[str]:
+    """Built-in recipes, for the shell's completion; files are the shell's own business."""
+    from empg_lite.recipe_file import builtin_recipes
+
+    return [name for name in builtin_recipes() if name.startswith(incomplete)]
+
+
+def run_names(incomplete: str) -> list[str]:
+    """Runs under ``runs/``, for the shell's completion."""
+    from empg_lite.runs import RUNS, is_run
+
+    return [str(p) for p in sorted(RUNS.glob("*")) if is_run(p) and str(p).startswith(incomplete)]
+
+
 RecipeOption = Annotated[
-    str | None, typer.Option("--recipe", "-r", help="Built-in recipe or a YAML file.", show_default=False)
+    str | None,
+    typer.Option(
+        "--recipe",
+        "-r",
+        help="Built-in recipe or a YAML file.",
+        show_default=False,
+        autocompletion=recipe_names,
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -65,7 +87,12 @@ AllowCodeOption = Annotated[
 REWARDS = "gsm8k, math, exact, choice, gym, python:FILE.py, regex:PATTERN, or terms: math * concise:600"
 TargetArgument = Annotated[
     str | None,
-    typer.Argument(metavar="[RUN|ADAPTER|MODEL]", help="Default: the newest run.", show_default=False),
+    typer.Argument(
+        metavar="[RUN|ADAPTER|MODEL]",
+        help="Default: the newest run.",
+        show_default=False,
+        autocompletion=run_names,
+    ),
 ]
 
 
