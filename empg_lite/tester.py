@@ -46,7 +46,12 @@ class Tester:
             state.best_accuracy, state.best_step = accuracy, state.step
             self.session.publish_adapter("best", {"validation accuracy": accuracy})
         behaviors = {f"eval/behavior/{name}": share for name, share in figures["behaviors"].items()}
-        return {"eval/accuracy": accuracy, "eval/mean_length": figures["mean_length"], **behaviors}
+        measured = {
+            "eval/accuracy": accuracy,
+            "eval/n": figures["n"],
+            "eval/mean_length": figures["mean_length"],
+        }
+        return {**measured, **behaviors}
 
     def after(self) -> dict[str, Any]:
         """Accuracy of the trained policy on the same rows as before; {} without evaluation."""

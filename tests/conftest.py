@@ -151,7 +151,7 @@ def in_thread(work: Callable[[], None]) -> None:
 
 
 #: Tests that need what a bare machine has not; every other skip is a failure in CI.
-MAY_SKIP = ("shared", "unsloth", "gym")
+MAY_SKIP = ("shared", "unsloth", "gym", "browser")
 
 
 @pytest.hookimpl(wrapper=True)
