@@ -40,6 +40,8 @@ def test_each_seed_is_a_run_of_its_own(
     after = [run["accuracy_after"] for run in result["runs"]]
     assert result["accuracy_after"] == {"mean": sum(after) / 2, "min": min(after), "max": max(after)}
 
+    assert result["report"] == str(folder / "report.html") and (folder / "report.html").is_file()
+
     # Again without --resume: refused before anything. With it: nothing to do, and the same figures.
     code, _, err = train(cli, recipe_file, folder, "--seeds", "9,2")
     assert code == 2 and "seed-2" in err.splitlines()[-1] and "--resume" in err

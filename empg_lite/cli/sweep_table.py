@@ -33,6 +33,7 @@ def show_sweep(out: Output, result: Mapping[str, Any]) -> None:
     table.add_row("mean", *(_cell(name, s and s["mean"]) for name, s in spreads), style="bold")
     table.add_row("lowest to highest", *(_range(name, s) for name, s in spreads), style="dim")
     out.print(table)
+    out.print(f"beside each other: {result['report']}", markup=False, highlight=False)
 
 
 def _cell(name: str, value: float | None) -> str:

@@ -105,8 +105,13 @@ def train(
             from empg_lite.sweep import sweep
 
             result = sweep(plan, run, several, options, out.view(), team)
-            out.line(result)
-            show_sweep(out, result)
+            if team.main:
+                from empg_lite.report import write_report
+                from empg_lite.runs import runs_of
+
+                result["report"] = write_report(runs_of(run), run / "report.html", out.view())["report"]
+                out.line(result)
+                show_sweep(out, result)
             return
         result = run_training(plan, run, options, out.view(), team)
         out.line(result)
