@@ -34,6 +34,12 @@ class EmpgError(Exception):
         return _rebuilt, (type(self), str(self)), self.__dict__
 
 
+class CheckFailed(EmpgError):
+    """What was made, or asked about, is not as it should be."""
+
+    exit_code = 1
+
+
 class UsageError(EmpgError):
     """The command line itself is wrong."""
 

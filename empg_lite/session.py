@@ -320,10 +320,11 @@ class Session:
 
     def publish_adapter(self, folder: str, figures: Mapping[str, Any]) -> None:
         """``adapter/`` or ``best/``: plain PEFT files, tokenizer, template, stop tokens and a card."""
-        from empg_lite.policy.card import model_card
+        from empg_lite.policy.card import Provenance, adapter_card
 
         policy = self.learner.policy
-        card = model_card(self.recipe, policy, {"step": self.learner.state.step, **figures})
+        before = read_figures(self.run, "before") if "pass@1" in figures else None
+        card = adapter_card(Provenance(self.recipe, policy.revision, figures, before))
         store.write_dir(
             self.run / folder,
             adapter_files(policy) | tokenizer_files(policy) | {"README.md": card.encode()},

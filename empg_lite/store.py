@@ -306,6 +306,36 @@ def file_digest(folder: Path, name: str) -> str | None:
         return None
 
 
+@contextmanager
+def staged_dir(path: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``path`` in one rename when the block ends; an exception discards it.
+
+    Raises:
+        StorageError: it cannot be made, synced or renamed; ``path`` is as it was.
+    """
+    staged = path.with_name(f"{_TMP}{path.name}-{os.getpid()}")
+    with _storage_errors(path):
+        _make_dirs(path.parent)
+        if staged.exists():  # of a process that died and had our number
+            _remove_tree(staged)
+        _mkdir(staged)
+    try:
+        yield staged
+        with _storage_errors(path):
+            for file in staged.iterdir():  # libraries that wrote here do not sync
+                fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
+                try:
+                    _fsync(fd)
+                finally:
+                    os.close(fd)
+            _fsync_dir(staged)
+            _rename(staged, path)
+            _fsync_dir(path.parent)
+    except BaseException:
+        _discard(staged)
+        raise
+
+
 @_writes
 def remove_dir(path: Path) -> None:
     """Remove a directory; a half-removed one is never taken for a whole one (it is renamed first)."""

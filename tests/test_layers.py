@@ -44,7 +44,7 @@ FLOORS = [
     {"sampler", "checkpoint", "runs", "target"},
     {"batching", "estep", "mstep", "learner", "evaluate", "preflight", "profiler"},
     {"session", "tester", "train", "offline", "rescore", "sweep"},
-    {"chat", "check", "doctor", "report"},
+    {"chat", "check", "doctor", "report", "export"},
     {"api"},
     {"cli"},
 ]

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from empg_lite.cli import look, report, talk, work
+from empg_lite.cli import export, look, report, talk, work
 from empg_lite.errors import EmpgError, UsageError, explained
 from empg_lite.parallel import GRACE, leave, processes, speaks
 
@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog="First try: empg-lite train --recipe tiny   (any CPU, two minutes, no download)",
 )
-for commands in (work, talk, report, look):
+for commands in (work, talk, report, export, look):
     commands.register(app)
 
 

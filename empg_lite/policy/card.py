@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +25,133 @@ def tokenizer_files(policy: Policy) -> dict[str, bytes]:
     }
 
 
-def model_card(recipe: Any, policy: Policy, figures: Mapping[str, Any]) -> str:
-    """A Markdown card: base, data, method, figures as measured."""
-    plain = {name: value for name, value in figures.items() if not isinstance(value, dict)}
-    rows = "\n".join(f"| {name} | {value} |" for name, value in plain.items())
-    return f"""---
-base_model: {policy.name}
-library_name: peft
-tags: [empg-lite, em-policy-gradient, lora]
----
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where a model comes from.
 
-# LoRA adapter of {policy.name}
+    Attributes:
+        revision: commit of the base model on the hub.
+        after, before: figures of the evaluation around training, None where there was none.
+    """
 
-Trained with empg-lite by the EM Policy Gradient (arXiv 2504.18587, our reading of its abstract) on
-`{recipe.data.source}` with the `{recipe.data.reward}` reward, {recipe.em.weighting} weights,
-{recipe.sampler.problems_per_step} problems x {recipe.sampler.samples_per_problem} rationales a step.
+    recipe: Any
+    revision: str | None
+    after: Mapping[str, Any] | None
+    before: Mapping[str, Any] | None = None
 
-| figure | value |
-|---|---|
-{rows}
 
-Prompt: `template.json` (replace `{{question}}`). Stops: the tokens in `generation_config.json` and the
-template's strings.
+#: Licences of the base models that the recipes name; another base's card has to be asked.
+_LICENCES = {
+    **dict.fromkeys(("tiny", "tiny-hard"), "apache-2.0"),
+    **{
+        f"Qwen/Qwen2.5-{size}{kind}": "apache-2.0"
+        for size in ("0.5B", "1.5B", "7B")
+        for kind in ("", "-Instruct")
+    },
+    **{f"Qwen/Qwen2.5-3B{kind}": "qwen-research" for kind in ("", "-Instruct")},
+}
+
+
+def adapter_card(source: Provenance, agreement: Mapping[str, Any] | None = None) -> str:
+    """The card of a LoRA adapter.
+
+    Args:
+        agreement: what the export found when it loaded the adapter again.
+    """
+    base = source.recipe.model.name
+    usage = f"""```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "THIS_FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+```"""
+    return _card(source, f"LoRA adapter of {base}", "peft", ["lora"], usage, agreement or {})
+
+
+def merged_card(source: Provenance, facts: Mapping[str, Any]) -> str:
+    """The card of a merged model; ``facts``: its type, what it was merged onto, and the agreement found."""
+    usage = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+```"""
+    if str(facts.get("dtype", "")).startswith("GGUF"):
+        usage = "Runs in llama.cpp and in what is built on it."
+    return _card(source, f"{source.recipe.model.name}, tuned", "transformers", [], usage, facts)
+
+
+def _card(
+    source: Provenance, title: str, library: str, tags: list[str], usage: str, facts: Mapping[str, Any]
+) -> str:
+    recipe = source.recipe
+    base, licence = recipe.model.name, _LICENCES.get(recipe.model.name)
+    bundled = base in ("tiny", "tiny-hard")
+    head = ["---", *([] if bundled else [f"base_model: {base}"]), f"library_name: {library}"]
+    head += [f"license: {licence}" if licence == "apache-2.0" else "license: other"]
+    head += [f"license_name: {licence}"] if licence not in (None, "apache-2.0") else []
+    head += [f"tags: [{', '.join(['empg-lite', 'em-policy-gradient', *tags])}]", "---"]
+    at = f" at commit `{source.revision}`" if source.revision else ""
+    four_bit = ", held in NF4 while training" if recipe.model.load_in_4bit else ""
+    said = f"that of the base model ({licence})" if licence else "that of the base model: see there"
+    rows = "\n".join(
+        _figures(source) + [f"| {k.replace('_', ' ')} | {_shown(k, v)} |" for k, v in facts.items()]
+    )
+    table = f"\n| figure | |\n|---|---|\n{rows}\n" if rows else "\nNo evaluation was made.\n"
+    return (
+        "\n".join(head)
+        + f"""
+
+# {title}
+
+Trained with empg-lite by the EM Policy Gradient (arXiv 2504.18587, our reading of its abstract).
+
+* Base: `{base}`{at}{four_bit}
+* LoRA: rank {recipe.model.lora_r}, alpha {recipe.model.lora_alpha}, all linear layers
+* Data: `{recipe.data.source}`, split `{recipe.data.split}`; reward `{recipe.data.reward}`
+* Method: {recipe.em.weighting} weights, {recipe.sampler.problems_per_step} problems x \
+{recipe.sampler.samples_per_problem} rationales a step, {recipe.run.steps} steps, learning rate \
+{recipe.optim.learning_rate:g}, seed {recipe.run.seed}
+* Licence: {said}
+{table}
+## Use
+
+{usage}
+
+The prompt is in `template.json`: replace `{{question}}`. An answer ends at one of the tokens in
+`generation_config.json` or at one of the template's strings.
 """
+    )
+
+
+def _figures(source: Provenance) -> list[str]:
+    rows = []
+    for name, figures in (("before training", source.before), ("after training", source.after)):
+        if figures is None:
+            continue
+        if "pass@1_ci95" in figures:
+            low, high = figures["pass@1_ci95"]
+            where = f"{figures['n']} {figures.get('split', '')} problems"
+            rows.append(
+                f"| greedy accuracy {name}, {where} "
+                f"| {figures['pass@1']:.1%} (95%: {low:.1%} to {high:.1%}) |"
+            )
+        for key, label in (
+            ("t1_accuracy", "accuracy at temperature 1"),
+            ("mean_length", "tokens a greedy answer"),
+        ):
+            if figures.get(key) is not None:
+                rows.append(f"| {label} {name} | {_shown(key, figures[key])} |")
+        if "validation accuracy" in figures:
+            rows.append(
+                f"| greedy accuracy on held-out training problems | {figures['validation accuracy']:.1%} |"
+            )
+    return rows
+
+
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, float) and ("agreement" in name or "accuracy" in name or "reward" in name):
+        return f"{value:.2%}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
