@@ -24,12 +24,12 @@ from empg_lite.errors import MissingInput, UsageError
 
 if TYPE_CHECKING:
     from empg_lite.learner import Learner
-    from empg_lite.metrics import View
     from empg_lite.plan import Plan
     from empg_lite.rationale import Group, Problem, Rationale
     from empg_lite.recipe import Recipe
     from empg_lite.rewards import Verdict
     from empg_lite.target import Target
+    from empg_lite.view import View
 
 __all__ = [
     "LoadedPolicy",
@@ -37,6 +37,7 @@ __all__ = [
     "evaluate_model",
     "fit_rationales",
     "grade_answer",
+    "live_view",
     "load_policy",
     "load_problems",
     "load_run",
@@ -118,7 +119,7 @@ def run(
         force: pass preflight, the memory plan, refused sampling settings and the dead-signal stop.
         max_minutes: end with a checkpoint after so long.
         allow_code: let a reward ``python:FILE.py`` run that file.
-        view: told of every step; None: nobody. ``empg_lite.metrics.ConsoleView`` prints.
+        view: told of every step; None: nobody. ``live_view()`` shows it.
 
     Raises:
         EmpgError: anything expected; its class says what.
@@ -126,13 +127,22 @@ def run(
     from empg_lite.runs import next_run_dir
     from empg_lite.scoring import with_code
     from empg_lite.train import TrainOptions, train
+    from empg_lite.view import View
 
     settings = _recipe(recipe, overrides, seed)
     name = Path(recipe).stem if isinstance(recipe, Path) else recipe if isinstance(recipe, str) else "run"
     folder = Path(output_dir) if output_dir is not None else next_run_dir(Path(name).name)
     settings, code = with_code(settings, allow_code)
     options = TrainOptions(resume, force, max_minutes, code=code)
-    return Run(folder, train(settings, folder, options, view))
+    with view or View() as shown:
+        return Run(folder, train(settings, folder, options, shown))
+
+
+def live_view() -> View:
+    """The view that suits where this runs: one display of a notebook, rewritten, or lines on the console."""
+    from empg_lite.view import view_here
+
+    return view_here()
 
 
 def load_run(path: str | Path | None = None) -> Run:

@@ -12,13 +12,13 @@ from typing import Any
 
 from empg_lite.data import find_overlap, load_splits
 from empg_lite.errors import EmpgError
-from empg_lite.metrics import View
 from empg_lite.policy import Template, load_template, load_tokenizer
 from empg_lite.policy.integrity import check_config, resolve_model
 from empg_lite.rationale import Problem
 from empg_lite.recipe import Recipe
 from empg_lite.rewards import Case, Grader
 from empg_lite.rewards.spec import parse_spec
+from empg_lite.view import View
 
 #: Rows graded at once; only the progress bar sees it.
 _CHUNK = 256

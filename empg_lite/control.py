@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
+#: Called at the first signal, before all else, to put a terminal back: the second ends the process at once.
+AT_SIGNAL: list[Callable[[], None]] = []
 #: What an interrupted run tells its user to do.
 RESUME = "repeat the command with --resume to go on"
 
@@ -67,6 +69,8 @@ def stop_request(*, announce: bool = True, midway: bool = False) -> Iterator[lis
 
     def on_signal(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
+        for call in list(AT_SIGNAL):
+            call()
         if midway:
             _listened.append(signum)
         if announce:

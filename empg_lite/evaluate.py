@@ -19,13 +19,13 @@ from empg_lite.estep import by_group, sample_rationales
 from empg_lite.eval_file import AnswerFile
 from empg_lite.eval_summary import Evaluation, paired
 from empg_lite.learner import Learner, build_learner
-from empg_lite.metrics import View
 from empg_lite.rationale import Problem, Rationale, RolloutHeader, flatten
 from empg_lite.rewards import Grader
 from empg_lite.runs import RUNS
 from empg_lite.sampler import Decoding, Sampler
 from empg_lite.scoring import Scorer
 from empg_lite.target import Target
+from empg_lite.view import View
 
 #: E-step number of evaluation draws: the same random numbers every time, never those of training.
 EVAL_STEP = -1

@@ -19,7 +19,7 @@ from empg_lite.data import ProblemStream, load_splits
 from empg_lite.errors import DataError, Interrupted, MissingInput, RecipeError, UsageError
 from empg_lite.estep import sample_rationales, weigh
 from empg_lite.learner import Learner, build_learner
-from empg_lite.metrics import Journal, View
+from empg_lite.metrics import Journal
 from empg_lite.policy.policy import Policy
 from empg_lite.rationale import (
     Group,
@@ -38,6 +38,7 @@ from empg_lite.recipe import Recipe, refused_sampling
 from empg_lite.runs import is_run, open_run, rollout_path
 from empg_lite.session import Session, finished, summarise
 from empg_lite.train import TrainOptions
+from empg_lite.view import View
 
 NO_OPTIONS = TrainOptions()
 

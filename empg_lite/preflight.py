@@ -18,13 +18,13 @@ from empg_lite.errors import GraderUnusable, NoSignal
 from empg_lite.estep import by_group, estep_metrics, sample_rationales, weigh
 from empg_lite.health import FAILURES_STOP, Finding, diagnose, graded_failures
 from empg_lite.learner import Learner, build_learner
-from empg_lite.metrics import View
 from empg_lite.mstep import m_step
 from empg_lite.rationale import Group, Problem, Rationale, flatten, group_rationales
 from empg_lite.recipe import Recipe
 from empg_lite.rewards import Grader
 from empg_lite.sampler import Sampler
 from empg_lite.scoring import Scorer
+from empg_lite.view import View
 
 #: Problems asked, K times each.
 PROBLEMS = 16

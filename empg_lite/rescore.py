@@ -12,10 +12,10 @@ from typing import Any
 
 from empg_lite import store
 from empg_lite.errors import UsageError
-from empg_lite.metrics import View
 from empg_lite.rationale import Segment, encode_rollouts, read_rollouts
 from empg_lite.rewards import Grader, UserCode, pin, refuse_code
 from empg_lite.scoring import Scorer
+from empg_lite.view import View
 
 
 def score_file(

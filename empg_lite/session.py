@@ -33,7 +33,7 @@ from empg_lite.errors import (
 from empg_lite.estep import estep_metrics, mixture_metrics
 from empg_lite.health import FAILURES_STOP, Finding, diagnose, graded_failures
 from empg_lite.learner import Learner, build_learner
-from empg_lite.metrics import Journal, View, read_metrics
+from empg_lite.metrics import Journal, read_metrics
 from empg_lite.parallel import ALONE, Team
 from empg_lite.policy.adapter import WEIGHTS, adapter_files
 from empg_lite.policy.card import tokenizer_files
@@ -42,6 +42,8 @@ from empg_lite.profiler import probe, profile
 from empg_lite.rationale import Group, Rationale, encode_rollouts, flatten
 from empg_lite.recipe import Recipe
 from empg_lite.runs import METRICS, PROFILE, Opened, compare_environment, rollout_path, write_run_files
+from empg_lite.trackers import tracked
+from empg_lite.view import View
 
 #: Steps in a row without any signal, or with a non-finite gradient, after which going on is pointless.
 DEAD_STEPS = 10
@@ -108,6 +110,15 @@ class Session:
                 "numbers may differ in their last digits"
             )
         write_run_files(run, self.recipe, command, inputs)
+
+    @contextmanager
+    def tracked(self, trackers: Sequence[str]) -> Iterator[None]:
+        """Within the block every metrics record goes to these trackers too."""
+        with tracked(
+            trackers, self.run, self.recipe, self.learner.state.step, self.view.warn
+        ) as self.journal.sinks:
+            yield
+        self.journal.sinks = []
 
     def prove_room(self) -> None:
         """Before the first step: write a trial checkpoint, and ask whether all that is to come fits the disk.

@@ -10,11 +10,11 @@ from typing import Any
 
 from empg_lite.control import Clock
 from empg_lite.errors import UsageError
-from empg_lite.metrics import View
 from empg_lite.parallel import ALONE, Team
 from empg_lite.recipe import Recipe
 from empg_lite.runs import is_run, seed_dir
 from empg_lite.train import TrainOptions, train
+from empg_lite.view import View
 
 NO_OPTIONS = TrainOptions()
 #: Figures of a run that are summed up over the seeds.

@@ -22,7 +22,7 @@ from empg_lite.control import RESUME, Clock, stop_request
 from empg_lite.data import ProblemStream, digest_of, load_splits
 from empg_lite.errors import DataError, Interrupted, RecipeError
 from empg_lite.estep import by_group, sample_rationales, weigh
-from empg_lite.metrics import Journal, View
+from empg_lite.metrics import Journal
 from empg_lite.parallel import ALONE, Team
 from empg_lite.preflight import PREFLIGHT_STEP, first_problems, preflight, refuse_hopeless
 from empg_lite.rationale import Group, Problem, Rationale, flatten, group_rationales, read_rollouts
@@ -33,6 +33,7 @@ from empg_lite.sampler import Sampler, SampleWork
 from empg_lite.scoring import Scorer, VerdictKey
 from empg_lite.session import Session, finished, summarise
 from empg_lite.tester import Tester
+from empg_lite.view import View
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class TrainOptions:
     command: str = ""
     code: UserCode | None = None
     profile: bool = False
+    trackers: tuple[str, ...] = ()
 
 
 def train(
@@ -97,6 +99,8 @@ def train(
             data=digest_of(splits.train),
         )
         saving.enter_context(session.saved_when_cut_short())
+        if team.main:
+            saving.enter_context(session.tracked(options.trackers))
         learner, state, recipe = session.learner, session.learner.state, session.recipe
         problems = fitting_problems(session, splits.train)
         stream = ProblemStream(problems, recipe.run.seed)
@@ -226,6 +230,7 @@ def _draw(
 
         scored = [r for rows in team.share(problems, ask) for r in rows]
     session.grader_error = team.first(scorer.error) or session.grader_error
+    session.view.sampled(scored)
     groups = weigh(group_rationales(scored), weighting=recipe.em.weighting, baseline=recipe.em.baseline)
     seconds = {"sample": sampled - started, "score": time.perf_counter() - sampled}
     return groups, {**seconds, "nats": sum(team.gather(nats))}

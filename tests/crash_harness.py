@@ -33,13 +33,14 @@ from conftest import write_recipe
 from empg_lite import learner, store
 from empg_lite.checkpoint import list_checkpoints
 from empg_lite.errors import explained
-from empg_lite.metrics import View, read_metrics, stable
+from empg_lite.metrics import read_metrics, stable
 from empg_lite.recipe import Recipe
 from empg_lite.recipe_file import load_recipe
 from empg_lite.rewards import Case, Grader, Verdict
 from empg_lite.scoring import Scorer
 from empg_lite.session import Session
 from empg_lite.train import TrainOptions, train
+from empg_lite.view import View
 
 CALLS = ("_open", "_write", "_fsync", "_rename", "_unlink", "_mkdir", "_rmdir", "_cut")
 #: What a child was doing when it was killed, by the number it keeps in shared memory.

@@ -12,7 +12,8 @@ import pytest
 import empg_lite
 from empg_lite import api
 from empg_lite.errors import DataError, EmpgError, MissingInput, RecipeError, UsageError
-from empg_lite.metrics import View, stable
+from empg_lite.metrics import stable
+from empg_lite.view import View
 
 
 class Watcher(View):

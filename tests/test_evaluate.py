@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from empg_lite.evaluate import evaluate_target
-from empg_lite.metrics import View
 from empg_lite.rationale import read_rollouts
 from empg_lite.recipe_file import load_recipe
 from empg_lite.rewards import Grader
 from empg_lite.target import resolve_target
 from empg_lite.train import train
+from empg_lite.view import View
 
 Trained = tuple[Path, dict[str, Any]]
 

@@ -37,6 +37,8 @@ FLOORS = [
         "policy",
         "plan",
         "metrics",
+        "view",
+        "trackers",
         "eval_file",
         "eval_summary",
         "scoring",

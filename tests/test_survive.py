@@ -28,7 +28,7 @@ from test_steps import SETTINGS, rationale, sgd
 from empg_lite import mstep
 from empg_lite.checkpoint import list_checkpoints, stored_state
 from empg_lite.errors import NumericalStop, OutOfMemory, explained, is_out_of_memory
-from empg_lite.metrics import View, read_metrics
+from empg_lite.metrics import read_metrics
 from empg_lite.policy.policy import Policy
 from empg_lite.recipe_file import load_recipe
 from empg_lite.rewards import Grader
@@ -36,6 +36,7 @@ from empg_lite.sampler import Decoding, make_sampler
 from empg_lite.sampler.decoder import Decoder
 from empg_lite.store import verify_dir
 from empg_lite.train import TrainOptions, train
+from empg_lite.view import View
 
 slow = pytest.mark.slow
 

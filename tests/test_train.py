@@ -27,11 +27,12 @@ from empg_lite.errors import (
     RecipeError,
     UsageError,
 )
-from empg_lite.metrics import View, read_metrics, stable
+from empg_lite.metrics import read_metrics, stable
 from empg_lite.rationale import read_rollouts
 from empg_lite.recipe_file import load_recipe
 from empg_lite.rewards import Verdict
 from empg_lite.train import TrainOptions, train
+from empg_lite.view import View
 
 
 def digest(run: Path) -> tuple[str, str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,8 @@ from empg_lite.parallel import speaks
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from empg_lite.metrics import View
     from empg_lite.rewards import UserCode
+    from empg_lite.view import View
 
 
 def recipe_names(incomplete: str) -> list[str]:
@@ -79,6 +80,15 @@ MaxMinutesOption = Annotated[
         "--max-minutes", min=0.0, help="Stop with a checkpoint after M minutes.", show_default=False
     ),
 ]
+TrackOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--track",
+        metavar="NAME",
+        help="Also log to tensorboard, trackio or wandb; repeatable.",
+        show_default=False,
+    ),
+]
 AllowCodeOption = Annotated[
     bool,
     typer.Option("--allow-code", help="Let a python:FILE.py reward run that file. It is not a sandbox."),
@@ -107,7 +117,9 @@ class Output:
 
         self.as_json, self._quiet = as_json, not speaks()
         self._stdout = sys.stdout
-        self.console: Console = Console(stderr=as_json, quiet=self._quiet)
+        # A notebook's `!command` runs on a pseudo-terminal, and shows its control sequences as text.
+        plain = False if "JPY_PARENT_PID" in os.environ else None
+        self.console: Console = Console(stderr=as_json, quiet=self._quiet, force_terminal=plain)
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[Output]:
@@ -140,10 +152,16 @@ class Output:
         self.console.print(*objects, **options)
 
     def view(self) -> View:
-        """The live view of a run on this console."""
-        from empg_lite.metrics import ConsoleView
+        """Plain lines on this console, on a terminal with bars for what is going on."""
+        from empg_lite.view import ConsoleView
 
         return ConsoleView(self.console)
+
+    def live_view(self) -> View:
+        """The same for a run: on a terminal with a panel that says how it stands."""
+        from empg_lite.view import LiveView
+
+        return LiveView(self.console) if self.console.is_terminal else self.view()
 
 
 def command_line() -> str:

@@ -24,6 +24,7 @@ from empg_lite.cli.options import (
     SeedOption,
     SetOption,
     TargetArgument,
+    TrackOption,
     command_line,
     reward_option,
 )
@@ -62,6 +63,7 @@ def train(
     ] = None,
     allow_change: AllowChangeOption = None,
     allow_code: AllowCodeOption = False,
+    track: TrackOption = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="At the end, say where the time went; also RUN/profile.json.")
     ] = False,
@@ -89,14 +91,23 @@ def train(
         else:
             typer.echo(dump_recipe(resolved), nl=False)
         return
+    from empg_lite import trackers
     from empg_lite.parallel import join
     from empg_lite.train import TrainOptions
     from empg_lite.train import train as run_training
 
+    trackers.require(track or ())
     options = TrainOptions(
-        resume, force, max_minutes, tuple(allow_change or ()), command_line(), code, profile
+        resume,
+        force,
+        max_minutes,
+        tuple(allow_change or ()),
+        command_line(),
+        code,
+        profile,
+        tuple(dict.fromkeys(track or ())),
     )
-    with out.guarded(), join() as team:
+    with out.guarded(), join() as team, out.live_view() as view:
         title = _run_name(name) + ("-seeds" if several else "")
         run = team.once(lambda: output_dir or next_run_dir(title))
         out.print(f"run: {run}", markup=False, highlight=False)
@@ -104,16 +115,16 @@ def train(
             from empg_lite.cli.sweep_table import show_sweep
             from empg_lite.sweep import sweep
 
-            result = sweep(plan, run, several, options, out.view(), team)
+            result = sweep(plan, run, several, options, view, team)
             if team.main:
                 from empg_lite.report import write_report
                 from empg_lite.runs import runs_of
 
-                result["report"] = write_report(runs_of(run), run / "report.html", out.view())["report"]
+                result["report"] = write_report(runs_of(run), run / "report.html", view)["report"]
                 out.line(result)
                 show_sweep(out, result)
             return
-        result = run_training(plan, run, options, out.view(), team)
+        result = run_training(plan, run, options, view, team)
         out.line(result)
         _say_result(out, result, run)
         if profile:
@@ -271,8 +282,8 @@ def fit(
     out = Output(as_json)
     run = output_dir or next_run_dir(f"{_run_name(recipe)}-fit")
     options = TrainOptions(resume, force, max_minutes, tuple(allow_change or ()), command_line())
-    with out.guarded():
-        result = run_fit(plan, files, run, source, options, out.view())
+    with out.guarded(), out.live_view() as view:
+        result = run_fit(plan, files, run, source, options, view)
         out.line(result)
         out.print(f"{run}: {result['steps']} steps, {result['seconds']:.1f} s", markup=False, highlight=False)
 

@@ -24,7 +24,6 @@ from empg_lite.export.compare import (
 )
 from empg_lite.export.gguf import llama_choices, need_packages, write_gguf
 from empg_lite.learner import Learner, build_learner
-from empg_lite.metrics import View
 from empg_lite.policy import load_policy
 from empg_lite.policy.adapter import adapter_files
 from empg_lite.policy.card import Provenance, adapter_card, merged_card, tokenizer_files
@@ -35,6 +34,7 @@ from empg_lite.rationale import Rationale
 from empg_lite.rewards import Grader
 from empg_lite.session import read_figures
 from empg_lite.target import Target
+from empg_lite.view import View
 
 #: Share of tokens at which an export has to choose as the adapter does.
 THRESHOLD, THRESHOLD_GGUF = 0.99, 0.95

@@ -13,7 +13,6 @@ from typing import Any
 from empg_lite import store
 from empg_lite.behaviors import BEHAVIORS
 from empg_lite.eval_summary import paired
-from empg_lite.metrics import View
 from empg_lite.rationale import Rationale
 from empg_lite.recipe import field_docs
 from empg_lite.report.charts import Chart, all_charts
@@ -21,6 +20,7 @@ from empg_lite.report.drawing import PALETTE, inline_svg, picture
 from empg_lite.report.reading import Arm, StoredRun, arms_of, differences, read_run
 from empg_lite.report.samples import choose, pieces, rationale_entry, stored
 from empg_lite.safe_text import safe
+from empg_lite.view import View
 
 #: Characters of rationales, and of evaluation answers, that a page holds; figures take about 0.3 MB.
 ROOM_SAMPLES, ROOM_ANSWERS = 900_000, 500_000
