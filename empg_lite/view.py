@@ -327,7 +327,9 @@ class NotebookView(View):
 
         self._html = HTML
         self._status, self._lines = Status(), deque[str](maxlen=self.LINES)
-        self._console = Console(width=110, color_system=None, force_terminal=False, file=_Lines(self._lines))
+        self._console = Console(
+            width=110, color_system=None, force_terminal=False, force_jupyter=False, file=_Lines(self._lines)
+        )
         self._printer = ConsoleView(self._console)
         self._shown = time.monotonic()
         self._display = display(HTML("starting"), display_id=True)
