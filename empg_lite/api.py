@@ -35,6 +35,7 @@ __all__ = [
     "LoadedPolicy",
     "Run",
     "evaluate_model",
+    "export_run",
     "fit_rationales",
     "grade_answer",
     "live_view",
@@ -46,6 +47,7 @@ __all__ = [
     "run",
     "sample_rationales",
     "score_rationales",
+    "write_report",
 ]
 
 #: Recipe keys and their values: ``{"run.steps": 50, "data.path": "mine.jsonl"}``.
@@ -374,6 +376,52 @@ def plan_memory(
     settings = _recipe(recipe, overrides, None)
     machine = card(gpu_memory) if gpu_memory is not None else this_machine()
     return plan_recipe(settings, read_shape(settings.model.name, settings.model.revision), machine)
+
+
+def write_report(runs: str | Path | Run | Sequence[str | Path | Run], out: str | Path) -> dict[str, Any]:
+    """One HTML page of a run, or of several (sweeps too) beside each other, as ``empg-lite report``."""
+    from empg_lite import report
+    from empg_lite.runs import runs_of
+
+    several = [runs] if isinstance(runs, str | Path | Run) else list(runs)
+    folders = [run.path if isinstance(run, Run) else Path(run) for run in several]
+    return report.write_report([run for folder in folders for run in runs_of(folder)], Path(out))
+
+
+def export_run(
+    model: str | Path | Run,
+    to: str,
+    out: str | Path,
+    *,
+    allow_code: bool = False,
+    view: View | None = None,
+    **options: str,
+) -> dict[str, Any]:
+    """Write a run's model in another form, load it again and compare, as ``empg-lite export``.
+
+    Args:
+        model: a run, or a checkpoint of one.
+        to: ``adapter``, ``merged``, ``gguf``, or ``sft-dataset``.
+        options: of that form: ``dtype`` and ``onto`` of ``merged``, ``kind`` of ``gguf``.
+
+    Raises:
+        CheckFailed: what was written acts otherwise; it is gone.
+    """
+    from dataclasses import replace
+
+    from empg_lite import export
+    from empg_lite.rewards import Grader
+    from empg_lite.scoring import with_code
+
+    target = _target(model, None, None)
+    if to == "sft-dataset" and target.run is not None:
+        return export.export_sft(target.run, Path(out))
+    forms = {"adapter": export.export_adapter, "merged": export.export_merged, "gguf": export.export_gguf}
+    if to not in forms:
+        raise UsageError(f"unknown form {to!r}", "to", f"one of {', '.join([*forms, 'sft-dataset'])}")
+    settings, code = with_code(target.recipe, allow_code)
+    with Grader(code=code) as grader:
+        return forms[to](replace(target, recipe=settings), Path(out), grader, view, **options)
 
 
 # --- what the arguments mean --------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -33,7 +34,7 @@ def packages() -> list[Finding]:
     for text in requires("empg-lite") or []:
         requirement = Requirement(text)
         extra = re.search(r"extra == ['\"](\w+)['\"]", text)
-        if extra and extra.group(1) == "dev":
+        if extra and extra.group(1) in ("dev", "docs", "browser"):
             continue
         try:
             installed: str | None = version(requirement.name)
@@ -55,6 +56,7 @@ def device() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     where = torch.device("cuda" if cuda else "cpu")
     return {
+        "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "free_memory_gb": round(free_memory(where) / 1e9, 1),
         "cores": os.cpu_count(),

@@ -123,6 +123,19 @@ def test_grading_planning_and_problems(trained: tuple[api.Run, Path, Watcher]) -
     assert len(api.load_problems("tiny")) == 500
 
 
+def test_report_and_export(trained: tuple[api.Run, Path, Watcher], tmp_path: Path) -> None:
+    run = trained[0]
+    made = api.write_report(run, tmp_path / "r.html")
+    assert made["runs"] == 1 and (tmp_path / "r.html").is_file()
+    twice = api.write_report([run, str(run.path)], tmp_path / "two.html")
+    assert twice["runs"] == 2
+    merged = api.export_run(run, "merged", tmp_path / "m", dtype="float32")
+    assert merged["dtype"] == "float32" and merged["argmax_agreement"] == 1.0
+    assert api.export_run(run, "sft-dataset", tmp_path / "s.jsonl")["rows"] > 0
+    with pytest.raises(UsageError, match="sft-dataset"):
+        api.export_run(run, "onnx", tmp_path / "x")
+
+
 def test_errors_are_those_of_the_command(trained: tuple[api.Run, Path, Watcher], tmp_path: Path) -> None:
     run, recipe, _ = trained
     with pytest.raises(RecipeError, match="learning_rate"):

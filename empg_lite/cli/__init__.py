@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import typer
+from typer.models import CommandInfo
 
 from empg_lite.cli import export, look, report, talk, work
 from empg_lite.errors import EmpgError, UsageError, explained
@@ -21,6 +22,27 @@ app = typer.Typer(
 )
 for commands in (work, talk, report, export, look):
     commands.register(app)
+#: Commands by what they are for, in the order of the help.
+PANELS = {
+    "Train, and look at it": ("train", "eval", "chat", "inspect", "report", "export"),
+    "The loop in parts": ("sample", "score", "fit"),
+    "Before training": ("recipes", "check", "plan", "grade", "doctor"),
+}
+
+
+def _arrange() -> None:
+    panel_of = {name: panel for panel, names in PANELS.items() for name in names}
+    order = list(panel_of)
+
+    def name(command: CommandInfo) -> str:
+        return command.name or str(getattr(command.callback, "__name__", ""))
+
+    app.registered_commands.sort(key=lambda command: order.index(name(command)))
+    for command in app.registered_commands:
+        command.rich_help_panel = panel_of[name(command)]
+
+
+_arrange()
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -271,13 +271,14 @@ def doctor(as_json: JsonOption = False, debug: DebugOption = False) -> None:
             table = {f.name: {"installed": f.installed, "wanted": f.wanted, "ok": f.ok} for f in found}
             out.line({"ok": not bad, "packages": table, **machine})
             raise typer.Exit(1 if bad else 0)
+        from rich.table import Table
+
+        listing = Table("package", "installed", "tested with", "", box=None, pad_edge=False)
         for f in found:
             state = "ok" if f.ok and f.installed else "optional, absent" if f.ok else "NOT TESTED WITH THIS"
-            out.print(
-                f"{f.name:14} {f.installed or '-':14} {f.wanted or 'any':18} {state}",
-                markup=False,
-                highlight=False,
-            )
+            style = "bold red" if not f.ok else "dim" if f.installed is None else None
+            listing.add_row(f.name, f.installed or "-", f.wanted or "any", state, style=style)
+        out.print(listing)
         out.print("", *(f"{name}: {value}" for name, value in machine.items()), sep="\n", highlight=False)
         fix = " ".join(f"'{f.name}{f.wanted}'" for f in bad)
         out.print(
