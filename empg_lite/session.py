@@ -39,7 +39,7 @@ from empg_lite.policy.adapter import WEIGHTS, adapter_files
 from empg_lite.policy.card import tokenizer_files
 from empg_lite.policy.integrity import fingerprint, resolve_model
 from empg_lite.profiler import probe, profile
-from empg_lite.rationale import Group, Rationale, encode_rollouts, flatten
+from empg_lite.rationale import Group, Problem, Rationale, encode_rollouts, flatten, rationale_line
 from empg_lite.recipe import Recipe
 from empg_lite.runs import METRICS, PROFILE, Opened, compare_environment, rollout_path, write_run_files
 from empg_lite.trackers import tracked
@@ -54,6 +54,8 @@ NONFINITE_SHARE = 0.05
 MANY_PASSES = 4
 #: Times the median step, at which a step counts as stuck.
 STUCK, SURELY_STUCK = 10, 60.0  # and no less than so many seconds
+#: Of a run on disk: bytes of a metrics record, of a block, and characters of text that a token stands for.
+METRICS_BYTES, BLOCK, CHARACTERS = 4000, 4096, 5
 #: Steps within which the same finding is not said again.
 SILENCE = 10
 
@@ -120,19 +122,53 @@ class Session:
             yield
         self.journal.sinks = []
 
-    def prove_room(self) -> None:
+    def prove_room(self, problems: Sequence[Problem], evaluated: int) -> None:
         """Before the first step: write a trial checkpoint, and ask whether all that is to come fits the disk.
 
+        Every completion is counted at its longest, every file with a block of its own.
+
+        Args:
+            problems: those that are sampled for.
+            evaluated: how many problems are answered, each greedily and once more.
+
         Raises:
-            StorageError: it does not, or nothing can be written there.
+            StorageError: it does not fit, or nothing can be written there.
         """
-        r = self.recipe
-        adapter = sum(len(data) for data in adapter_files(self.learner.policy).values())
+        r, policy = self.recipe, self.learner.policy
+        adapter = sum(map(len, adapter_files(policy).values()))
+        published = adapter + sum(map(len, tokenizer_files(policy).values()))
         one = 3 * adapter  # with Adam's two moments
-        rows = r.sampler.problems_per_step * r.sampler.samples_per_problem
-        # A token is some 12 bytes of text and ids in a rollout; most completions end well before the limit.
-        rollouts = r.run.steps * rows * int(r.sampler.max_new_tokens) * 6
-        store.prove_room(self.run / "checkpoints", one, (r.run.keep + 1) * one + 2 * adapter + rollouts)
+        sampled = (r.run.steps + 1) * r.sampler.problems_per_step * r.sampler.samples_per_problem
+        files = r.run.steps + 6 * (r.run.keep + 1) + 40
+        needed = (
+            (r.run.keep + 1) * one + 3 * published + (sampled + 2 * evaluated) * self._longest_row(problems)
+        )
+        needed += r.run.steps * METRICS_BYTES + files * BLOCK
+        store.prove_room(self.run / "checkpoints", one, needed)
+
+    def _longest_row(self, problems: Sequence[Problem]) -> int:
+        """Bytes of a stored rationale that runs to the limit, for a problem of middling length."""
+        problem = sorted(problems, key=lambda p: len(p.question))[len(problems) // 2]
+        prompt, ids = self.learner.policy.encode_prompt(problem.question)
+        n = int(self.recipe.sampler.max_new_tokens)
+        longest = Rationale(
+            problem_id=problem.id,
+            question=problem.question,
+            gold=problem.gold,
+            prompt=prompt,
+            prompt_ids=ids,
+            completion="x" * CHARACTERS * n,
+            completion_ids=(len(self.learner.policy.tokenizer),) * n,
+            finish_reason="length",
+            step=self.recipe.run.steps,
+            policy_step=self.recipe.run.steps,
+            sample_index=0,
+            reward=0.0,
+            reason="truncated",
+            weight=0.1234567890123456,
+            meta=problem.meta,
+        )
+        return len(rationale_line(longest))
 
     def _restore(self, checkpoint: Path) -> dict[str, int]:
         learner = self.learner

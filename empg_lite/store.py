@@ -412,6 +412,10 @@ def truncate(path: Path, length: int) -> None:
             os.close(fd)
 
 
+def _size_text(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB" if size >= 10_000_000 else f"{size / 1e6:.1f} MB"
+
+
 @_writes
 def prove_room(folder: Path, trial: int, needed: int) -> None:
     """Write and remove ``trial`` bytes in ``folder``, where ``needed`` are to come.
@@ -424,7 +428,7 @@ def prove_room(folder: Path, trial: int, needed: int) -> None:
     free = _free_bytes(folder)
     if free < needed:
         raise StorageError(
-            f"the disk is too full: {needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free",
+            f"the disk is too full: {_size_text(needed)} needed, {_size_text(free)} free",
             str(folder),
             "free some space, name another --output-dir, or lower run.keep",
         )

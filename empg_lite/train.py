@@ -108,7 +108,7 @@ def train(
         tester = Tester(session, sampler, grader, splits)
         begun = state.step
         if not state.step:
-            session.prove_room()
+            session.prove_room(problems, 2 * len(tester.evaluation) if tester.every else 0)
             fly_first(session, sampler, grader, first_problems(problems, recipe.run.seed), options.force)
         tester.before()
 
