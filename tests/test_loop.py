@@ -105,6 +105,7 @@ def killed_round(
     return short
 
 
+@pytest.mark.slow
 def test_a_round_whose_commands_are_killed_is_a_step_of_train(
     recipe_file: Path,
     tmp_path: Path,

@@ -114,6 +114,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> dict[str,
     return {"docs": docs, "run": run, "arguments": arguments, "stopped": stopped}
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_fills_no_row(made: dict[str, Any]) -> None:
     stopped = made["stopped"]
     assert stopped["code"] == 130 and 1 < stopped["steps"] < STEPS, "it was in the middle"
@@ -122,6 +123,7 @@ def test_an_interrupted_training_fills_no_row(made: dict[str, Any]) -> None:
     assert set(stopped["state"]["seconds"]) == {"train"} and "train" not in stopped["state"]
 
 
+@pytest.mark.slow
 def test_repeated_it_goes_on_and_gives_one_row(made: dict[str, Any]) -> None:
     events = [json.loads(line) for line in (made["run"] / "events.jsonl").read_text().splitlines()]
     assert [e["step"] for e in events if e["event"] == "resumed"] == [made["stopped"]["steps"]]
@@ -137,6 +139,7 @@ def test_repeated_it_goes_on_and_gives_one_row(made: dict[str, Any]) -> None:
     assert str(made["run"]) not in json.dumps(record["evaluation"]), "no folder of this machine"
 
 
+@pytest.mark.slow
 def test_the_figures_are_those_of_the_evaluation(made: dict[str, Any]) -> None:
     """Against the files that ``eval`` wrote itself."""
     (row,) = rows(made["docs"])
@@ -181,6 +184,7 @@ def test_in_one_piece_the_figures_are_the_same(made: dict[str, Any], tmp_path: P
     assert straight["machines"] == repeated["machines"] and straight["versions"] == repeated["versions"]
 
 
+@pytest.mark.slow
 def test_once_more_changes_nothing(
     made: dict[str, Any], real_models: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +196,7 @@ def test_once_more_changes_nothing(
     assert {p: p.read_bytes() for p in made["docs"].rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.slow
 def test_what_is_another_row(
     made: dict[str, Any], real_models: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,6 +287,7 @@ def test_a_card_is_used_unless_told_otherwise(
 
 
 @pytest.mark.parametrize("fails", ["train", "eval", "time"])
+@pytest.mark.slow
 def test_only_two_commands_that_ended_well_make_a_row(
     made: dict[str, Any],
     real_models: ModuleType,
@@ -319,6 +325,7 @@ def test_only_two_commands_that_ended_well_make_a_row(
 # --- the page -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rows_are_appended_and_replaced(
     made: dict[str, Any], results_page: ModuleType, tmp_path: Path
 ) -> None:

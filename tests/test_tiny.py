@@ -340,6 +340,7 @@ def test_the_model_is_a_small_qwen2(model: Any, tokenizer: Any) -> None:
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_the_base_model_can_reason_and_usually_does_not(model: Any, name: str, tokenizer: Any) -> None:
     import torch
 
