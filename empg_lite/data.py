@@ -24,6 +24,8 @@ from empg_lite.errors import DataError, MissingInput
 from empg_lite.gym_tasks import gym_problems
 from empg_lite.rationale import Problem, problem_id
 from empg_lite.recipe import GYM, DataSection, Recipe
+from empg_lite.rewards.functions import unreadable_gold
+from empg_lite.rewards.spec import parse_spec
 from empg_lite.tiny import BUNDLED, tiny_problems
 
 _MATH = ("DigitalLearningGmbH/MATH-lighteval", None)
@@ -216,11 +218,14 @@ def _read(data: DataSection, split: str, path: str | None) -> tuple[list[Problem
     seen: dict[str, tuple[Problem, str]] = {}
     dropped: Counter[str] = Counter()
     broken: list[DataError] = []
+    reward = parse_spec(data.reward).correctness if data.reward else None
     for row in rows:
         try:
             if row.error:
                 raise row.error
             problem = _problem(row, data)
+            if problem and reward and (why := unreadable_gold(reward, problem.gold, problem.question)):
+                raise DataError(why, f"{row.where}: answer", "correct it, or name another data.reward")
         except DataError as error:
             broken.append(error)
             continue

@@ -151,7 +151,7 @@ def in_thread(work: Callable[[], None]) -> None:
 
 
 #: Tests that need what a bare machine has not; every other skip is a failure in CI.
-MAY_SKIP = ("shared", "unsloth", "gym", "browser", "gguf")
+MAY_SKIP = ("shared", "unsloth", "gym", "browser", "gguf", "mount")
 
 
 @pytest.hookimpl(wrapper=True)

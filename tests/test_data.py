@@ -442,3 +442,68 @@ def test_math_golds_agree_with_those_of_math_500(shared: Path) -> None:
     golds = {p.question: p.gold for p in load_problems(DataSection(source="math", path=str(shared)), "test")}
     assert [row["answer"] for row in rows] == [golds[row["problem"].strip()] for row in rows]
     assert len(rows) == 500
+
+
+@pytest.mark.parametrize(
+    ("reward", "answer", "said"),
+    [
+        ("choice", "Z", "is no letter A-J and no option"),
+        ("choice * concise:600", "12", "is no letter A-J and no option"),
+        ("gsm8k", "?", "the gsm8k reward reads no answer in '?'"),
+    ],
+)
+def test_a_gold_that_nothing_could_earn_is_an_error_of_its_line(
+    reward: str, answer: str, said: str, tmp_path: Path
+) -> None:
+    rows = ['{"question": "a?", "answer": "%s"}' % ("B" if reward.startswith("choice") else "3"), "", ""]
+    rows += [
+        json.dumps({"question": "b?", "answer": answer}),
+        json.dumps({"question": "c?", "answer": answer}),
+    ]
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(rows) + "\n", "utf-8")
+    data = DataSection(
+        source="local", path=str(path), eval_path=jsonl(tmp_path / "e.jsonl", numbered(1)), reward=reward
+    )
+    with pytest.raises(DataError) as raised:
+        load_problems(data, "train")
+    assert said in str(raised.value) and f"{path}:4: answer" in str(raised.value)
+    assert "also unusable: lines 5" in str(raised.value)  # all of them at once
+    kept = load_problems(data.model_copy(update={"skip_bad_rows": True}), "train")
+    assert [p.question for p in kept] == ["a?"]
+
+
+@pytest.mark.parametrize(
+    ("reward", "gold"),
+    [
+        ("gsm8k", "1,234"),
+        ("gsm8k", "$5.00"),
+        ("gsm8k", "-0.5"),
+        ("gsm8k", "1/2"),
+        ("gsm8k", "purple"),  # a word that is written behind #### is read, and equal
+        ("math", r"\text{purple}"),
+        ("math", "purple"),
+        ("math", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
+        ("math", "x \\in [0, \\infty)"),
+        ("exact", "anything at all"),
+        ("choice", "(c)"),
+        ("regex:colour (.*)", "purple"),
+        (None, "purple"),
+    ],
+)
+def test_a_gold_that_can_be_earned_is_none(reward: str | None, gold: str, tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "d.jsonl", [{"question": "Which? (A) 1 (B) 2 (C) 3", "answer": gold}])
+    data = DataSection(
+        source="local", path=path, eval_path=jsonl(tmp_path / "e.jsonl", numbered(1)), reward=reward
+    )
+    assert [p.gold for p in load_problems(data, "train")] == [gold]
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(("source", "reward"), [("gsm8k", "gsm8k"), ("math", "math")])
+def test_no_published_gold_is_refused(source: str, reward: str, shared: Path) -> None:
+    for split in ("train", "test"):
+        plain = DataSection(source=source, path=str(shared))
+        assert load_problems(plain.model_copy(update={"reward": reward}), split) == load_problems(
+            plain, split
+        )

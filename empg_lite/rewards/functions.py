@@ -205,6 +205,26 @@ _KINDS: dict[str, Reward] = {
 }
 
 
+#: How a gold answer is written by a model that knows it; other rewards alone know how theirs is.
+_WRITTEN: Mapping[str, str] = {"gsm8k": "#### {}", "math": "\\boxed{{{}}}", "choice": "{}"}
+
+
+def unreadable_gold(part: Part, gold: str, question: str) -> str | None:
+    """Why no answer could ever earn this gold, or None. Cheap: what only a worker could tell passes.
+
+    A solution that ends in nothing but the gold answer, written the way the reward asks for, is read; where
+    not even that has an answer the gold is no number, no letter, nothing.
+    """
+    written = _WRITTEN.get(part.name)
+    if written is None:
+        return None
+    plain = gold_answer(gold, numeric=part.name == "gsm8k") if part.name != "choice" else gold
+    outcome = reward_of(part)(Case(gold, written.format(plain), question))
+    if isinstance(outcome, Question) or outcome.reason not in ("no_answer", "crash"):
+        return None
+    return outcome.error or f"the {part.name} reward reads no answer in {gold[:80]!r}"
+
+
 def reward_of(part: Part) -> Reward:
     """The reward function that a part of a spec names."""
     return _regex(part.argument) if part.name == "regex" else _KINDS[part.name]
