@@ -16,7 +16,7 @@ from torch import Tensor
 from empg_lite.em import effective_sample_size, em_weights, group_signal
 from empg_lite.policy.policy import Policy
 from empg_lite.rationale import FAILURES, Group, Problem, Rationale, flatten
-from empg_lite.sampler import Completion, Decoding, Prompt, Sampler, sample_key
+from empg_lite.sampler import Completion, Decoding, OnToken, Prompt, Sampler, sample_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,7 @@ def sample_rationales(
     step: int,
     policy_step: int,
     on_rationale: Callable[[Rationale], None] | None = None,
+    on_token: OnToken | None = None,
 ) -> Draw:
     """Draw K = ``samples`` rationales for each of P problems.
 
@@ -49,6 +50,7 @@ def sample_rationales(
         step: the E-step; with ``seed``, the problem and the sample's index it keys the random numbers.
         policy_step: optimiser steps the policy has seen; goes into the record.
         on_rationale: told of each rationale as soon as it has ended, in that order.
+        on_token: told of each rationale's tokens as they are drawn.
     """
     prompts, texts = [], []
     for problem in problems:
@@ -77,7 +79,7 @@ def sample_rationales(
         if on_rationale:
             on_rationale(r)
 
-    drawn = sampler.sample(prompts, decoding, on_completion)
+    drawn = sampler.sample(prompts, decoding, on_completion, on_token)
     groups = tuple(
         Group(problem.id, step, tuple(rationales[i, k] for k in range(samples)))
         for i, problem in enumerate(problems)

@@ -342,7 +342,9 @@ def test_a_disk_that_is_too_small_is_found_before_the_first_step(
         if fits:
             assert train(recipe, run)["steps"] == 3
             continue
-        with pytest.raises(StorageError, match=r"the disk is too full: \d+ MB needed, \d+ MB free") as raised:
+        with pytest.raises(
+            StorageError, match=r"the disk is too full: [\d.]+ MB needed, [\d.]+ MB free"
+        ) as raised:
             train(recipe, run)
         assert raised.value.exit_code == 74
         assert not (run / "rollouts").exists(), "nothing was sampled"

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.models import CommandInfo
 
-from empg_lite.cli import export, look, report, talk, work
+from empg_lite.cli import chat, export, grade, look, report, work
 from empg_lite.errors import EmpgError, UsageError, explained
 from empg_lite.parallel import GRACE, leave, processes, speaks
 
@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog="First try: empg-lite train --recipe tiny   (any CPU, two minutes, no download)",
 )
-for commands in (work, talk, report, export, look):
+for commands in (work, chat, report, export, grade, look):
     commands.register(app)
 #: Commands by what they are for, in the order of the help.
 PANELS = {

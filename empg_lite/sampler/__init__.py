@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from empg_lite.errors import UsageError
 from empg_lite.policy.policy import Policy
-from empg_lite.sampler.base import Completion, OnCompletion, Prompt, Sampler, SampleWork
+from empg_lite.sampler.base import Completion, OnCompletion, OnToken, Prompt, Sampler, SampleWork
 from empg_lite.sampler.draw import Decoding, sample_key
 from empg_lite.sampler.generate import GenerateSampler
 from empg_lite.sampler.native import NativeSampler
+from empg_lite.sampler.stops import StopRule, TextStream
 
 __all__ = [
     "Completion",
     "Decoding",
     "OnCompletion",
+    "OnToken",
     "Prompt",
     "SampleWork",
     "Sampler",
+    "StopRule",
+    "TextStream",
     "choose_engine",
     "make_sampler",
     "sample_key",

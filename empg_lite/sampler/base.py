@@ -74,6 +74,10 @@ class SampleWork:
 #: Called with (index of the prompt, index of the sample, completion) as soon as the sample has ended.
 OnCompletion = Callable[[int, int, Completion], None]
 
+#: Called with (index of the prompt, index of the sample, its tokens so far) after every token that does not
+#: end the sample. Where memory ran out a sample begins again, and the same tokens are told once more.
+OnToken = Callable[[int, int, Sequence[int]], None]
+
 
 class Sampler(Protocol):
     """An engine that draws completions; ``work`` grows with what it computes.
@@ -86,13 +90,19 @@ class Sampler(Protocol):
     batch_rows: int | None
 
     def sample(
-        self, prompts: Sequence[Prompt], decoding: Decoding, on_completion: OnCompletion | None = None
+        self,
+        prompts: Sequence[Prompt],
+        decoding: Decoding,
+        on_completion: OnCompletion | None = None,
+        on_token: OnToken | None = None,
     ) -> list[list[Completion]]:
         """Draw ``len(prompt.keys)`` completions for each prompt.
 
         Args:
             on_completion: told of every completion once, in the order in which they end: grading and
                 progress need not wait for the slowest.
+            on_token: told of the samples as they grow, for somebody who watches; nothing that is drawn
+                depends on it.
 
         Returns:
             One list for each prompt, in order, with a completion for each of its keys.
@@ -121,11 +131,17 @@ class Engine(ABC):
         self.work = SampleWork()
 
     @abstractmethod
-    def draw(self, prompts: Sequence[Prompt], decoding: Decoding, ended: OnCompletion) -> None:
-        """Draw all of them, telling ``ended`` of each completion once."""
+    def draw(
+        self, prompts: Sequence[Prompt], decoding: Decoding, ended: OnCompletion, grew: OnToken | None
+    ) -> None:
+        """Draw all of them, telling ``ended`` of each completion once, and ``grew`` of each token before."""
 
     def sample(
-        self, prompts: Sequence[Prompt], decoding: Decoding, on_completion: OnCompletion | None = None
+        self,
+        prompts: Sequence[Prompt],
+        decoding: Decoding,
+        on_completion: OnCompletion | None = None,
+        on_token: OnToken | None = None,
     ) -> list[list[Completion]]:
         """See ``Sampler``."""
         results: dict[tuple[int, int], Completion] = {}
@@ -138,10 +154,14 @@ class Engine(ABC):
             if on_completion:
                 on_completion(*place, completion)
 
+        def grew(part: int, at: int, ids: Sequence[int]) -> None:
+            assert on_token is not None
+            on_token(*parts[part][at], ids)
+
         while parts:
             asked = [Prompt(prompts[p[0][0]].ids, tuple(prompts[i].keys[k] for i, k in p)) for p in parts]
             try:
-                self.draw(asked, decoding, ended)
+                self.draw(asked, decoding, ended, grew if on_token else None)
                 break
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):

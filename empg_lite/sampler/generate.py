@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,15 @@ from torch import Tensor
 
 from empg_lite.control import stop_point
 from empg_lite.policy.policy import Policy
-from empg_lite.sampler.base import Completion, Engine, OnCompletion, Prompt, SampleWork, check_finite
+from empg_lite.sampler.base import (
+    Completion,
+    Engine,
+    OnCompletion,
+    OnToken,
+    Prompt,
+    SampleWork,
+    check_finite,
+)
 from empg_lite.sampler.draw import Decoding, draw
 from empg_lite.sampler.stops import StopRule
 
@@ -19,11 +27,19 @@ class _Hook:
     """Logits processor and stopping criterion in one: both see the same growing rows.
 
     As a processor it draws each row's token and leaves it the only one possible, so that greedy
-    ``generate`` emits it. As a criterion it says which rows have stopped.
+    ``generate`` emits it. As a criterion it says which rows have stopped, and ``grew`` is told of the others'
+    tokens.
     """
 
-    def __init__(self, prompt_width: int, keys: Tensor, decoding: Decoding, stop: StopRule) -> None:
-        self.width, self.keys, self.decoding, self.stop = prompt_width, keys, decoding, stop
+    def __init__(
+        self,
+        prompt_width: int,
+        keys: Tensor,
+        decoding: Decoding,
+        stop: StopRule,
+        grew: Callable[[int, Sequence[int]], None] | None,
+    ) -> None:
+        self.width, self.keys, self.decoding, self.stop, self.grew = prompt_width, keys, decoding, stop, grew
         self.logprobs: list[list[float]] = [[] for _ in keys]
         self.ended: list[int | None] = [None] * len(keys)  # completion length at which a row stopped
 
@@ -40,7 +56,14 @@ class _Hook:
         for row, ids in enumerate(completions):
             if self.ended[row] is None and self.stop.stopped(ids):
                 self.ended[row] = len(ids)
+            elif self.grew and self.ended[row] is None and len(ids) < self.decoding.max_new_tokens:
+                self.grew(row, ids)
         return torch.tensor([end is not None for end in self.ended], device=input_ids.device)
+
+
+def _told(grew: OnToken, places: Sequence[tuple[int, int]]) -> Callable[[int, Sequence[int]], None]:
+    """``grew`` by the row of a batch."""
+    return lambda row, ids: grew(*places[row], ids)
 
 
 class GenerateSampler(Engine):
@@ -50,7 +73,9 @@ class GenerateSampler(Engine):
         super().__init__(policy, batch_rows)
         self._stop = StopRule(policy.tokenizer, policy.stop_ids, policy.template.stop)
 
-    def draw(self, prompts: Sequence[Prompt], decoding: Decoding, ended: OnCompletion) -> None:
+    def draw(
+        self, prompts: Sequence[Prompt], decoding: Decoding, ended: OnCompletion, grew: OnToken | None
+    ) -> None:
         """See ``base.Engine``; completions end with their batch."""
         rows = [(prompt.ids, key) for prompt in prompts for key in prompt.keys]
         places = [(i, k) for i, prompt in enumerate(prompts) for k in range(len(prompt.keys))]
@@ -58,11 +83,18 @@ class GenerateSampler(Engine):
         done = 0
         with self.policy.sampling():
             for start in range(0, len(rows), size):
-                for completion in self._generate(rows[start : start + size], decoding):
+                here = places[start : start + size]
+                watch = None if grew is None else _told(grew, here)
+                for completion in self._generate(rows[start : start + size], decoding, watch):
                     ended(*places[done], completion)
                     done += 1
 
-    def _generate(self, rows: Sequence[tuple[tuple[int, ...], int]], decoding: Decoding) -> list[Completion]:
+    def _generate(
+        self,
+        rows: Sequence[tuple[tuple[int, ...], int]],
+        decoding: Decoding,
+        grew: Callable[[int, Sequence[int]], None] | None,
+    ) -> list[Completion]:
         from transformers import LogitsProcessorList, StoppingCriteriaList
         from transformers.generation import LogitsProcessor, StoppingCriteria
 
@@ -71,7 +103,7 @@ class GenerateSampler(Engine):
         ids = torch.tensor([[policy.pad_id] * (width - len(ids)) + list(ids) for ids, _ in rows])
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in rows])
         keys = torch.tensor([key for _, key in rows], device=policy.device)
-        hook = _Hook(width, keys, decoding, self._stop)
+        hook = _Hook(width, keys, decoding, self._stop, grew)
 
         class Processor(LogitsProcessor):
             def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from empg_lite.sampler.base import (
     Completion,
     Engine,
     OnCompletion,
+    OnToken,
     Prompt,
     SampleWork,
     check_finite,
@@ -52,12 +53,14 @@ class NativeSampler(Engine):
         self._copy: MergedCopy | None = None
         self._graphs: Graphs | None = None
 
-    def draw(self, prompts: Sequence[Prompt], decoding: Decoding, ended: OnCompletion) -> None:
+    def draw(
+        self, prompts: Sequence[Prompt], decoding: Decoding, ended: OnCompletion, grew: OnToken | None
+    ) -> None:
         """See ``base.Engine``."""
         try:
             with self.policy.sampling():
                 decoder, step = self._ready(prompts, decoding)
-                self.work += _Batch(decoder, step, self._stop, prompts, ended).run()
+                self.work += _Batch(decoder, step, self._stop, prompts, ended, grew).run()
         finally:
             if self._graphs is None:  # nobody holds the copy's addresses
                 self.release()
@@ -128,8 +131,10 @@ class _Batch:
         stop: StopRule,
         prompts: Sequence[Prompt],
         ended: OnCompletion,
+        grew: OnToken | None,
     ) -> None:
-        self.decoder, self.step, self.stop, self.prompts, self.ended = decoder, step, stop, prompts, ended
+        self.decoder, self.step, self.stop, self.prompts = decoder, step, stop, prompts
+        self.ended, self.grew = ended, grew
         # like with like: prompts of one length pad nothing when they go through
         self.waiting = deque(sorted(range(len(prompts)), key=lambda i: (len(prompts[i].ids), i)))
         self.rows: list[_Row | None] = []  # by place; None has ended
@@ -203,6 +208,8 @@ class _Batch:
             if stopped or len(row.ids) == self.decoder.decoding.max_new_tokens:
                 self.rows[place] = None
                 self.ended(*row.name, self._completion(row, "stop" if stopped else "length"))
+            elif self.grew:
+                self.grew(*row.name, row.ids)
         self.work += SampleWork(tokens=kept)
 
     def _completion(self, row: _Row, finish_reason: FinishReason) -> Completion:

@@ -49,3 +49,37 @@ class StopRule:
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+class TextStream:
+    """The text of a completion while it grows: what has been given is never taken back.
+
+    Held back are the bytes of a character that is not whole yet, and what may be the beginning of a stop
+    string. What is given is a beginning of what ``StopRule.text`` says in the end: true of byte-level
+    tokenizers, where the text of two pieces is the pieces' text if they meet between characters.
+    """
+
+    def __init__(self, tokenizer: Any, stop_strings: Sequence[str]) -> None:
+        self._tokenizer, self._strings = tokenizer, tuple(stop_strings)
+        self._text = ""  # of the tokens before _at
+        self._at = 0
+
+    def grow(self, ids: Sequence[int]) -> str:
+        """The text that is certain by now.
+
+        Args:
+            ids: the completion's tokens so far: those of the last call and more; none of them ends it.
+        """
+        piece = self._tokenizer.decode(list(ids[self._at :]), skip_special_tokens=False)
+        if not piece.endswith("\ufffd"):
+            self._text, self._at, piece = self._text + piece, max(self._at, len(ids)), ""
+        known = self._text + piece.rstrip("\ufffd")
+        return known[: len(known) - self._held(known)]
+
+    def _held(self, text: str) -> int:
+        """How many of the last characters may begin a stop string."""
+        longest = max(map(len, self._strings), default=1) - 1
+        for n in range(min(longest, len(text)), 0, -1):
+            if any(s.startswith(text[-n:]) for s in self._strings):
+                return n
+        return 0

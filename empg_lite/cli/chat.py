@@ -1,0 +1,329 @@
+"""The chat command: one question, questions from a pipe, or a conversation with commands."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from empg_lite.cli.options import (
+    AllowCodeOption,
+    DebugOption,
+    JsonOption,
+    Output,
+    RecipeOption,
+    SeedOption,
+    SetOption,
+    TargetArgument,
+)
+
+if TYPE_CHECKING:
+    from empg_lite.chat import Chat, OnText, Reply
+    from empg_lite.rationale import Rationale
+    from empg_lite.rewards import Grader
+
+HELP = """\
+a question            is answered; '=> ANSWER' at its end is its gold: the reply is graded
+/problem [ID]         ask one of the evaluation problems, with its gold
+/again [K]            the last question again, K samples (8) at temperature 1, and their vote
+/compare on|off       base and tuned side by side
+/temperature X        0 is greedy;  /max N  most tokens of an answer
+/show                 the last replies again, whole
+/save FILE            everything said so far, as a rollout file
+/help, /quit          an empty line or Ctrl-D also ends; Ctrl-C stops an answer"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command of this module."""
+    app.command()(chat)
+
+
+def chat(
+    target: TargetArgument = None,
+    recipe: RecipeOption = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Ask this and stop; - reads stdin.", show_default=False)
+    ] = None,
+    gold: Annotated[
+        str | None, typer.Option(help="Known answer: the reply is graded.", show_default=False)
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Base and tuned side by side.")] = False,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Default: the recipe's.", show_default=False)
+    ] = None,
+    allow_code: AllowCodeOption = False,
+    overrides: SetOption = None,
+    seed: SeedOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Ask a model and see its reasoning, the answer read from it, and its reward. /help lists more."""
+    from empg_lite.scoring import with_code
+    from empg_lite.target import resolve_target
+
+    out = Output(as_json)
+    chosen = resolve_target(target, recipe, overrides or [], seed)
+    plan, code = with_code(chosen.recipe, allow_code)
+    chosen = replace(chosen, recipe=plan)
+    from empg_lite.chat import Chat
+    from empg_lite.rewards import Grader
+
+    with out.guarded(), Grader(code=code) as grader:
+        talk = Chat(chosen, temperature=temperature, max_new_tokens=max_new_tokens)
+        conversation = _Conversation(out, talk, grader, compare, gold)
+        if prompt is not None:
+            conversation.ask(sys.stdin.read().strip() if prompt == "-" else prompt, gold)
+        else:
+            conversation.run(chosen.label)
+
+
+class _Conversation:
+    """Reads lines and answers them, until there are no more."""
+
+    def __init__(self, out: Output, talk: Chat, grader: Grader, compare: bool, gold: str | None) -> None:
+        self.out, self.talk, self.grader, self.compare, self.gold = out, talk, grader, compare, gold
+        self.person = sys.stdin.isatty()
+        self.question, self.known = "", gold
+        self.shown: list[Reply] = []
+        self.commands: dict[str, Callable[[str], None]] = {
+            "problem": self._problem,
+            "again": self._again,
+            "compare": self._compare,
+            "temperature": self._temperature,
+            "max": self._max,
+            "show": self._show,
+            "save": self._save,
+            "help": lambda _: self._say(HELP),
+        }
+
+    def run(self, label: str) -> None:
+        """A conversation; from a pipe, a question a line."""
+        if self.person:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401  (arrow keys and history, where the system has it)
+            self._say(f"{label} · /help lists the commands, an empty line ends")
+        for line in self._lines():
+            try:
+                self._take(line)
+            except KeyboardInterrupt:
+                self._say("stopped")
+
+    def ask(self, question: str, gold: str | None) -> None:
+        """One question and its replies.
+
+        Raises:
+            DataError: it is too long for the model.
+        """
+        self.question, self.known = question, gold
+        with self._streaming() as on_text:
+            replies = self.talk.ask(question, self.grader, gold=gold, compare=self.compare, on_text=on_text)
+        self.shown = list(replies)
+        if self.out.as_json:
+            result = {reply.speaker: _record(reply.rationale) for reply in replies}
+            self.out.line({"question": question, "gold": gold, **result})
+        else:
+            self._print_replies()
+
+    def _lines(self) -> Iterator[str]:
+        while True:
+            try:
+                line = self.out.console.input("\n[bold]you>[/] ") if self.person else sys.stdin.readline()
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                if self.person:
+                    return
+                raise
+            if not line.strip():
+                if not self.person and line:  # an empty line of a file is none
+                    continue
+                return
+            yield line.strip()
+
+    def _take(self, line: str) -> None:
+        """A question or a command; what is wrong with it is said, and the conversation goes on."""
+        from empg_lite.errors import EmpgError
+
+        try:
+            name, _, rest = line[1:].partition(" ")
+            if line in ("/quit", "/exit"):
+                raise EOFError
+            if line.startswith("/") and name in self.commands:
+                self.commands[name](rest.strip())
+            elif line.startswith("/"):
+                self._say(f"no command /{name}: /help lists them")
+            else:
+                question, _, known = line.partition("=>")
+                self.ask(question.strip(), known.strip() or self.gold)
+        except EmpgError as error:  # of this line alone
+            self._say(str(error), style="yellow")
+
+    # --- commands ---------------------------------------------------------------------------------
+
+    def _problem(self, wanted: str) -> None:
+        problem = self.talk.draw_problem(wanted)
+        self._say(f"{problem.id}, gold {problem.gold}\n{problem.question}", style="italic")
+        self.ask(problem.question, problem.gold)
+
+    def _again(self, count: str) -> None:
+        samples = _number(count or "8", int, 1, 256)
+        if samples is None or not self.question:
+            self._say("ask something first" if not self.question else "say how many: /again 8")
+            return
+        replies, vote = self.talk.again(self.question, self.grader, samples, gold=self.known)
+        self.shown = list(replies)
+        if self.out.as_json:
+            rows = [_record(r.rationale) for r in replies]
+            facts = {"answer": vote.answer, "votes": vote.votes, "right": vote.right}
+            self.out.line({"question": self.question, "gold": self.known, "samples": rows, "vote": facts})
+            return
+        for reply in replies:
+            self.out.console.print(_line(reply.rationale), no_wrap=True, overflow="ellipsis", crop=True)
+        right = "" if vote.right is None else f" · {vote.right:.0%} right"
+        answer = "no answer" if vote.answer is None else f"{vote.answer}, {vote.votes} of {samples}"
+        self._say(f"vote: {answer}{right}", style="bold")
+
+    def _compare(self, word: str) -> None:
+        if word in ("on", "off"):
+            self.compare = word == "on"
+        self._say(f"compare is {'on' if self.compare else 'off'}: /compare on|off")
+
+    def _temperature(self, word: str) -> None:
+        value = _number(word, float, 0.0, 100.0)
+        if value is not None:
+            self.talk.decoding = replace(self.talk.decoding, temperature=value)
+        self._say(f"temperature is {self.talk.decoding.temperature:g}: /temperature X, 0 is greedy")
+
+    def _max(self, word: str) -> None:
+        value = _number(word, int, 1, 32_768)
+        if value is not None:
+            self.talk.decoding = replace(self.talk.decoding, max_new_tokens=value)
+        self._say(f"an answer has at most {self.talk.decoding.max_new_tokens} tokens: /max N")
+
+    def _show(self, _: str) -> None:
+        if self.shown:
+            self._print_replies()
+        else:
+            self._say("nothing was said yet")
+
+    def _save(self, name: str) -> None:
+        if not name or not self.talk.replies:
+            self._say("nothing was said yet" if name else "say where to: /save FILE.jsonl")
+            return
+        self._say(f"{self.talk.save(Path(name).expanduser())} replies in {name}: empg-lite inspect {name}")
+
+    # --- showing ----------------------------------------------------------------------------------
+
+    def _say(self, text: str, style: str = "dim") -> None:
+        from empg_lite.safe_text import safe
+
+        self.out.print(safe(text), style=style, markup=False, highlight=False)
+
+    @contextlib.contextmanager
+    def _streaming(self) -> Iterator[OnText | None]:
+        """The replies as they grow, on a terminal; taken away when they are whole."""
+        if self.out.as_json or not self.out.console.is_terminal:
+            yield None
+            return
+        from rich.live import Live
+        from rich.text import Text
+
+        from empg_lite.safe_text import safe
+
+        texts: dict[str, str] = {}
+        room = max(4, self.out.console.height - 4)
+
+        def shown() -> Text:
+            said = (f"{name}> " * self.compare + text.strip() for name, text in texts.items())
+            lines = Text(safe("\n".join(said))).wrap(self.out.console, self.out.console.width)
+            return Text("\n").join(lines[-room:])
+
+        def grew(speaker: str, text: str) -> None:
+            texts[speaker] = text
+
+        with Live(console=self.out.console, get_renderable=shown, refresh_per_second=12, transient=True):
+            yield grew
+
+    def _print_replies(self) -> None:
+        from rich.table import Table
+
+        side_by_side = Table.grid(expand=True)
+        alone = len({r.speaker for r in self.shown}) == 1
+        if not alone:
+            for _ in self.shown:
+                side_by_side.add_column(ratio=1)
+            side_by_side.add_row(*(_panel(reply, alone=False) for reply in self.shown))
+            self.out.print(side_by_side)
+            return
+        for reply in self.shown:
+            self.out.print(_panel(reply, alone=True))
+
+
+def _number(text: str, kind: Callable[[str], Any], least: float, most: float) -> Any:
+    """The number that a text is, within bounds; None where it is none."""
+    try:
+        value = kind(text)
+    except ValueError:
+        return None
+    return value if least <= value <= most else None
+
+
+def _record(r: Rationale) -> dict[str, Any]:
+    return {
+        "completion": r.completion,
+        "tokens": len(r.completion_ids),
+        "finish_reason": r.finish_reason,
+        "extracted": r.extracted,
+        "rule": r.rule,
+        "reward": r.reward,
+        "reason": r.reason,
+    }
+
+
+def _verdict(r: Rationale) -> str:
+    return "" if r.reward is None else f"reward {r.reward:g} ({r.reason})"
+
+
+def _style(r: Rationale) -> str:
+    return "none" if r.reward is None else "green" if r.right else "red"
+
+
+def _line(r: Rationale) -> Any:
+    """A sample in one line: verdict, answer, the end of its reasoning."""
+    from rich.text import Text
+
+    from empg_lite.safe_text import safe
+
+    answer = "no answer" if r.extracted is None else safe(r.extracted)[:12]
+    end = " ".join(safe(r.completion).split())[-60:]
+    line = Text(f"{_verdict(r) or 'not graded':20} ", style=_style(r))
+    return line.append(f"{answer:12} ", style="bold").append(end, style="dim")
+
+
+def _panel(reply: Reply, *, alone: bool) -> Any:
+    from rich.panel import Panel
+    from rich.text import Text
+
+    from empg_lite.cli.marks import legend, marked
+    from empg_lite.safe_text import safe
+
+    r = reply.rationale
+    body, found = marked(r.completion, r.extracted)
+    answer = "no answer found" if r.extracted is None else f"answer {r.extracted} ({r.rule})"
+    facts = [
+        f"{len(r.completion_ids)} tokens",
+        "cut off" if r.finish_reason == "length" else "stopped",
+        answer,
+        _verdict(r),
+    ]
+    body = body if body.plain else Text("(nothing)")
+    body.append("\n" + safe(" · ".join(filter(None, facts))), style="dim")
+    if found:
+        body.append("\n" + legend(found), style="dim")
+    return Panel(body, title=None if alone else reply.speaker, border_style=_style(r))
