@@ -89,7 +89,9 @@ def check(recipe: Recipe, grader: Grader, view: View | None = None) -> CheckRepo
     """
     view = view or View()
     recipe = recipe.resolved()
-    splits = load_splits(recipe)
+    # Without the reward: golds that it cannot read are for the report, all of them, not for one error.
+    bare = recipe.data.model_copy(update={"reward": None})
+    splits = load_splits(recipe.model_copy(update={"data": bare}))
     template = load_template(str(recipe.data.prompt))
     parts = {"train": splits.train, "validation": splits.validation, "evaluation": splits.evaluation}
     notes: list[str] = []

@@ -19,7 +19,7 @@ from empg_lite.recipe_file import builtin_recipes
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: Pages whose commands run on any machine, top to bottom, with the tiny model.
-RUN = ("quickstart", "your-own-data", "report", "export", "python", "off-policy")
+RUN = ("quickstart", "your-own-data", "report", "export", "chat", "python", "off-policy")
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -151,7 +151,7 @@ def test_the_page_runs_from_top_to_bottom(name: str, tmp_path: Path) -> None:
         return done.stdout
 
     page = ROOT / "docs" / f"{name}.md"
-    if name in ("report", "export"):  # they look at the runs of the quickstart
+    if name in ("report", "export", "chat"):  # they look at the runs of the quickstart
         first = "empg-lite train --recipe tiny --output-dir runs/first"
         run(
             ["bash", "-e", "-s"],

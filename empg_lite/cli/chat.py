@@ -109,6 +109,8 @@ class _Conversation:
                 import readline  # noqa: F401  (arrow keys and history, where the system has it)
             self._say(f"{label} · /help lists the commands, an empty line ends")
         for line in self._lines():
+            if line in ("/quit", "/exit"):
+                return
             try:
                 self._take(line)
             except KeyboardInterrupt:
@@ -152,8 +154,6 @@ class _Conversation:
 
         try:
             name, _, rest = line[1:].partition(" ")
-            if line in ("/quit", "/exit"):
-                raise EOFError
             if line.startswith("/") and name in self.commands:
                 self.commands[name](rest.strip())
             elif line.startswith("/"):

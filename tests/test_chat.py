@@ -1,0 +1,271 @@
+"""Chat: what streams is what was sampled, commands do what they say, and nothing a model writes is obeyed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stored_runs import rationale
+
+from empg_lite import chat as chatting
+from empg_lite.behaviors import BEHAVIORS
+from empg_lite.chat import Chat, vote
+from empg_lite.cli.marks import MARKS, legend, marked
+from empg_lite.errors import DataError
+from empg_lite.rationale import read_rollouts
+from empg_lite.rewards import Grader
+from empg_lite.sampler import TextStream
+from empg_lite.target import resolve_target
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
+    from conftest import write_recipe
+
+    from empg_lite import api
+
+    folder = tmp_path_factory.mktemp("chat")
+    recipe = write_recipe(folder, model_dir)
+    return api.run(
+        recipe, folder / "run", overrides={"optim.learning_rate": 0.05, "sampler.max_new_tokens": 30}
+    ).path
+
+
+@pytest.fixture(scope="module")
+def talk(run: Path) -> Chat:
+    return Chat(resolve_target(str(run)))
+
+
+@pytest.fixture
+def grader():  # type: ignore[no-untyped-def]
+    with Grader() as made:
+        yield made
+
+
+# --- streaming ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["native", "generate"])
+def test_what_streams_is_a_beginning_of_what_was_sampled(run: Path, grader: Grader, engine: str) -> None:
+    watched = Chat(resolve_target(str(run), None, [f"sampler.engine={engine}"]))
+    alone = Chat(resolve_target(str(run), None, [f"sampler.engine={engine}"]))
+    seen: dict[str, list[str]] = {"base": [], "tuned": []}
+    replies = watched.ask("7 + 8 = ?", grader, compare=True, on_text=lambda who, text: seen[who].append(text))
+    same = alone.ask("7 + 8 = ?", grader, compare=True)
+    assert [r.rationale.completion_ids for r in replies] == [r.rationale.completion_ids for r in same]
+    for reply in replies:
+        texts, r = seen[reply.speaker], reply.rationale
+        # One call for each token but the one that ends it.
+        assert len(texts) == len(r.completion_ids) - 1
+        assert all(r.completion.startswith(text) for text in texts)
+        assert all(b.startswith(a) for a, b in zip(texts, texts[1:], strict=False))
+    assert replies[0].rationale.completion != replies[1].rationale.completion
+
+
+class Bytes:
+    """A tokenizer of single bytes."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return bytes(ids).decode("utf-8", "replace")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=40), st.sampled_from([(), ("\nQ:",), ("##", "\nQuestion:"), ("é",)]))
+def test_a_stream_never_takes_back_and_holds_no_half_character(text: str, stops: tuple[str, ...]) -> None:
+    text = text.replace("\ufffd", "?")
+    for stop in stops:
+        text = text.replace(stop, "")
+    if any(stop in text for stop in stops):  # a new one came together
+        return
+    ids, stream, given_before = list(text.encode()), TextStream(Bytes(), stops), ""
+    for n in range(1, len(ids) + 1):
+        now = stream.grow(ids[:n])
+        assert now.startswith(given_before) and text.startswith(now) and "\ufffd" not in now
+        given_before = now
+    # All that can be held back at the end is the beginning of a stop string.
+    held = text[len(given_before) :]
+    assert held == "" or any(stop.startswith(held) and stop != held for stop in stops)
+
+
+# --- votes and marks ----------------------------------------------------------------------------------
+
+
+def test_a_vote_by_hand() -> None:
+    rows = [
+        rationale("Q", "so 0.5", right=True, extracted="0.5"),
+        rationale("Q", "so 1/2", right=True, extracted="1/2"),
+        rationale("Q", "so 3", right=False, extracted="3"),
+        rationale("Q", "so 3 and", right=False, extracted="3", finish_reason="length"),
+        rationale("Q", "hm", right=False, extracted=None),
+    ]
+    found = vote(rows)
+    assert (found.answer, found.votes, found.right) == ("0.5", 2, 2 / 5)
+    ungraded = vote([rationale("Q", "hm", right=False, extracted=None, reward=None)])
+    assert (ungraded.answer, ungraded.votes, ungraded.right) == (None, 0, None)
+
+
+def test_marks_are_readable_without_colours() -> None:
+    text = "First, find the total. 3 + 4 = 7. Let me check: 7 - 4 = 3. Wait, that is wrong. #### 7"
+    shown, found = marked(text, "7")
+    assert shown.plain.replace("▸ ", "").replace("✓ ", "").replace("↶ ", "") == text
+    assert "✓ Let me check" in shown.plain and "↶ Wait" in shown.plain
+    assert {"verification", "backtracking"} <= set(found) <= set(BEHAVIORS) == set(MARKS)
+    assert "✓ checks" in legend(found) and "↶ turns back" in legend(found)
+    last = shown.plain.rindex("7")
+    assert any(s.start == last and "underline" in str(s.style) for s in shown.spans)
+    assert marked("plain 3", None)[0].plain == "plain 3" and marked("", "x")[1] == []
+
+
+def test_marked_text_is_safe_and_no_markup() -> None:
+    shown, _ = marked("[bold red]x[/] \x1b[2J\u202e #### 7", "7")
+    assert shown.plain == "[bold red]x[/] \\x1b[2J\\u202e #### 7"
+
+
+# --- a session ----------------------------------------------------------------------------------------
+
+
+def test_again_samples_and_problem_draws(talk: Chat, grader: Grader, tmp_path: Path) -> None:
+    replies, found = talk.again("1 + 2 = ?", grader, 6, gold="3")
+    assert len(replies) == 6 and len({r.rationale.completion for r in replies}) > 1
+    assert found.right == sum(r.rationale.right for r in replies) / 6
+    problem = talk.draw_problem()
+    assert talk.draw_problem(problem.id[:8]) == problem
+    with pytest.raises(DataError, match="id"):
+        talk.draw_problem("nothing")
+
+    talk.replies.clear()
+    talk.ask(problem.question, grader, gold=problem.gold, compare=True)
+    talk.ask(problem.question, grader)
+    talk.again("1 + 2 = ?", grader, 3)
+    assert talk.save(tmp_path / "said.jsonl") == 6
+    tuned, base = read_rollouts(tmp_path / "said.jsonl")
+    assert tuned.header.adapter and base.header.adapter is None and len(base.rationales) == 1
+    said = [r.rationale.completion for r in talk.replies if r.speaker == "tuned"]
+    assert [r.completion for r in tuned.rationales] == said
+    assert [r.reward is None for r in tuned.rationales] == [False, True, True, True, True]
+
+
+@pytest.fixture
+def typed(cli, run: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    """Lines into the command by a pipe."""
+
+    def send(lines: str, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        return cli("chat", run, *arguments)
+
+    return send
+
+
+def test_questions_from_a_pipe(typed, cli, run: Path) -> None:  # type: ignore[no-untyped-def]
+    code, out, err = typed("1 + 1 = ? => 2\n\n2 + 2 = ?\n/again 3\n/quit\n5 + 5 = ?\n", "--json")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and len(records) == 3 and "you>" not in out + err
+    assert [r["question"] for r in records] == ["1 + 1 = ?", "2 + 2 = ?", "2 + 2 = ?"]
+    assert records[0]["gold"] == "2" and records[0]["tuned"]["reward"] in (0.0, 1.0)
+    assert records[1]["gold"] is None and records[1]["tuned"]["reward"] is None
+    assert len(records[2]["samples"]) == 3 and set(records[2]["vote"]) == {"answer", "votes", "right"}
+    code, out, _ = cli("chat", run, "--prompt", "1 + 1 = ?", "--gold", "2", "--json")
+    assert json.loads(out)["tuned"] == records[0]["tuned"]
+
+
+def test_commands(typed, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    saved = tmp_path / "said.jsonl"
+    lines = [
+        "/again 3",  # nothing was asked yet
+        "/show",
+        "/nothing",
+        "1 + 1 = ?",
+        "/compare on",
+        "1 + 1 = ?",
+        "/temperature 0.5",
+        "/temperature hot",
+        "/max 3",
+        "/max 0",
+        "/again many",
+        "/problem zzz",
+        "9 " * 900,
+        "/problem",
+        f"/save {saved}",
+        "/help",
+    ]
+    code, out, _ = typed("\n".join(lines) + "\n")
+    assert code == 0
+    for said in (
+        "ask something first",
+        "nothing was said yet",
+        "no command /nothing: /help lists them",
+        "compare is on",
+        "temperature is 0.5",
+        "at most 3 tokens",
+        "say how many",
+        "no problem has such an id",
+        "the model's context is",
+        "/again [K]",
+    ):
+        assert said in out, said
+    assert out.count("temperature is 0.5") == out.count("at most 3 tokens") == 2
+    assert "base" in out and f"replies in {saved}" in " ".join(out.split())
+    assert len([r for s in read_rollouts(saved) for r in s.rationales]) == 1 + 2 + 2
+
+
+def test_a_terminal_ctrl_c_stops_the_answer_only(run: Path, tmp_path: Path) -> None:
+    """On a pseudo-terminal, with an answer that takes its time."""
+    slow = (
+        "import sys, time\n"
+        "from empg_lite.cli import main\n"
+        "import empg_lite.chat as c; real = c.Chat._draw\n"
+        "def draw(self, question, *rest):\n"
+        "    if question == 'slow': print('thinking', flush=True); time.sleep(60)\n"
+        "    return real(self, question, *rest)\n"
+        "c.Chat._draw = draw; main(sys.argv[1:])\n"
+    )
+    child, fd = pty.fork()
+    if child == 0:
+        os.environ["TERM"] = "xterm"
+        os.execv(sys.executable, [sys.executable, "-c", slow, "chat", str(run)])
+    try:
+        _until(fd, "you>")
+        os.write(fd, b"slow\n")
+        _until(fd, "thinking")
+        os.kill(child, signal.SIGINT)
+        _until(fd, "stopped")
+        _until(fd, "you>")
+        os.write(fd, b"1 + 1 = ? => 2\n")
+        assert "reward" in _until(fd, "you>")
+        os.write(fd, b"\x04")
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        child = 0
+    finally:
+        if child:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        os.close(fd)
+
+
+def _until(fd: int, wanted: str, seconds: float = 90) -> str:
+    found, end = "", time.monotonic() + seconds
+    while wanted not in found:
+        assert time.monotonic() < end, found
+        if select.select([fd], [], [], 0.1)[0]:
+            found += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", os.read(fd, 65536).decode("utf-8", "replace"))
+    return found
+
+
+def test_chat_draws_are_never_those_of_training() -> None:
+    from empg_lite import evaluate, preflight
+    from empg_lite.export import compare
+
+    steps: list[Any] = [chatting.CHAT_STEP, evaluate.EVAL_STEP, compare.EXPORT_STEP, preflight.PREFLIGHT_STEP]
+    assert len(set(steps)) == 4 and max(steps) <= 0  # training begins at 1
