@@ -31,7 +31,8 @@ def show_sweep(out: Output, result: Mapping[str, Any]) -> None:
         table.add_row(str(seed), *(_cell(name, run[name]) for name in shown), end_section=run is runs[-1])
     spreads = [(name, result[name]) for name in shown]
     table.add_row("mean", *(_cell(name, s and s["mean"]) for name, s in spreads), style="bold")
-    table.add_row("lowest to highest", *(_range(name, s) for name, s in spreads), style="dim")
+    for end, title in (("min", "lowest"), ("max", "highest")):
+        table.add_row(title, *(_cell(name, s and s[end]) for name, s in spreads), style="dim")
     out.print(table)
     out.print(f"beside each other: {result['report']}", markup=False, highlight=False)
 
@@ -40,7 +41,3 @@ def _cell(name: str, value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.0f} s" if name == "seconds" else f"{value:.1%}"
-
-
-def _range(name: str, spread: Mapping[str, float] | None) -> str:
-    return "" if spread is None else f"{_cell(name, spread['min'])} to {_cell(name, spread['max'])}"
