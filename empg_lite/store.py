@@ -461,11 +461,17 @@ def run_lock(run: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise RunInUse(
                 f"run directory in use by {_holder(fd)}",
                 str(run),
                 "wait for it, or choose another --output-dir",
+            ) from error
+        except OSError as error:
+            raise StorageError(
+                f"the file system takes no locks ({error.strerror})",
+                str(path),
+                "put the run on another disk, and copy it when it has ended",
             ) from error
         with _storage_errors(path):
             _cut(fd, 0)

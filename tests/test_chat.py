@@ -235,15 +235,16 @@ def test_a_terminal_ctrl_c_stops_the_answer_only(run: Path, tmp_path: Path) -> N
     if child == 0:
         os.environ["TERM"] = "xterm"
         os.execv(sys.executable, [sys.executable, "-c", slow, "chat", str(run)])
+    screen = Screen(fd)
     try:
-        _until(fd, "you>")
+        screen.until("you>")
         os.write(fd, b"slow\n")
-        _until(fd, "thinking")
+        screen.until("thinking")
         os.kill(child, signal.SIGINT)
-        _until(fd, "stopped")
-        _until(fd, "you>")
+        screen.until("stopped")
+        screen.until("you>")
         os.write(fd, b"1 + 1 = ? => 2\n")
-        assert "reward" in _until(fd, "you>")
+        assert "reward" in screen.until("you>")
         os.write(fd, b"\x04")
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         child = 0
@@ -254,13 +255,21 @@ def test_a_terminal_ctrl_c_stops_the_answer_only(run: Path, tmp_path: Path) -> N
         os.close(fd)
 
 
-def _until(fd: int, wanted: str, seconds: float = 90) -> str:
-    found, end = "", time.monotonic() + seconds
-    while wanted not in found:
-        assert time.monotonic() < end, found
-        if select.select([fd], [], [], 0.1)[0]:
-            found += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", os.read(fd, 65536).decode("utf-8", "replace"))
-    return found
+class Screen:
+    """What a terminal shows, read up to a text at a time; what came with it waits for the next time."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd, self.rest = fd, ""
+
+    def until(self, wanted: str, seconds: float = 90) -> str:
+        found, end = self.rest, time.monotonic() + seconds
+        while wanted not in found:
+            assert time.monotonic() < end, found
+            if select.select([self.fd], [], [], 0.1)[0]:
+                read = os.read(self.fd, 65536).decode("utf-8", "replace")
+                found += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", read)
+        before, _, self.rest = found.partition(wanted)
+        return before
 
 
 def test_chat_draws_are_never_those_of_training() -> None:

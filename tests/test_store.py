@@ -138,3 +138,18 @@ def test_a_run_is_held_by_one_process_and_freed_by_its_death(tmp_path: Path) -> 
         pass
     with store.run_lock(tmp_path):
         pass
+
+
+def test_a_file_system_without_locks_is_not_a_run_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some network file systems refuse flock altogether."""
+
+    def refuse(fd: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(store.fcntl, "flock", refuse)
+    with pytest.raises(StorageError, match="takes no locks .No locks available.") as raised:
+        with store.run_lock(tmp_path / "run"):
+            raise AssertionError("entered")
+    assert raised.value.exit_code == 74
