@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from conftest import write_recipe
 
 from empg_lite import api
 from empg_lite.checkpoint import newest_valid
+from empg_lite.cli import main
 from empg_lite.errors import StorageError
 from empg_lite.metrics import read_metrics, stable
 from empg_lite.session import Session
@@ -103,35 +106,48 @@ def test_a_disk_that_fills_up_costs_nothing(disk, model_dir: Path, tmp_path: Pat
         assert (run / WEIGHTS).read_bytes() == (straight.path / WEIGHTS).read_bytes()
 
 
-def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
-    """D4: somebody without rights gets one line that names the folder, before anything is sampled."""
+def test_a_folder_that_may_not_be_written(model_dir: Path) -> None:
+    """D4: somebody without rights gets one line that names the folder, before anything is sampled.
+
+    A fork becomes somebody else: all that it needs is imported, and the model lies where everybody may read.
+    """
     if os.geteuid():
         pytest.skip("only root can become somebody else")
-    home = Path("/tmp") / f"empg-closed-{os.getpid()}"
-    home.mkdir(mode=0o755)
-    closed = home / "closed"
-    closed.mkdir(mode=0o555)
-    command = [sys.executable, "-m", "empg_lite", "train", "--recipe", "tiny", "--max-steps", "1"]
-    environment = {**os.environ, "HOME": "/nonexistent", "PYTHONDONTWRITEBYTECODE": "1"}
+    home = Path(tempfile.mkdtemp(dir="/tmp", prefix="empg-closed-"))
     try:
-        reads = subprocess.run(
-            [sys.executable, "-c", "import empg_lite"], user=65534, env=environment, cwd="/"
-        )
-        if reads.returncode:
-            pytest.skip("another user cannot read this installation")
+        home.chmod(0o755)
+        shutil.copytree(model_dir, home / "model")
+        recipe = write_recipe(home, home / "model")
+        for path in [home / "model", *home.rglob("*")]:
+            path.chmod(0o755)
+        api.run(recipe, home / "warm")
+        closed = home / "closed"
+        closed.mkdir(mode=0o555)
         for folder in (closed / "run", closed / "deeper" / "run"):
-            done = subprocess.run(
-                [*command, "--output-dir", str(folder)],
-                user=65534,
-                env=environment,
-                cwd="/",
-                capture_output=True,
-                text=True,
-            )
-            last = done.stderr.strip().splitlines()[-1]
-            assert done.returncode == 74 and last.startswith("error: Permission denied"), done.stderr
-            assert str(closed) in last and "preflight" not in done.stdout
+            with tempfile.TemporaryFile() as said:
+                pid = os.fork()
+                if not pid:
+                    os.setgid(65534)
+                    os.setuid(65534)
+                    os.dup2(said.fileno(), 1)
+                    os.dup2(said.fileno(), 2)
+                    sys.stdout, sys.stderr = (
+                        os.fdopen(1, "w", closefd=False),
+                        os.fdopen(2, "w", closefd=False),
+                    )
+                    code = 70
+                    try:
+                        main(["train", "--recipe", str(recipe), "--output-dir", str(folder)])
+                    except SystemExit as stopped:
+                        code = int(stopped.code or 0)
+                    sys.stderr.flush()
+                    os._exit(code)
+                code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                said.seek(0)
+                text = said.read().decode()
+            last = text.strip().splitlines()[-1]
+            assert code == 74 and last.startswith("error: Permission denied"), text
+            assert str(closed) in last and "preflight" not in text
         assert list(closed.iterdir()) == []
     finally:
-        closed.rmdir()
-        home.rmdir()
+        shutil.rmtree(home)
