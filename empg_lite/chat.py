@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from empg_lite import store
 from empg_lite.data import load_problems
@@ -31,10 +32,15 @@ OnText = Callable[[str, str], None]
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A rationale with who gave it: ``tuned`` or ``base``; ``reward`` stays None where no gold is known."""
+    """A rationale with who gave it: ``tuned`` or ``base``; ``reward`` stays None where no gold is known.
+
+    ``decoding`` and ``seed`` are how it was drawn; each question has a seed of its own.
+    """
 
     speaker: str
     rationale: Rationale
+    decoding: Decoding
+    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +81,8 @@ class Chat:
         self.replies: list[Reply] = []
         self._sampler = self.learner.sampler()
         self._asked = 0
+        self._rows: dict[str, list[Problem]] = {}  # by split
+        self._saved: set[Path] = set()
 
     def ask(
         self,
@@ -82,82 +90,120 @@ class Chat:
         grader: Grader,
         *,
         gold: str | None = None,
+        meta: Mapping[str, Any] | None = None,
         compare: bool = False,
         on_text: OnText | None = None,
     ) -> Sequence[Reply]:
         """Answer a question, base first where it is asked too; with ``gold`` it is graded, else only read.
 
+        Args:
+            meta: what the problem's source knows beyond that; a reward may read it.
+
         Raises:
-            DataError: question and longest answer leave the model's context.
+            DataError: it is no text, or with its longest answer leaves the model's context.
         """
         self._asked += 1
+        problem = Problem(problem_id(question), question, gold or "", meta or {})
         replies = []
         for speaker in ("base", "tuned") if compare else ("tuned",):
             with self.learner.policy.reference() if speaker == "base" else nullcontext():
-                group = self._draw(question, gold, 1, self.decoding, speaker, on_text)
-            replies.append(Reply(speaker, self._graded(group, gold, grader)[0]))
+                group = self._draw(problem, 1, self.decoding, speaker, on_text)
+            replies += self._replies(speaker, group, gold, grader, self.decoding)
         self.replies += replies
         return replies
 
     def again(
-        self, question: str, grader: Grader, samples: int, *, gold: str | None = None
+        self,
+        question: str,
+        grader: Grader,
+        samples: int,
+        *,
+        gold: str | None = None,
+        meta: Mapping[str, Any] | None = None,
     ) -> tuple[list[Reply], Vote]:
-        """Draw K = ``samples`` replies at temperature 1 (or the one set, if not 0), and let them vote."""
+        """Draw K = ``samples`` replies at temperature 1, as training does, and let them vote. See ``ask``."""
         self._asked += 1
-        decoding = replace(self.decoding, temperature=self.decoding.temperature or 1.0)
-        group = self._draw(question, gold, samples, decoding, "tuned", None)
-        replies = [Reply("tuned", r) for r in self._graded(group, gold, grader)]
+        decoding = replace(self.decoding, temperature=1.0)
+        group = self._draw(Problem(problem_id(question), question, gold or "", meta or {}), samples, decoding)
+        replies = self._replies("tuned", group, gold, grader, decoding)
         self.replies += replies
         return replies, vote([r.rationale for r in replies])
 
     def draw_problem(self, wanted: str = "") -> Problem:
-        """A problem of the evaluation rows: the one whose id begins so, or each time another.
+        """A problem: the one whose id begins so, or each time another one of a split.
+
+        Args:
+            wanted: ``data.split``, ``data.eval_split`` (the default), or the beginning of an id in either.
 
         Raises:
             DataError: no id begins so; the data cannot be read.
         """
-        found = [p for p in self._problems if p.id.startswith(wanted)]
-        if not found:
-            raise DataError("no problem has such an id", wanted, "ids stand in `empg-lite inspect`")
-        return found[0] if wanted else Random(f"{self.recipe.run.seed} {self._asked}").choice(found)
+        data = self.recipe.data
+        splits = list(dict.fromkeys((data.eval_split, data.split)))
+        if not wanted or wanted in splits:
+            return Random(f"{self.recipe.run.seed} {self._asked}").choice(self._split(wanted or splits[0]))
+        for split in splits:
+            for problem in self._split(split):
+                if problem.id.startswith(wanted):
+                    return problem
+        where = f"{wanted!r}, splits {' and '.join(splits)}"
+        raise DataError("no problem has such an id", where, "ids stand in `empg-lite inspect`")
 
     def save(self, path: Path) -> int:
         """Write all that was said as a rollout file: ``inspect`` shows it, ``score`` and ``fit`` take it.
 
+        Each question is a segment of its own, with its decoding and seed: groups never cross headers, and a
+        greedy reply is no sample of the policy. Saving again replaces what this conversation saved.
+
         Returns:
             How many replies it holds.
+
+        Raises:
+            DataError: somebody else's file is there.
         """
+        if path.exists() and path.resolve() not in self._saved:
+            raise DataError("there is a file already, and it stays as it is", str(path), "name another")
         header = self.learner.header(str(self.recipe.data.reward))
         text = ""
-        for speaker, adapter in (("tuned", header.adapter), ("base", None)):
-            rows = [r.rationale for r in self.replies if r.speaker == speaker]
-            # Asked twice is sampled twice: within a problem the index tells them apart.
-            seen: Counter[str] = Counter()
-            numbered = []
-            for row in rows:
-                numbered.append(replace(row, sample_index=seen[row.problem_id]))
-                seen[row.problem_id] += 1
-            if numbered:
-                text += encode_rollouts(replace(header, adapter=adapter), numbered)
+        for (speaker, decoding, seed), said in groupby(
+            self.replies, lambda r: (r.speaker, r.decoding, r.seed)
+        ):
+            rows = [r.rationale for r in said]
+            text += encode_rollouts(
+                replace(
+                    header,
+                    adapter=None if speaker == "base" else header.adapter,
+                    sampler={**asdict(decoding), "samples_per_problem": len(rows)},
+                    seed=seed,
+                ),
+                rows,
+            )
         store.write_file(path, text)
+        self._saved.add(path.resolve())
         return len(self.replies)
 
-    @cached_property
-    def _problems(self) -> list[Problem]:
-        return load_problems(self.recipe.data, self.recipe.data.eval_split)
+    def _split(self, name: str) -> list[Problem]:
+        if name not in self._rows:
+            self._rows[name] = load_problems(self.recipe.data, name)
+        return self._rows[name]
+
+    @property
+    def _seed(self) -> int:
+        """Of the question asked last."""
+        return self.recipe.run.seed + self._asked
 
     def _draw(
         self,
-        question: str,
-        gold: str | None,
+        problem: Problem,
         samples: int,
         decoding: Decoding,
-        speaker: str,
-        on_text: OnText | None,
+        speaker: str = "tuned",
+        on_text: OnText | None = None,
     ) -> Group:
         learner = self.learner
-        learner.require_room(question, decoding.max_new_tokens)
-        problem = Problem(problem_id(question), question, gold or "")
+        if any("\ud800" <= char <= "\udfff" for char in problem.question):
+            raise DataError("it is not UTF-8 text", "the question", "save it as UTF-8")
+        learner.require_room(problem.question, decoding.max_new_tokens)
         stream = TextStream(learner.policy.tokenizer, learner.policy.template.stop)
 
         def grew(i: int, k: int, ids: Sequence[int]) -> None:
@@ -170,16 +216,20 @@ class Chat:
             [problem],
             decoding,
             samples=samples,
-            seed=self.recipe.run.seed + self._asked,
+            seed=self._seed,
             step=CHAT_STEP,
             policy_step=learner.state.policy_step,
             on_token=grew if on_text else None,
         )
         return draw.groups[0]
 
-    def _graded(self, group: Group, gold: str | None, grader: Grader) -> list[Rationale]:
+    def _replies(
+        self, speaker: str, group: Group, gold: str | None, grader: Grader, decoding: Decoding
+    ) -> list[Reply]:
         rows = score(group.rationales, grader, str(self.recipe.data.reward))
-        return rows if gold is not None else [replace(r, reward=None, reason=None) for r in rows]
+        if gold is None:
+            rows = [replace(r, reward=None, reason=None) for r in rows]
+        return [Reply(speaker, r, decoding, self._seed) for r in rows]
 
 
 def vote(rows: Sequence[Rationale]) -> Vote:

@@ -11,6 +11,7 @@ import select
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from empg_lite.cli.marks import MARKS, legend, marked
 from empg_lite.errors import DataError
 from empg_lite.rationale import read_rollouts
 from empg_lite.rewards import Grader
-from empg_lite.sampler import TextStream
+from empg_lite.sampler import Decoding, TextStream
 from empg_lite.target import resolve_target
 
 
@@ -149,12 +150,83 @@ def test_again_samples_and_problem_draws(talk: Chat, grader: Grader, tmp_path: P
     talk.ask(problem.question, grader, gold=problem.gold, compare=True)
     talk.ask(problem.question, grader)
     talk.again("1 + 2 = ?", grader, 3)
-    assert talk.save(tmp_path / "said.jsonl") == 6
-    tuned, base = read_rollouts(tmp_path / "said.jsonl")
-    assert tuned.header.adapter and base.header.adapter is None and len(base.rationales) == 1
-    said = [r.rationale.completion for r in talk.replies if r.speaker == "tuned"]
-    assert [r.completion for r in tuned.rationales] == said
-    assert [r.reward is None for r in tuned.rationales] == [False, True, True, True, True]
+    path = tmp_path / "said.jsonl"
+    assert talk.save(path) == talk.save(path) == 6
+    segments = read_rollouts(path)
+    assert [len(s.rationales) for s in segments] == [1, 1, 1, 3]  # no greedy reply among the samples
+    assert [s.header.adapter is None for s in segments] == [True, False, False, False]
+    assert [s.header.sampler["temperature"] for s in segments] == [0.0, 0.0, 0.0, 1.0]
+    asked = [s.header.seed for s in segments]
+    assert asked[0] == asked[1] and len(set(asked)) == 3
+    assert [r.rationale for r in talk.replies] == [r for s in segments for r in s.rationales]
+    assert [r.reward is None for s in segments for r in s.rationales] == [False, False] + [True] * 4
+
+    other = tmp_path / "other.jsonl"
+    other.write_text("mine", "utf-8")
+    with pytest.raises(DataError, match="a file already"):
+        talk.save(other)
+    assert other.read_text("utf-8") == "mine"
+
+
+def test_again_is_at_temperature_1_whatever_was_set(talk: Chat, grader: Grader) -> None:
+    """The same draw under the same seed, whatever the conversation's own temperature."""
+    found = []
+    for temperature in (0.0, 0.3, 1.0):
+        talk.decoding, talk._asked = Decoding(12, temperature), 50
+        found.append([r.rationale.completion_ids for r in talk.again("1 + 2 = ?", grader, 8)[0]])
+    talk.decoding = Decoding(30, 0.0)
+    assert found[0] == found[1] == found[2] and len(set(found[0])) > 1
+
+
+def test_a_reward_sees_the_columns_of_a_drawn_problem(talk: Chat, grader: Grader) -> None:
+    seen: list[dict[str, Any]] = []
+
+    class Watched:
+        def submit(self, spec: str, case: Any) -> Any:
+            seen.append(dict(case.meta))
+            return grader.submit(spec, case)
+
+    talk.decoding = Decoding(60, 0.0)
+    problem = replace(talk.draw_problem(), meta={"unit": "cm"})
+    for temperature in range(8):  # what is cut off is not graded
+        talk.decoding = Decoding(60, temperature / 4)
+        talk.ask(problem.question, Watched(), gold=problem.gold, meta=problem.meta)  # type: ignore[arg-type]
+        talk.again(problem.question, Watched(), 4, gold=problem.gold, meta=problem.meta)  # type: ignore[arg-type]
+    talk.decoding = Decoding(30, 0.0)
+    assert seen and all(meta == {"unit": "cm"} for meta in seen)
+
+
+def test_a_problem_of_a_split(talk: Chat) -> None:
+    from empg_lite.data import load_problems
+
+    data = talk.recipe.data
+    train, held = (load_problems(data, split) for split in (data.split, data.eval_split))
+    assert talk.draw_problem() in held and talk.draw_problem(data.eval_split) in held
+    assert talk.draw_problem(data.split) in train
+    assert talk.draw_problem(train[0].id[:10]) == train[0]
+
+
+def test_a_script_learns_which_lines_failed(typed, capfd: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
+    code, out, err = typed("1 + 1 = ?\n" + "9 " * 900 + "\ncaf\udce9\n2 + 2 = ?\n", "--json")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert code == 65 and ["tuned" in r for r in records] == [True, False, False, True]
+    assert "context" in records[1]["error"] and "not UTF-8" in records[2]["error"]
+    lines = err.strip().splitlines()
+    assert [line.startswith("error: ") for line in lines[-2:]] == [True, True]
+
+
+def test_ctrl_c_ends_a_script(cli, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    real = Chat.ask
+
+    def ask(self: Chat, question: str, *rest: Any, **options: Any) -> Any:
+        if question == "slow":
+            raise KeyboardInterrupt
+        return real(self, question, *rest, **options)
+
+    monkeypatch.setattr(Chat, "ask", ask)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("1 + 1 = ?\nslow\n2 + 2 = ?\n"))
+    code, out, _ = cli("chat", run, "--json")
+    assert code == 130 and len(out.splitlines()) == 1
 
 
 @pytest.fixture
@@ -200,8 +272,9 @@ def test_commands(typed, tmp_path: Path) -> None:  # type: ignore[no-untyped-def
         f"/save {saved}",
         "/help",
     ]
-    code, out, _ = typed("\n".join(lines) + "\n")
-    assert code == 0
+    code, out, err = typed("\n".join(lines) + "\n")
+    assert code == 65  # of the first line that failed
+    out += err
     for said in (
         "ask something first",
         "nothing was said yet",
@@ -226,9 +299,9 @@ def test_a_terminal_ctrl_c_stops_the_answer_only(run: Path, tmp_path: Path) -> N
         "import sys, time\n"
         "from empg_lite.cli import main\n"
         "import empg_lite.chat as c; real = c.Chat._draw\n"
-        "def draw(self, question, *rest):\n"
-        "    if question == 'slow': print('thinking', flush=True); time.sleep(60)\n"
-        "    return real(self, question, *rest)\n"
+        "def draw(self, problem, *rest):\n"
+        "    if problem.question == 'slow': print('thinking', flush=True); time.sleep(60)\n"
+        "    return real(self, problem, *rest)\n"
         "c.Chat._draw = draw; main(sys.argv[1:])\n"
     )
     child, fd = pty.fork()

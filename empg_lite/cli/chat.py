@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 HELP = """\
 a question            is answered; '=> ANSWER' at its end is its gold: the reply is graded
-/problem [ID]         ask one of the evaluation problems, with its gold
+/problem [ID|SPLIT]   ask one of the evaluation problems (or of that split), with its gold
 /again [K]            the last question again, K samples (8) at temperature 1, and their vote
 /compare on|off       base and tuned side by side
 /temperature X        0 is greedy;  /max N  most tokens of an answer
@@ -81,6 +81,8 @@ def chat(
             conversation.ask(sys.stdin.read().strip() if prompt == "-" else prompt, gold)
         else:
             conversation.run(chosen.label)
+    if conversation.failed:
+        raise typer.Exit(conversation.failed)
 
 
 class _Conversation:
@@ -89,7 +91,8 @@ class _Conversation:
     def __init__(self, out: Output, talk: Chat, grader: Grader, compare: bool, gold: str | None) -> None:
         self.out, self.talk, self.grader, self.compare, self.gold = out, talk, grader, compare, gold
         self.person = sys.stdin.isatty()
-        self.question, self.known = "", gold
+        self.question, self.known, self.meta = "", gold, dict[str, Any]()
+        self.prompt, self.failed = "you> ", 0
         self.shown: list[Reply] = []
         self.commands: dict[str, Callable[[str], None]] = {
             "problem": self._problem,
@@ -107,6 +110,10 @@ class _Conversation:
         if self.person:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  (arrow keys and history, where the system has it)
+
+                if sys.stdout.isatty() and self.out.console.color_system:
+                    # It draws the line anew, so it has to know the prompt, and what of it takes no room.
+                    self.prompt = "\x01\x1b[1m\x02you> \x01\x1b[0m\x02"
             self._say(f"{label} · /help lists the commands, an empty line ends")
         for line in self._lines():
             if line in ("/quit", "/exit"):
@@ -114,17 +121,21 @@ class _Conversation:
             try:
                 self._take(line)
             except KeyboardInterrupt:
+                if not self.person:  # of a script it ends the whole
+                    raise
                 self._say("stopped")
 
-    def ask(self, question: str, gold: str | None) -> None:
+    def ask(self, question: str, gold: str | None, meta: Mapping[str, Any] | None = None) -> None:
         """One question and its replies.
 
         Raises:
             DataError: it is too long for the model.
         """
-        self.question, self.known = question, gold
+        self.question, self.known, self.meta = question, gold, dict(meta or {})
         with self._streaming() as on_text:
-            replies = self.talk.ask(question, self.grader, gold=gold, compare=self.compare, on_text=on_text)
+            replies = self.talk.ask(
+                question, self.grader, gold=gold, meta=self.meta, compare=self.compare, on_text=on_text
+            )
         self.shown = list(replies)
         if self.out.as_json:
             result = {reply.speaker: _record(reply.rationale) for reply in replies}
@@ -135,9 +146,13 @@ class _Conversation:
     def _lines(self) -> Iterator[str]:
         while True:
             try:
-                line = self.out.console.input("\n[bold]you>[/] ") if self.person else sys.stdin.readline()
+                line = self._read()
             except EOFError:
                 return
+            except UnicodeDecodeError as error:
+                from empg_lite.errors import DataError
+
+                raise DataError("it is not UTF-8 text", "stdin", "save it as UTF-8") from error
             except KeyboardInterrupt:
                 if self.person:
                     return
@@ -148,9 +163,19 @@ class _Conversation:
                 return
             yield line.strip()
 
+    def _read(self) -> str:
+        if not self.person:
+            return sys.stdin.readline()
+        self._say("")
+        return input(self.prompt)
+
     def _take(self, line: str) -> None:
-        """A question or a command; what is wrong with it is said, and the conversation goes on."""
+        """A question or a command; what is wrong with it is said, and the conversation goes on.
+
+        A script also gets an object in the answer's place, and in the end the exit code of the first error.
+        """
         from empg_lite.errors import EmpgError
+        from empg_lite.safe_text import safe
 
         try:
             name, _, rest = line[1:].partition(" ")
@@ -162,21 +187,26 @@ class _Conversation:
                 question, _, known = line.partition("=>")
                 self.ask(question.strip(), known.strip() or self.gold)
         except EmpgError as error:  # of this line alone
-            self._say(str(error), style="yellow")
+            if self.person:
+                self._say(str(error), style="yellow")
+                return
+            print(f"error: {' '.join(safe(str(error)).split())}", file=sys.stderr)
+            self.out.line({"question": line, "error": str(error)})
+            self.failed = self.failed or error.exit_code
 
     # --- commands ---------------------------------------------------------------------------------
 
     def _problem(self, wanted: str) -> None:
         problem = self.talk.draw_problem(wanted)
         self._say(f"{problem.id}, gold {problem.gold}\n{problem.question}", style="italic")
-        self.ask(problem.question, problem.gold)
+        self.ask(problem.question, problem.gold, problem.meta)
 
     def _again(self, count: str) -> None:
         samples = _number(count or "8", int, 1, 256)
         if samples is None or not self.question:
             self._say("ask something first" if not self.question else "say how many: /again 8")
             return
-        replies, vote = self.talk.again(self.question, self.grader, samples, gold=self.known)
+        replies, vote = self.talk.again(self.question, self.grader, samples, gold=self.known, meta=self.meta)
         self.shown = list(replies)
         if self.out.as_json:
             rows = [_record(r.rationale) for r in replies]
@@ -240,7 +270,7 @@ class _Conversation:
         room = max(4, self.out.console.height - 4)
 
         def shown() -> Text:
-            said = (f"{name}> " * self.compare + text.strip() for name, text in texts.items())
+            said = (f"{name}> " * self.compare + text.strip() for name, text in list(texts.items()))
             lines = Text(safe("\n".join(said))).wrap(self.out.console, self.out.console.width)
             return Text("\n").join(lines[-room:])
 
