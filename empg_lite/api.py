@@ -306,7 +306,7 @@ def grade_answer(
     except ValueError as error:
         raise UsageError(str(error), "reward") from error
     if code is not None and not allow_code:
-        raise refuse_code(code.ref, "reward")
+        raise refuse_code(code.ref, "reward", UsageError)
     with Grader(code=code) as grader:
         return grader.grade(spec, gold, prediction, question)
 

@@ -64,6 +64,10 @@ class MissingInput(EmpgError):
     exit_code = 66
 
 
+class ModelUnusable(MissingInput):
+    """A base model's files are damaged, incomplete, bring code, or are of an architecture without tests."""
+
+
 class GraderUnusable(EmpgError):
     """The grader cannot start, or fails so often that its rewards are noise."""
 

@@ -33,7 +33,8 @@ def score_file(
         ``peak_rss_mb_workers`` of the largest.
 
     Raises:
-        UsageError: no reward is named anywhere, or it is a function that was not allowed.
+        UsageError: no reward is named anywhere.
+        DataError: it is a function that was not allowed.
     """
     started = time.monotonic()
     view = view or View()

@@ -102,8 +102,8 @@ def with_code(
         runs: the caller will run the file, and has to be allowed to.
 
     Raises:
-        UsageError: it would run a file that nobody allowed.
-        MissingInput, DataError: the file is not there, or not the one recorded.
+        DataError: it would run a file that nobody allowed, or one that is not the one recorded.
+        MissingInput: the file is not there.
     """
     if recipe.data.reward is None:
         return recipe, None

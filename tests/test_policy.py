@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import load_fixture_policy
 
-from empg_lite.errors import DataError, MissingInput, RecipeError, UsageError
+from empg_lite.errors import DataError, MissingInput, ModelUnusable, RecipeError, UsageError
 from empg_lite.policy import load_template
 from empg_lite.policy.adapter import adapter_files, load_adapter
 from empg_lite.policy.integrity import check_config, check_weights, resolve_model
@@ -377,26 +377,27 @@ def wrong_tokenizer_json(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "error", "what"),
     [
-        (drop_a_tensor, DataError, "lack the tensor model.layers.1.mlp.up_proj.weight"),
-        (reshape_a_tensor, DataError, r"model.norm.weight has shape \(3,\)"),
-        (truncate_weights, DataError, "damaged safetensors"),
-        (huge_header, DataError, "damaged safetensors"),
+        (drop_a_tensor, ModelUnusable, "lack the tensor model.layers.1.mlp.up_proj.weight"),
+        (reshape_a_tensor, ModelUnusable, r"model.norm.weight has shape \(3,\)"),
+        (truncate_weights, ModelUnusable, "damaged safetensors"),
+        (huge_header, ModelUnusable, "damaged safetensors"),
         (lambda f: (f / "model.safetensors").unlink(), MissingInput, "no \\*.safetensors"),
         (lambda f: (f / "config.json").unlink(), MissingInput, "not a model folder"),
-        (lambda f: (f / "config.json").write_text("["), DataError, "not JSON"),
-        (set_config(model_type="llama"), DataError, "'llama' is not supported"),
-        (set_config(auto_map={"AutoModel": "x.y"}), DataError, "code of its own"),
-        (set_config(vocab_size=100), DataError, "tokenizer has|shape"),
-        (drop_tokenizer, DataError, "tokenizer"),
-        (wrong_tokenizer_json, DataError, "tokenizer splits differently|does not give"),
+        (lambda f: (f / "config.json").write_text("["), ModelUnusable, "not JSON"),
+        (set_config(model_type="llama"), ModelUnusable, "'llama' is not supported"),
+        (set_config(auto_map={"AutoModel": "x.y"}), ModelUnusable, "code of its own"),
+        (set_config(vocab_size=100), ModelUnusable, "tokenizer has|shape"),
+        (drop_tokenizer, ModelUnusable, "tokenizer"),
+        (wrong_tokenizer_json, ModelUnusable, "tokenizer splits differently|does not give"),
     ],
 )
 def test_a_damaged_model_is_refused(model_dir: Path, tmp_path: Path, damage, error, what: str) -> None:  # type: ignore[no-untyped-def]
     folder = tmp_path / "model"
     shutil.copytree(model_dir, folder)
     damage(folder)
-    with pytest.raises(error, match=what):
+    with pytest.raises(error, match=what) as raised:
         load_fixture_policy(folder)
+    assert raised.value.exit_code == 66
 
 
 def test_an_absent_model_is_missing_input(tmp_path: Path) -> None:

@@ -380,11 +380,11 @@ def test_the_worker_runs_the_bytes_that_were_hashed(function: Path) -> None:
 
 def test_a_grader_runs_no_other_file(function: Path, tmp_path: Path) -> None:
     spec, code = pin(f"python:{function}")
-    with Grader() as grader, pytest.raises(UsageError, match="--allow-code"):
+    with Grader() as grader, pytest.raises(DataError, match="--allow-code"):
         grader.grade(spec, "g", "g")
     other = tmp_path / "second.py"
     other.write_text("def reward(completion, gold, question, meta):\n    return 1.0\n")
-    with Grader(code=code) as grader, pytest.raises(UsageError, match="second.py"):
+    with Grader(code=code) as grader, pytest.raises(DataError, match="second.py"):
         grader.grade(f"python:{other}", "g", "g")
 
 
@@ -518,7 +518,7 @@ def test_a_run_with_its_own_reward(cli, recipe_file: Path, tmp_path: Path) -> No
     run = tmp_path / "run"
     train = ("train", "--recipe", recipe_file, "--output-dir", run, "--json")
     code, out, err = cli(*train, "--max-steps", 1)
-    assert code == 2 and out == "" and "--allow-code" in one_line(err) and not run.exists()
+    assert code == 65 and out == "" and "--allow-code" in one_line(err) and not run.exists()
     code, out, _ = cli(*train, "--dry-run")
     pinned = json.loads(out)["data"]["reward"]
     assert code == 0 and pinned == f"python:{function}@sha256:{hashlib.sha256(OWN.encode()).hexdigest()}"
@@ -558,7 +558,7 @@ def test_score_with_your_own_reward(cli, tmp_path: Path) -> None:  # type: ignor
     assert [r.terms for r in segment.rationales] == [{"correct": 1, "kind": 0.5}, {"correct": 0, "kind": 0.5}]
     stored = file.read_bytes()
     code, _, err = cli("score", file)  # the header names the function now
-    assert code == 2 and "--allow-code" in one_line(err) and file.read_bytes() == stored
+    assert code == 65 and "--allow-code" in one_line(err) and file.read_bytes() == stored
     (tmp_path / "mine.py").write_text("def reward(completion, gold, question, meta): return 1\n")
     code, _, err = cli("score", file, "--allow-code")
     assert code == 65 and "changed" in one_line(err) and file.read_bytes() == stored
@@ -566,7 +566,7 @@ def test_score_with_your_own_reward(cli, tmp_path: Path) -> None:  # type: ignor
 
 def test_check_with_your_own_reward(cli, recipe_file: Path, function: Path) -> None:  # type: ignore[no-untyped-def]
     args = ("check", "--recipe", recipe_file, "--set", f"data.reward=python:{function}", "--json")
-    assert cli(*args)[0] == 2
+    assert cli(*args)[0] == 65
     code, out, _ = cli(*args, "--allow-code")
     report = json.loads(out.splitlines()[-1])
     assert code == 0 and report["ok"] and report["gold_failures"] is None and report["notes"]

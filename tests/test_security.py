@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pty
@@ -21,7 +22,7 @@ from test_checkpoint_files import DEEP
 
 from empg_lite import session as session_module
 from empg_lite import store
-from empg_lite.errors import DataError, EmpgError, MissingInput, RecipeError
+from empg_lite.errors import DataError, EmpgError, MissingInput, ModelUnusable, RecipeError
 from empg_lite.metrics import Journal, read_metrics
 from empg_lite.policy.policy import Policy
 from empg_lite.policy.templates import TEMPLATES
@@ -52,8 +53,8 @@ def test_a_model_that_brings_code_runs_none(model_dir: Path, tmp_path: Path, nam
     try:
         load_fixture_policy(folder)
         assert name == "tokenizer_config.json"
-    except EmpgError as error:
-        assert "code of its own" in str(error) or "not supported" in str(error)
+    except ModelUnusable as error:
+        assert name == "config.json" and "needs code of its own" in str(error) and error.exit_code == 66
     assert not sung.exists()
 
 
@@ -292,6 +293,64 @@ def test_a_thousand_names_write_nothing_outside_and_start_no_shell(tmp_path: Pat
     refused, seen = fuzz(tmp_path / "root")
     assert refused == len(names) and seen == []
     assert len(fuzz(tmp_path / "control", f"empg-{os.getpid()}")[1]) == 2
+
+
+WATCH_A_REWARD = """
+import json, sys
+seen, mine = [], sys.argv[1]
+def hook(event, arguments):
+    if event in ("import", "exec", "compile") and mine in repr(arguments):
+        seen.append(event)
+sys.addaudithook(hook)
+from empg_lite.cli import main
+if sys.argv[2] == "control":
+    import runpy
+    runpy.run_path(mine)
+    code = 0
+else:
+    try:
+        code = main(sys.argv[2:])
+    except SystemExit as end:
+        code = end.code
+print(json.dumps([code, seen]))
+"""
+
+
+@pytest.mark.slow
+def test_a_recipe_that_names_code_runs_none(recipe_file: Path, tmp_path: Path) -> None:
+    """Nor does one inside a checkpoint or a run; parsing the file to name its fault is not running it."""
+    mine, sung = tmp_path / "mine.py", tmp_path / "sung"
+    mine.write_text(
+        f"open({str(sung)!r}, 'w')\ndef reward(completion, gold, question, meta):\n    return 1\n"
+    )
+    recipe_file.write_text(recipe_file.read_text("utf-8").replace('"regex:[a-m]"', "python:mine.py"), "utf-8")
+
+    def watched(*arguments: Any) -> tuple[int, list[str], str]:
+        command = [sys.executable, "-c", WATCH_A_REWARD, str(mine), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        code, seen = json.loads(done.stdout.splitlines()[-1])
+        return code, seen, done.stderr
+
+    train = ("train", "--recipe", recipe_file, "--output-dir", tmp_path / "run", "--max-steps", "1")
+    code, seen, err = watched(*train)
+    assert code == 65 and "exec" not in seen and "import" not in seen and not sung.exists()
+    assert hashlib.sha256(mine.read_bytes()).hexdigest() in err and "--allow-code" in err
+    assert "exec" in watched("control")[1] and sung.exists()
+
+    sung.unlink()
+    assert watched(*train, "--allow-code")[0] == 0 and sung.exists()  # by the worker
+    sung.unlink()
+    run = tmp_path / "run"
+    commands: list[tuple[Any, ...]] = [
+        ("train", "--output-dir", run, "--resume", "--max-steps", "2"),
+        ("eval", run),
+        ("eval", run / "checkpoints" / "step-000001"),
+        ("chat", run, "--prompt", "a", "--json"),
+        ("score", run / "rollouts" / "step-000001.jsonl"),
+    ]
+    for command in commands:
+        code, seen, err = watched(*command)
+        assert code == 65 and not {"exec", "import"} & set(seen) and not sung.exists(), (command, err)
 
 
 def test_modes_and_links(tmp_path: Path) -> None:

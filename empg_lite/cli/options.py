@@ -182,5 +182,5 @@ def reward_option(reward: str, allow_code: bool) -> tuple[str, UserCode | None]:
     except ValueError as error:
         raise UsageError(str(error), "--reward") from error
     if code is not None and not allow_code:
-        raise refuse_code(code.ref, "--reward")
+        raise refuse_code(code.ref, "--reward", UsageError)
     return spec, code

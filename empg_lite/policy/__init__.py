@@ -29,13 +29,13 @@ def load_tokenizer(folder: Path) -> Any:
     """The model's tokenizer, checked to split and join as its files say."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from empg_lite.errors import DataError
+    from empg_lite.errors import ModelUnusable
     from empg_lite.policy.integrity import check_tokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
-        raise DataError(
+        raise ModelUnusable(
             f"tokenizer cannot be loaded ({' '.join(str(error).split())[:200]})", str(folder)
         ) from error
     check_tokenizer(tokenizer, folder, AutoConfig.from_pretrained(folder).vocab_size)
@@ -63,7 +63,7 @@ def load_policy(model: Any, prompt: str, *, seed: int, gradient_checkpointing: b
 
     Raises:
         MissingInput: model, adapter or template is not there.
-        DataError: the files are damaged, incomplete or of an untested architecture.
+        ModelUnusable: the files are damaged, incomplete or of an untested architecture.
         UsageError: the backend asked for is not installed.
     """
     from empg_lite.policy import backends

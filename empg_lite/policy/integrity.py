@@ -14,7 +14,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from empg_lite.errors import DataError, MissingInput
+from empg_lite.errors import MissingInput, ModelUnusable
 from empg_lite.tiny import BUNDLED, model_path
 
 SUPPORTED = ("qwen2",)
@@ -23,6 +23,7 @@ _PROBES = (
     "Zoë paid €3.50 — half of 7½ · \\boxed{\\frac{1}{2}}",
 )
 _MAX_HEADER = 100 << 20
+AGAIN = "fetch the model again (`hf download NAME --force-download`)"
 #: Seconds that the hub may take to say which commit a model is at; then the cache alone is asked.
 PATIENCE = 8
 
@@ -48,7 +49,7 @@ def resolve_model(name: str, revision: str | None, *, weights: bool = True) -> t
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     patterns = ["*.json", "merges.txt", "*.jinja"] + (["*.safetensors"] if weights else [])
-    todo = "check the name and the network, or give a local folder as model.name"
+    todo = f"check the name; fetch it where there is a network, `hf download {name}`; or name a local folder"
     try:
         try:  # snapshot_download itself waits without end for a network that takes and never answers
             revision, cached = HfApi().model_info(name, revision=revision, timeout=PATIENCE).sha, False
@@ -69,7 +70,7 @@ def check_config(folder: Path) -> dict[str, Any]:
 
     Raises:
         MissingInput: there is none.
-        DataError: unreadable, or another architecture.
+        ModelUnusable: unreadable, or another architecture.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -80,15 +81,19 @@ def check_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text("utf-8"))
         model_type = config.get("model_type")
     except (ValueError, AttributeError, RecursionError) as error:
-        raise DataError(f"config.json is not JSON ({error})", str(path)) from error
+        raise ModelUnusable(f"config.json is not JSON ({error})", str(path)) from error
     if model_type not in SUPPORTED:
-        raise DataError(
+        raise ModelUnusable(
             f"model type {model_type!r} is not supported",
             str(path),
             "tested: Qwen2.5 base and Instruct (qwen2)",
         )
     if config.get("auto_map"):
-        raise DataError("the model wants to run code of its own (auto_map)", str(path), "use one without")
+        raise ModelUnusable(
+            "the model needs code of its own from its repository (auto_map), which never runs here",
+            str(path),
+            "use a model without",
+        )
     return config
 
 
@@ -105,7 +110,7 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
             raise ValueError(f"{os.path.getsize(path)} bytes, header says {8 + length + end}")
         return {k: tuple(v["shape"]) for k, v in header.items() if k != "__metadata__"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
-        raise DataError(f"damaged safetensors file ({error})", str(path), "fetch the model again") from error
+        raise ModelUnusable(f"damaged safetensors file ({error})", str(path), AGAIN) from error
 
 
 def fingerprint(folder: Path) -> str:
@@ -129,21 +134,36 @@ def check_weights(folder: Path) -> None:
     """Every tensor of the architecture is in the files with its shape.
 
     Raises:
-        MissingInput: no safetensors files.
-        DataError: naming a tensor that is missing or has another shape.
+        MissingInput: no safetensors files, or not all that the index names.
+        ModelUnusable: naming a tensor that is missing or has another shape.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise MissingInput("no *.safetensors weights (pickle files are not read)", str(folder))
+    for shard in _shards(folder):
+        if not (folder / shard).is_file():
+            raise MissingInput(f"the weights' file {shard} is not there", str(folder), AGAIN)
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
         found |= _header(file)
     quantised = any(name.endswith(".weight.absmax") for name in found)
     for name, shape in _expected_shapes(folder).items():
         if name not in found:
-            raise DataError(f"weights lack the tensor {name}", str(folder), "fetch the model again")
+            raise ModelUnusable(f"weights lack the tensor {name}", str(folder), AGAIN)
         if not quantised and found[name] != shape:
-            raise DataError(f"tensor {name} has shape {found[name]}, config.json says {shape}", str(folder))
+            what = f"tensor {name} has shape {found[name]}, config.json says {shape}"
+            raise ModelUnusable(what, str(folder))
+
+
+def _shards(folder: Path) -> list[str]:
+    """The files that the index of a model in several files names; none where there is no index."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return []
+    try:
+        return sorted({str(name) for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelUnusable(f"the index cannot be read ({error})", str(index), AGAIN) from error
 
 
 def _expected_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -163,11 +183,11 @@ def check_tokenizer(tokenizer: Any, folder: Path, vocab_size: int) -> None:
     """The tokenizer splits as its file says, gives the text back, and fits the model's vocabulary.
 
     Raises:
-        DataError: naming what differs.
+        ModelUnusable: naming what differs.
     """
     where = str(folder)
     if len(tokenizer) > vocab_size:
-        raise DataError(f"tokenizer has {len(tokenizer)} tokens, the model only {vocab_size}", where)
+        raise ModelUnusable(f"tokenizer has {len(tokenizer)} tokens, the model only {vocab_size}", where)
     file = folder / "tokenizer.json"
     reference = None
     if file.is_file():
@@ -177,10 +197,10 @@ def check_tokenizer(tokenizer: Any, folder: Path, vocab_size: int) -> None:
     for text in _PROBES:
         ids = tokenizer.encode(text, add_special_tokens=False)
         if tokenizer.decode(ids) != text:
-            raise DataError(
+            raise ModelUnusable(
                 f"tokenizer does not give {text[:16]!r} back",
                 where,
                 "its files are missing or do not belong together",
             )
         if reference is not None and reference.encode(text, add_special_tokens=False).ids != ids:
-            raise DataError("tokenizer splits differently from its tokenizer.json", where)
+            raise ModelUnusable("tokenizer splits differently from its tokenizer.json", where)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from empg_lite.errors import DataError
+from empg_lite.errors import ModelUnusable
 from empg_lite.policy.merged import merged_weight
 from empg_lite.policy.network import wide
 from empg_lite.policy.policy import Policy
@@ -81,7 +81,7 @@ def put_on_original(policy: Policy, base: Path, deltas: dict[str, tuple[Tensor, 
         base: folder of the base model.
 
     Raises:
-        DataError: the base's files lack a weight.
+        ModelUnusable: the base's files lack a weight.
     """
     from safetensors import safe_open
 
@@ -93,4 +93,4 @@ def put_on_original(policy: Policy, base: Path, deltas: dict[str, tuple[Tensor, 
                 merged = torch.addmm(wide(file.get_tensor(name)), wide(b), wide(a), alpha=scale)
                 modules[name.removesuffix(".weight")].base_layer.weight.copy_(merged)
     if waiting:
-        raise DataError(f"the base model lacks {sorted(waiting)[0]}", str(base))
+        raise ModelUnusable(f"the base model lacks {sorted(waiting)[0]}", str(base))

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
-from empg_lite.errors import DataError, MissingInput, UsageError
+from empg_lite.errors import DataError, EmpgError, MissingInput
 from empg_lite.rewards.spec import PythonRef, parse_spec
 
 MODULE = "empg_user_reward"
@@ -91,10 +91,10 @@ def pin(text: str, *, repin: bool = False) -> tuple[str, UserCode | None]:
     return str(spec.with_python(code.ref)), code
 
 
-def refuse_code(ref: PythonRef, where: str) -> UsageError:
-    """What is said where nobody allowed the file to run."""
+def refuse_code(ref: PythonRef, where: str, kind: type[EmpgError] = DataError) -> EmpgError:
+    """What is said where nobody allowed the file to run. Data that ask for code are bad data."""
     code = read_code(ref, repin=True)
-    return UsageError(
+    return kind(
         f"the reward would run your code: {ref.file}, function {ref.function}, sha256 {code.ref.sha256}",
         where,
         "read it, then add --allow-code",
