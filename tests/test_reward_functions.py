@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from empg_lite.check import written_gold
-from empg_lite.errors import DataError, GraderUnusable, MissingInput, UsageError
+from empg_lite.errors import DataError, GraderUnusable, MissingInput
 from empg_lite.gym_tasks import SPLITS, gym_problems, parse_source
 from empg_lite.rationale import read_rollouts
 from empg_lite.recipe_file import load_recipe
