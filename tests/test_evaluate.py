@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from empg_lite.api import load_policy
 from empg_lite.evaluate import evaluate_target
 from empg_lite.rationale import read_rollouts
 from empg_lite.recipe_file import load_recipe
@@ -60,6 +61,22 @@ def test_base_and_tuned_answer_the_same_problems(trained: Trained, tmp_path: Pat
     by_path = evaluated(run / "adapter", out=tmp_path)
     assert by_path["pass@1"] == tuned["pass@1"]
     assert evaluated(run, split="train", limit=5, out=tmp_path)["n"] == 5
+
+
+def test_training_evaluation_and_chat_ask_with_the_same_tokens(trained: Trained, tmp_path: Path) -> None:
+    run, _ = trained
+    asked = {
+        r.question: r.prompt_ids
+        for path in sorted((run / "rollouts").glob("step-*.jsonl"))
+        for segment in read_rollouts(path)
+        for r in segment.rationales
+    }
+    side = evaluated(run, split="train", out=tmp_path)
+    rows = read_rollouts(Path(side["answers"]) / "greedy.jsonl")[0].rationales
+    seen = {r.question: r.prompt_ids for r in rows}
+    policy = load_policy(run)
+    assert len(asked) > 2 and {q: seen[q] for q in asked} == asked
+    assert {q: policy.answer(q).prompt_ids for q in asked} == asked
 
 
 def test_training_keeps_its_answers_too(trained: Trained) -> None:

@@ -210,7 +210,23 @@ def test_sampled_logprobs_equal_recomputed_ones(policy, engine: str) -> None:  #
         for i, (row, logprobs) in enumerate(zip(rows, sampled, strict=True)):
             alone, alone_mask = policy.token_logprobs(collate([row], policy.pad_id))
             for ours in (batched[i][mask[i]], alone[alone_mask]):
-                assert (ours - torch.tensor(logprobs)).abs().max() <= 1e-4
+                assert (ours - torch.tensor(logprobs)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("engine", ["native", "generate"])
+@pytest.mark.parametrize("mode", [True, False])
+def test_sampling_leaves_the_model_as_it_was(policy, engine: str, mode: bool) -> None:  # type: ignore[no-untyped-def]
+    model, tokenizer = policy.model, policy.tokenizer
+    was = [m.training for m in model.modules()]
+    try:
+        model.train(mode)
+        before = ([m.training for m in model.modules()], tokenizer.padding_side, model.config.use_cache)
+        make_sampler(policy, engine).sample(prompts_of(policy, 3, 2), Decoding(4))
+        after = ([m.training for m in model.modules()], tokenizer.padding_side, model.config.use_cache)
+        assert after == before and any(before[0]) is mode
+    finally:
+        for module, flag in zip(model.modules(), was, strict=True):
+            module.training = flag
 
 
 def test_a_sample_does_not_depend_on_its_batch(policy) -> None:  # type: ignore[no-untyped-def]

@@ -212,10 +212,15 @@ class Policy:
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """Inference mode of the backend, no gradients."""
+        """Inference mode of the backend, no gradients; afterwards the mode that was."""
+        was = self.model.training
         self._set_mode(self.model, False)
-        with torch.no_grad(), self.autocast():
-            yield
+        try:
+            with torch.no_grad(), self.autocast():
+                yield
+        finally:
+            if was:
+                self._set_mode(self.model, True)
 
     @contextmanager
     def training(self) -> Iterator[None]:
