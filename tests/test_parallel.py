@@ -337,7 +337,7 @@ def test_a_launched_run_ends_and_goes_on(model_dir: Path, tmp_path: Path, signum
     while len(list_checkpoints(run)) < 2:
         assert launched.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    holder = int((run / "LOCK").read_text())
+    holder = int((run / "LOCK").read_text().split()[1])
     os.kill(holder if signum == signal.SIGKILL else launched.pid, signum)
     _, said = launched.communicate(timeout=120)
     assert launched.returncode != 0
