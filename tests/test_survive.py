@@ -28,13 +28,14 @@ from test_steps import SETTINGS, rationale, sgd
 
 from empg_lite import mstep
 from empg_lite.checkpoint import list_checkpoints, stored_state
-from empg_lite.errors import NumericalStop, OutOfMemory, explained, is_out_of_memory
+from empg_lite.errors import GraderUnusable, NumericalStop, OutOfMemory, explained, is_out_of_memory
 from empg_lite.metrics import read_metrics
 from empg_lite.policy.policy import Policy
 from empg_lite.recipe_file import load_recipe
 from empg_lite.rewards import Grader
 from empg_lite.sampler import Decoding, make_sampler
 from empg_lite.sampler.decoder import Decoder
+from empg_lite.scoring import with_code
 from empg_lite.store import verify_dir
 from empg_lite.train import TrainOptions, train
 from empg_lite.view import View
@@ -485,6 +486,37 @@ def test_rewards_that_say_nothing(
     assert any(said in e["what"] for e in health)
     moved = [load_file(p / "adapter_model.safetensors") for p in list_checkpoints(run)[-1:]][0]
     assert any(bool(t.any()) for n, t in moved.items() if "lora_B" in n) is (updates > 0)
+
+
+@pytest.mark.parametrize(("broken", "code"), [(10, 69), (6, 69), (4, 0)])
+def test_a_grader_that_fails_stops_the_run_after_two_steps(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, broken: int, code: int
+) -> None:
+    """No verdict on ``broken`` tenths of the answers: noise above a half, a warning below."""
+    from empg_lite import preflight as module
+
+    mine, spec = tmp_path / "mine.py", f"python:{tmp_path / 'mine.py'}"
+    mine.write_text(
+        "n = 0\ndef reward(completion, gold, question, meta):\n    global n\n    n += 1\n"
+        f"    if n % 10 < {broken}:\n        raise ValueError('a bad day')\n    return n % 2\n",
+        "utf-8",
+    )
+    settings = ("run.steps=3", "run.eval_every=0", "run.save_every=1", f"data.reward={spec}")
+    recipe, user_code = with_code(quick_recipe(tmp_path, model_dir, *settings), True)
+    if code:
+        with pytest.raises(GraderUnusable, match="the grader failed on .* of the answers · reward"):
+            train(recipe, tmp_path / "refused", TrainOptions(code=user_code))
+        assert not read_metrics(tmp_path / "refused" / "metrics.jsonl")
+        monkeypatch.setattr(module, "FAILURES_STOP", 1.0)  # as if it broke only once the run was under way
+    run, found = tmp_path / "run", 0
+    try:
+        train(recipe, run, TrainOptions(code=user_code))
+    except GraderUnusable as error:
+        found = error.exit_code
+        assert "of the answers of two steps" in str(error) and "a bad day" in str(error)
+    assert found == code and len(read_metrics(run / "metrics.jsonl")) == (2 if code else 3)
+    assert any("grader failed" in e["what"] for e in events(run) if e["event"] == "health")
+    assert list_checkpoints(run) and verify_dir(list_checkpoints(run)[-1]) is None
 
 
 def test_all_cut_off_is_said_within_two_steps(tmp_path: Path, model_dir: Path, cli: Any) -> None:
