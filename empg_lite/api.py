@@ -262,11 +262,11 @@ class LoadedPolicy:
         """
         from empg_lite import estep
         from empg_lite.chat import CHAT_STEP
-        from empg_lite.rationale import Problem, problem_id
+        from empg_lite.rationale import Problem
         from empg_lite.sampler import Decoding
 
         if isinstance(question, str):
-            question = Problem(problem_id(question), question, "")
+            question = Problem.asked(question)
         learner = self.learner
         decoding = Decoding(learner.recipe.sampler.max_new_tokens, temperature=temperature)
         learner.require_room(question.question, decoding.max_new_tokens)

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from random import Random
-from typing import Any
 
 from empg_lite import store
 from empg_lite.data import load_problems
 from empg_lite.errors import DataError
 from empg_lite.estep import sample_rationales
 from empg_lite.learner import Learner, build_learner
-from empg_lite.rationale import Group, Problem, Rationale, encode_rollouts, problem_id
+from empg_lite.rationale import Group, Problem, Rationale, encode_rollouts
 from empg_lite.rewards import Grader
 from empg_lite.rewards.votes import ballot
+from empg_lite.safe_text import encodable
 from empg_lite.sampler import Decoding, TextStream
 from empg_lite.scoring import score
 from empg_lite.target import Target
@@ -86,46 +86,32 @@ class Chat:
 
     def ask(
         self,
-        question: str,
+        problem: Problem,
         grader: Grader,
         *,
-        gold: str | None = None,
-        meta: Mapping[str, Any] | None = None,
         compare: bool = False,
         on_text: OnText | None = None,
     ) -> Sequence[Reply]:
-        """Answer a question, base first where it is asked too; with ``gold`` it is graded, else only read.
-
-        Args:
-            meta: what the problem's source knows beyond that; a reward may read it.
+        """Answer a question, base first where it is asked too; one with a gold is graded, else only read.
 
         Raises:
             DataError: it is no text, or with its longest answer leaves the model's context.
         """
         self._asked += 1
-        problem = Problem(problem_id(question), question, gold or "", meta or {})
         replies = []
         for speaker in ("base", "tuned") if compare else ("tuned",):
             with self.learner.policy.reference() if speaker == "base" else nullcontext():
                 group = self._draw(problem, 1, self.decoding, speaker, on_text)
-            replies += self._replies(speaker, group, gold, grader, self.decoding)
+            replies += self._replies(speaker, group, grader, self.decoding)
         self.replies += replies
         return replies
 
-    def again(
-        self,
-        question: str,
-        grader: Grader,
-        samples: int,
-        *,
-        gold: str | None = None,
-        meta: Mapping[str, Any] | None = None,
-    ) -> tuple[list[Reply], Vote]:
+    def again(self, problem: Problem, grader: Grader, samples: int) -> tuple[list[Reply], Vote]:
         """Draw K = ``samples`` replies at temperature 1, as training does, and let them vote. See ``ask``."""
         self._asked += 1
         decoding = replace(self.decoding, temperature=1.0)
-        group = self._draw(Problem(problem_id(question), question, gold or "", meta or {}), samples, decoding)
-        replies = self._replies("tuned", group, gold, grader, decoding)
+        group = self._draw(problem, samples, decoding)
+        replies = self._replies("tuned", group, grader, decoding)
         self.replies += replies
         return replies, vote([r.rationale for r in replies])
 
@@ -201,7 +187,7 @@ class Chat:
         on_text: OnText | None = None,
     ) -> Group:
         learner = self.learner
-        if any("\ud800" <= char <= "\udfff" for char in problem.question):
+        if not encodable(problem.question):
             raise DataError("it is not UTF-8 text", "the question", "save it as UTF-8")
         learner.require_room(problem.question, decoding.max_new_tokens)
         stream = TextStream(learner.policy.tokenizer, learner.policy.template.stop)
@@ -223,11 +209,9 @@ class Chat:
         )
         return draw.groups[0]
 
-    def _replies(
-        self, speaker: str, group: Group, gold: str | None, grader: Grader, decoding: Decoding
-    ) -> list[Reply]:
+    def _replies(self, speaker: str, group: Group, grader: Grader, decoding: Decoding) -> list[Reply]:
         rows = score(group.rationales, grader, str(self.recipe.data.reward))
-        if gold is None:
+        if not rows[0].gold:
             rows = [replace(r, reward=None, reason=None) for r in rows]
         return [Reply(speaker, r, decoding, self._seed) for r in rows]
 

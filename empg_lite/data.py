@@ -26,6 +26,7 @@ from empg_lite.rationale import Problem, problem_id
 from empg_lite.recipe import GYM, DataSection, Recipe
 from empg_lite.rewards.functions import unreadable_gold
 from empg_lite.rewards.spec import parse_spec
+from empg_lite.safe_text import encodable
 from empg_lite.tiny import BUNDLED, tiny_problems
 
 _MATH = ("DigitalLearningGmbH/MATH-lighteval", None)
@@ -398,7 +399,7 @@ def _checked_text(text: str, where: str) -> str:
     clean = text.strip()
     if not clean or clean.lower() == "nan":
         raise DataError("the cell is empty", where, "fill it, or remove the row")
-    if any("\ud800" <= char <= "\udfff" for char in clean):
+    if not encodable(clean):
         raise DataError("half of a surrogate pair, which is no text", where, "write the row again as UTF-8")
     return clean
 

@@ -53,6 +53,11 @@ class Problem:
     gold: str
     meta: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def asked(cls, question: str, gold: str = "") -> Problem:
+        """One that somebody typed; without ``gold`` nothing can be graded."""
+        return cls(problem_id(question), question, gold)
+
 
 @dataclass(frozen=True, slots=True)
 class Rationale:

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from empg_lite.safe_text import without_passwords
+from empg_lite.safe_text import encodable, without_passwords
 from empg_lite.tiny import BUNDLED
 
 SOURCES = ("gsm8k", "math", "math-hard", *BUNDLED, "local")
@@ -54,7 +54,7 @@ def _unknown(kind: str, value: str, known: tuple[str, ...], other: str) -> Pydan
 def _clean_text(text: str) -> str:
     if not text.strip():
         raise refusal("empty text", "write a value, or null where none is wanted")
-    if any(c < " " or c == "\x7f" or "\ud800" <= c <= "\udfff" for c in text):
+    if any(c < " " or c == "\x7f" for c in text) or not encodable(text):
         raise refusal("control characters in the text", "write it on one line, without escapes")
     if without_passwords(text) != text:
         raise refusal("an address with a name or password", "take it out: a recipe is shown and published")

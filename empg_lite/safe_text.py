@@ -46,6 +46,11 @@ def without_passwords(text: str) -> str:
     return _PASSWORD.sub(r"\1***@", text)
 
 
+def encodable(text: str) -> bool:
+    """False where ``text`` holds half of a surrogate pair: no encoding has it, and no tokenizer."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
+
+
 def safe(text: str) -> str:
     r"""``text`` with control sequences, bidirectional overrides and lone surrogates as visible escapes.
 

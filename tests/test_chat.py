@@ -25,7 +25,7 @@ from empg_lite.behaviors import BEHAVIORS
 from empg_lite.chat import Chat, vote
 from empg_lite.cli.marks import MARKS, legend, marked
 from empg_lite.errors import DataError
-from empg_lite.rationale import read_rollouts
+from empg_lite.rationale import Problem, read_rollouts
 from empg_lite.rewards import Grader
 from empg_lite.sampler import Decoding, TextStream
 from empg_lite.target import resolve_target
@@ -63,8 +63,10 @@ def test_what_streams_is_a_beginning_of_what_was_sampled(run: Path, grader: Grad
     watched = Chat(resolve_target(str(run), None, [f"sampler.engine={engine}"]))
     alone = Chat(resolve_target(str(run), None, [f"sampler.engine={engine}"]))
     seen: dict[str, list[str]] = {"base": [], "tuned": []}
-    replies = watched.ask("7 + 8 = ?", grader, compare=True, on_text=lambda who, text: seen[who].append(text))
-    same = alone.ask("7 + 8 = ?", grader, compare=True)
+    replies = watched.ask(
+        Problem.asked("7 + 8 = ?"), grader, compare=True, on_text=lambda who, text: seen[who].append(text)
+    )
+    same = alone.ask(Problem.asked("7 + 8 = ?"), grader, compare=True)
     assert [r.rationale.completion_ids for r in replies] == [r.rationale.completion_ids for r in same]
     for reply in replies:
         texts, r = seen[reply.speaker], reply.rationale
@@ -138,7 +140,7 @@ def test_marked_text_is_safe_and_no_markup() -> None:
 
 
 def test_again_samples_and_problem_draws(talk: Chat, grader: Grader, tmp_path: Path) -> None:
-    replies, found = talk.again("1 + 2 = ?", grader, 6, gold="3")
+    replies, found = talk.again(Problem.asked("1 + 2 = ?", "3"), grader, 6)
     assert len(replies) == 6 and len({r.rationale.completion for r in replies}) > 1
     assert found.right == sum(r.rationale.right for r in replies) / 6
     problem = talk.draw_problem()
@@ -147,9 +149,9 @@ def test_again_samples_and_problem_draws(talk: Chat, grader: Grader, tmp_path: P
         talk.draw_problem("nothing")
 
     talk.replies.clear()
-    talk.ask(problem.question, grader, gold=problem.gold, compare=True)
-    talk.ask(problem.question, grader)
-    talk.again("1 + 2 = ?", grader, 3)
+    talk.ask(problem, grader, compare=True)
+    talk.ask(Problem.asked(problem.question), grader)
+    talk.again(Problem.asked("1 + 2 = ?"), grader, 3)
     path = tmp_path / "said.jsonl"
     assert talk.save(path) == talk.save(path) == 6
     segments = read_rollouts(path)
@@ -173,7 +175,9 @@ def test_again_is_at_temperature_1_whatever_was_set(talk: Chat, grader: Grader) 
     found = []
     for temperature in (0.0, 0.3, 1.0):
         talk.decoding, talk._asked = Decoding(12, temperature), 50
-        found.append([r.rationale.completion_ids for r in talk.again("1 + 2 = ?", grader, 8)[0]])
+        found.append(
+            [r.rationale.completion_ids for r in talk.again(Problem.asked("1 + 2 = ?"), grader, 8)[0]]
+        )
     talk.decoding = Decoding(30, 0.0)
     assert found[0] == found[1] == found[2] and len(set(found[0])) > 1
 
@@ -186,12 +190,11 @@ def test_a_reward_sees_the_columns_of_a_drawn_problem(talk: Chat, grader: Grader
             seen.append(dict(case.meta))
             return grader.submit(spec, case)
 
-    talk.decoding = Decoding(60, 0.0)
     problem = replace(talk.draw_problem(), meta={"unit": "cm"})
     for temperature in range(8):  # what is cut off is not graded
         talk.decoding = Decoding(60, temperature / 4)
-        talk.ask(problem.question, Watched(), gold=problem.gold, meta=problem.meta)  # type: ignore[arg-type]
-        talk.again(problem.question, Watched(), 4, gold=problem.gold, meta=problem.meta)  # type: ignore[arg-type]
+        talk.ask(problem, Watched())  # type: ignore[arg-type]
+        talk.again(problem, Watched(), 4)  # type: ignore[arg-type]
     talk.decoding = Decoding(30, 0.0)
     assert seen and all(meta == {"unit": "cm"} for meta in seen)
 
@@ -218,10 +221,10 @@ def test_a_script_learns_which_lines_failed(typed, capfd: pytest.CaptureFixture[
 def test_ctrl_c_ends_a_script(cli, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     real = Chat.ask
 
-    def ask(self: Chat, question: str, *rest: Any, **options: Any) -> Any:
-        if question == "slow":
+    def ask(self: Chat, problem: Problem, *rest: Any, **options: Any) -> Any:
+        if problem.question == "slow":
             raise KeyboardInterrupt
-        return real(self, question, *rest, **options)
+        return real(self, problem, *rest, **options)
 
     monkeypatch.setattr(Chat, "ask", ask)
     monkeypatch.setattr(sys, "stdin", io.StringIO("1 + 1 = ?\nslow\n2 + 2 = ?\n"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,7 +24,7 @@ from empg_lite.cli.options import (
 
 if TYPE_CHECKING:
     from empg_lite.chat import Chat, OnText, Reply
-    from empg_lite.rationale import Rationale
+    from empg_lite.rationale import Problem, Rationale
     from empg_lite.rewards import Grader
 
 HELP = """\
@@ -78,7 +78,7 @@ def chat(
         talk = Chat(chosen, temperature=temperature, max_new_tokens=max_new_tokens)
         conversation = _Conversation(out, talk, grader, compare, gold)
         if prompt is not None:
-            conversation.ask(sys.stdin.read().strip() if prompt == "-" else prompt, gold)
+            conversation.ask_text(sys.stdin.read().strip() if prompt == "-" else prompt, gold)
         else:
             conversation.run(chosen.label)
     if conversation.failed:
@@ -91,7 +91,7 @@ class _Conversation:
     def __init__(self, out: Output, talk: Chat, grader: Grader, compare: bool, gold: str | None) -> None:
         self.out, self.talk, self.grader, self.compare, self.gold = out, talk, grader, compare, gold
         self.person = sys.stdin.isatty()
-        self.question, self.known, self.meta = "", gold, dict[str, Any]()
+        self.problem: Problem | None = None
         self.prompt, self.failed = "you> ", 0
         self.shown: list[Reply] = []
         self.commands: dict[str, Callable[[str], None]] = {
@@ -125,21 +125,24 @@ class _Conversation:
                     raise
                 self._say("stopped")
 
-    def ask(self, question: str, gold: str | None, meta: Mapping[str, Any] | None = None) -> None:
+    def ask_text(self, question: str, gold: str | None) -> None:
+        from empg_lite.rationale import Problem
+
+        self.ask(Problem.asked(question, gold or ""))
+
+    def ask(self, problem: Problem) -> None:
         """One question and its replies.
 
         Raises:
             DataError: it is too long for the model.
         """
-        self.question, self.known, self.meta = question, gold, dict(meta or {})
+        self.problem = problem
         with self._streaming() as on_text:
-            replies = self.talk.ask(
-                question, self.grader, gold=gold, meta=self.meta, compare=self.compare, on_text=on_text
-            )
+            replies = self.talk.ask(problem, self.grader, compare=self.compare, on_text=on_text)
         self.shown = list(replies)
         if self.out.as_json:
             result = {reply.speaker: _record(reply.rationale) for reply in replies}
-            self.out.line({"question": question, "gold": gold, **result})
+            self.out.line({"question": problem.question, "gold": problem.gold or None, **result})
         else:
             self._print_replies()
 
@@ -185,7 +188,7 @@ class _Conversation:
                 self._say(f"no command /{name}: /help lists them")
             else:
                 question, _, known = line.partition("=>")
-                self.ask(question.strip(), known.strip() or self.gold)
+                self.ask_text(question.strip(), known.strip() or self.gold)
         except EmpgError as error:  # of this line alone
             if self.person:
                 self._say(str(error), style="yellow")
@@ -199,19 +202,21 @@ class _Conversation:
     def _problem(self, wanted: str) -> None:
         problem = self.talk.draw_problem(wanted)
         self._say(f"{problem.id}, gold {problem.gold}\n{problem.question}", style="italic")
-        self.ask(problem.question, problem.gold, problem.meta)
+        self.ask(problem)
 
     def _again(self, count: str) -> None:
         samples = _number(count or "8", int, 1, 256)
-        if samples is None or not self.question:
-            self._say("ask something first" if not self.question else "say how many: /again 8")
+        problem = self.problem
+        if samples is None or problem is None:
+            self._say("ask something first" if problem is None else "say how many: /again 8")
             return
-        replies, vote = self.talk.again(self.question, self.grader, samples, gold=self.known, meta=self.meta)
+        replies, vote = self.talk.again(problem, self.grader, samples)
         self.shown = list(replies)
         if self.out.as_json:
             rows = [_record(r.rationale) for r in replies]
             facts = {"answer": vote.answer, "votes": vote.votes, "right": vote.right}
-            self.out.line({"question": self.question, "gold": self.known, "samples": rows, "vote": facts})
+            asked = {"question": problem.question, "gold": problem.gold or None}
+            self.out.line({**asked, "samples": rows, "vote": facts})
             return
         for reply in replies:
             self.out.console.print(_line(reply.rationale), no_wrap=True, overflow="ellipsis", crop=True)

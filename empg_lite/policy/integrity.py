@@ -23,7 +23,7 @@ _PROBES = (
     "Zoë paid €3.50 — half of 7½ · \\boxed{\\frac{1}{2}}",
 )
 _MAX_HEADER = 100 << 20
-AGAIN = "fetch the model again (`hf download NAME --force-download`)"
+_FETCH_AGAIN = "fetch the model again (`hf download NAME --force-download`)"
 #: Seconds that the hub may take to say which commit a model is at; then the cache alone is asked.
 PATIENCE = 8
 
@@ -110,7 +110,7 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
             raise ValueError(f"{os.path.getsize(path)} bytes, header says {8 + length + end}")
         return {k: tuple(v["shape"]) for k, v in header.items() if k != "__metadata__"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
-        raise ModelUnusable(f"damaged safetensors file ({error})", str(path), AGAIN) from error
+        raise ModelUnusable(f"damaged safetensors file ({error})", str(path), _FETCH_AGAIN) from error
 
 
 def fingerprint(folder: Path) -> str:
@@ -142,14 +142,14 @@ def check_weights(folder: Path) -> None:
         raise MissingInput("no *.safetensors weights (pickle files are not read)", str(folder))
     for shard in _shards(folder):
         if not (folder / shard).is_file():
-            raise MissingInput(f"the weights' file {shard} is not there", str(folder), AGAIN)
+            raise MissingInput(f"the weights' file {shard} is not there", str(folder), _FETCH_AGAIN)
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
         found |= _header(file)
     quantised = any(name.endswith(".weight.absmax") for name in found)
     for name, shape in _expected_shapes(folder).items():
         if name not in found:
-            raise ModelUnusable(f"weights lack the tensor {name}", str(folder), AGAIN)
+            raise ModelUnusable(f"weights lack the tensor {name}", str(folder), _FETCH_AGAIN)
         if not quantised and found[name] != shape:
             what = f"tensor {name} has shape {found[name]}, config.json says {shape}"
             raise ModelUnusable(what, str(folder))
@@ -163,7 +163,7 @@ def _shards(folder: Path) -> list[str]:
     try:
         return sorted({str(name) for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelUnusable(f"the index cannot be read ({error})", str(index), AGAIN) from error
+        raise ModelUnusable(f"the index cannot be read ({error})", str(index), _FETCH_AGAIN) from error
 
 
 def _expected_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
