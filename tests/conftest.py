@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from string import ascii_uppercase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     from crash_harness import Ended, Plant
+
+    from empg_lite.recipe import Recipe
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -67,6 +69,28 @@ def write_recipe(tmp_path: Path, model_dir: Path) -> Path:
     path = tmp_path / "fixture.yaml"
     path.write_text(RECIPE.format(model=model_dir, data=data, template=template), "utf-8")
     return path
+
+
+def quick_recipe(tmp_path: Path, model_dir: Path, *settings: str) -> Recipe:
+    """``write_recipe`` read, of eight tokens and without evaluation, with changes of one's own."""
+    from empg_lite.recipe_file import load_recipe
+
+    path = write_recipe(tmp_path, model_dir)
+    return load_recipe(str(path), ["run.eval_every=0", "sampler.max_new_tokens=8", *settings])
+
+
+def events(run: Path) -> list[dict[str, Any]]:
+    """What ``events.jsonl`` of a run says, in order."""
+    import json
+
+    return [json.loads(line) for line in (run / "events.jsonl").read_text("utf-8").splitlines()]
+
+
+def one_line(err: str) -> str:
+    """The error line, which is the last one."""
+    line = err.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    return line
 
 
 @pytest.fixture

@@ -1,0 +1,136 @@
+"""Told to stop: a run saves, says how to go on, and goes on to the same."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from crash_harness import PHASES, Ended, Plant, digest, side_by_side
+
+from empg_lite.checkpoint import list_checkpoints
+from empg_lite.sampler.decoder import Decoder
+from empg_lite.store import verify_dir
+
+slow = pytest.mark.slow
+
+
+# --- told to stop ------------------------------------------------------------------------------------------
+
+
+def stopped_at(plant: Plant, seed: int, signum: int, seconds: float) -> list[Any]:
+    """[exit code, what was said, phase, seconds until it ended, checkpoints whole, digest when resumed]."""
+    rng, run = random.Random(seed), plant.fresh()
+    while True:
+        pid = plant.start(run)
+        time.sleep(rng.uniform(0.05, 1.0) * seconds)
+        phase, sent = plant.phase[0], time.perf_counter()
+        os.kill(pid, signum)
+        ended = plant.wait(pid)
+        took = time.perf_counter() - sent
+        if ended.code in (0, 128 + signum):
+            break
+        assert ended.code == -signum, ended  # before its handlers were there
+        shutil.rmtree(run, ignore_errors=True)
+    whole = all(verify_dir(p) is None for p in list_checkpoints(run))
+    resumed = plant.run(run)
+    found = digest(run) if resumed.code == 0 else resumed.said
+    shutil.rmtree(run)
+    return [ended.code, ended.said, PHASES[phase], took, whole, found]
+
+
+@pytest.mark.parametrize("each", [10, pytest.param(150, marks=slow)])
+def test_a_signal_saves_and_the_run_resumes_to_the_same(
+    plant: Plant, straight_child: tuple[Ended, str], each: int
+) -> None:
+    started = time.perf_counter()
+    plant.run(plant.fresh())
+    seconds = time.perf_counter() - started
+    jobs = [
+        lambda s=s, n=n: own_phase(plant, s, n, seconds)
+        for s in range(each)
+        for n in (signal.SIGINT, signal.SIGTERM)
+    ]
+    found = side_by_side(jobs)
+    stopped = [f for f in found if f[0] != 0]
+    phases = Counter(f[2] for f in stopped)
+    slowest = max(f[3] for f in stopped)
+    print(f"\nI1: {len(found)} signals, {len(stopped)} stopped, {dict(phases)}, slowest {slowest:.2f} s")
+    assert [f for f in found if not f[4] or f[5] != straight_child[1]] == []
+    assert len(stopped) > len(found) / 2  # the others had ended by themselves
+    for _, said, *_ in stopped:
+        assert "repeat the command with --resume" in said and "\n" not in said
+        assert "is saved" in said or "before the first step" in said
+    assert len(phases) > 2
+    if each > 100:
+        assert set(phases) >= set(PHASES) - {"other"}
+
+
+def own_phase(plant: Plant, seed: int, signum: int, seconds: float) -> list[Any]:
+    plant.phase = mmap.mmap(-1, 1)
+    return stopped_at(plant, seed, signum, seconds)
+
+
+def test_a_second_signal_ends_at_once_and_harms_nothing(
+    plant: Plant, straight_child: tuple[Ended, str]
+) -> None:
+    """Both at the same instant, wherever it is: the last checkpoint stays whole, and the run resumes."""
+    slowest = 0.0
+    for seed in range(10):
+        rng, run = random.Random(seed), plant.fresh()
+        pid = plant.start(run)
+        time.sleep(rng.uniform(0.08, 0.2))
+        os.kill(pid, signal.SIGINT)
+        time.sleep(rng.uniform(0, 0.003))
+        os.kill(pid, signal.SIGINT)
+        sent = time.perf_counter()
+        assert plant.wait(pid).code in (0, 130, -signal.SIGINT)
+        slowest = max(slowest, time.perf_counter() - sent)
+        assert all(verify_dir(p) is None for p in list_checkpoints(run))
+        assert plant.run(run).code == 0 and digest(run) == straight_child[1]
+        shutil.rmtree(run)
+    print(f"\nI1: the slowest of ten ended {slowest:.3f} s after the second signal")
+
+
+def test_control_without_the_stop_points_the_step_is_finished(plant: Plant) -> None:
+    """Decoding steps taken after the signal: none or one where the loop asks, else all that were left."""
+    from empg_lite import control
+
+    after = mmap.mmap(-1, 1)
+
+    def counting(polls: bool) -> Callable[[], None]:
+        def change() -> None:
+            real, steps = Decoder.step, 0
+
+            def step(self: Decoder, n: int, seen: int) -> None:
+                nonlocal steps
+                steps += 1
+                after[0] += steps > 4
+                if steps == 4:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                real(self, n, seen)
+
+            Decoder.step = step  # type: ignore[method-assign]
+            if not polls:
+                control._listened = _Deaf()
+
+        return change
+
+    taken = {}
+    for polls in (True, False):
+        after[0] = 0
+        assert plant.run(plant.fresh(), change=counting(polls)).code == 143
+        taken[polls] = after[0]
+    assert taken[True] == 0 and taken[False] > 4
+
+
+class _Deaf(list[int]):
+    def append(self, signum: int) -> None:
+        pass
