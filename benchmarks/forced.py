@@ -25,6 +25,8 @@ from torch import Tensor
 
 #: The id of no token.
 NEVER = 1 << 30
+#: Rows that a table of lengths has room for; it is never enlarged, for graphs hold its address.
+ROWS = 1 << 13
 
 
 def draw_lengths(
@@ -40,29 +42,73 @@ def draw_lengths(
     return [max(2, min(cap, round(r.lognormvariate(mu, sigma)))) for _ in range(rows)]
 
 
+class Table:
+    """Where each row ends, on one device: ``(ROWS,)`` random keys in rising order and lengths beside them.
+
+    A captured graph replays what it recorded: it reads these two tensors at their addresses for as long as it
+    lives. So there is one table a device for the whole process, and a new set of lengths is written into it.
+    The places behind the last row hold the largest key there is: a key that no row has (an idle place of a
+    decoder keeps its last one) finds a length of 0, never an index beyond the end.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.keys = torch.full((ROWS,), torch.iinfo(torch.int64).max, device=device)
+        self.lengths = torch.zeros(ROWS, dtype=torch.int64, device=device)
+
+    def write(self, ends: dict[int, int]) -> None:
+        """Take these lengths in place of the ones before."""
+        assert len(ends) < ROWS, f"at most {ROWS - 1} rows have a length"
+        rows = sorted(ends.items())
+        padding = ROWS - len(rows)
+        keys = [key for key, _ in rows] + [torch.iinfo(torch.int64).max] * padding
+        self.keys.copy_(torch.tensor(keys))
+        self.lengths.copy_(torch.tensor([length for _, length in rows] + [0] * padding))
+
+    def ended(self, row_keys: Tensor, position: int | Tensor) -> Tensor:
+        """``(B,)``: is the token at ``position`` the row's last one?"""
+        at = torch.searchsorted(self.keys, row_keys)
+        return (self.keys[at] == row_keys) & (self.lengths[at] == position + 1)
+
+
+#: One table a device, never replaced: see ``Table``.
+_TABLES: dict[torch.device, Table] = {}
+
+
+def table_on(device: torch.device) -> Table:
+    """The device's table."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if device not in _TABLES:
+        _TABLES[device] = Table(device)
+    return _TABLES[device]
+
+
 @contextmanager
-def forced_draws(ends: dict[int, int], stop_id: int, plain_id: int) -> Iterator[None]:
+def forced_draws(
+    ends: dict[int, int], stop_id: int, plain_id: int, device: torch.device | str = "cpu"
+) -> Iterator[None]:
     """Within this, the package's engines end the row of random key ``key`` after ``ends[key]`` tokens.
+
+    A sampler that captured its graphs within this block replays the forced draws from then on: use it nowhere
+    else, and always with the same ``stop_id`` and ``plain_id``.
 
     Args:
         stop_id: the token that ends a row.
         plain_id: what stands in for it where it is drawn too early.
+        device: where the engines draw.
     """
     from empg_lite.sampler import draw as home
 
     right = home.draw
-    keys, order = torch.tensor(list(ends)).sort()
-    lengths = torch.tensor(list(ends.values()))[order]
+    table = table_on(torch.device(device))
+    table.write(ends)
 
     def forced(
         logits: Tensor, row_keys: Tensor, position: Any, *rest: Any, **more: Any
     ) -> tuple[Tensor, Tensor]:
-        nonlocal keys, lengths
-        keys, lengths = keys.to(row_keys.device), lengths.to(row_keys.device)
         tokens, logprobs = right(logits, row_keys, position, *rest, **more)
-        last = lengths[torch.searchsorted(keys, row_keys)] == position + 1
-        early = torch.where(tokens == stop_id, plain_id, tokens)
-        return torch.where(last, stop_id, early), logprobs
+        early = tokens.masked_fill(tokens == stop_id, plain_id)
+        return early.masked_fill(table.ended(row_keys, position), stop_id), logprobs
 
     users = [
         module

@@ -15,7 +15,7 @@ from empg_lite.policy.policy import Policy
 from empg_lite.rationale import Problem, Rationale, flatten, group_rationales
 from empg_lite.recipe_file import load_recipe
 from empg_lite.rewards import Grader
-from empg_lite.sampler import Prompt, Sampler, make_sampler, sample_key
+from empg_lite.sampler import Prompt, Sampler, sample_key
 from empg_lite.scoring import Scorer
 
 
@@ -104,7 +104,7 @@ def sample(learner: Learner, sampler: Sampler, setting: Setting, step: int = 1) 
     """One E-step's rationales, their lengths forced; in the order of ``setting.lengths``."""
     policy = learner.policy
     ends = ends_of(prompts_of(policy, setting, step), setting)
-    with forced_draws(ends, policy.tokenizer.eos_token_id, setting.plain_id):
+    with forced_draws(ends, policy.tokenizer.eos_token_id, setting.plain_id, policy.device):
         drawn = sample_rationales(
             policy, sampler, setting.problems, learner.decoding,
             samples=setting.samples, seed=0, step=step, policy_step=0,
@@ -122,18 +122,31 @@ def weighed(rationales: Sequence[Rationale], rewards: Sequence[float]) -> tuple[
 
 
 class OurStep:
-    """Sample, score, weigh, fit. Answers are graded as in training, then the table's rewards are put in."""
+    """Sample, score, weigh, fit, with the engine and the memory settings that ``train`` would take.
+
+    Answers are graded as in training, then the table's rewards are put in.
+    """
 
     def __init__(self, learner: Learner, setting: Setting, grader: Grader, *, silent: bool) -> None:
         self.learner, self.setting, self.grader = learner, setting, grader
         self.rewards = setting.rewards(silent)
-        self.sampler = make_sampler(learner.policy, "native", learner.recipe.sampler.batch_rows)
+        self.sampler = learner.sampler()
         self.tokens = 0  # completion tokens of the last step
 
     def step(self) -> None:
         """One whole step."""
-        rationales = sample(self.learner, self.sampler, self.setting, self.learner.state.policy_step + 1)
-        scorer = Scorer(self.grader, str(self.learner.recipe.data.reward))
-        rationales = tuple(scorer.scored(rationales))
+        self.fit(self.sample())
+
+    def sample(self) -> tuple[Rationale, ...]:
+        """The E-step: weighed rationales, and the sampler's memory given back where the plan says so."""
+        learner = self.learner
+        rationales = sample(learner, self.sampler, self.setting, learner.state.policy_step + 1)
+        rationales = tuple(Scorer(self.grader, str(learner.recipe.data.reward)).scored(rationales))
         self.tokens = sum(len(r.completion_ids) for r in rationales)
-        self.learner.fit(weighed(rationales, self.rewards))
+        if not learner.planned.keeps_sampler:
+            self.sampler.release()
+        return weighed(rationales, self.rewards)
+
+    def fit(self, rationales: Sequence[Rationale]) -> None:
+        """The M-step."""
+        self.learner.fit(rationales)
