@@ -55,19 +55,3 @@ def packed_batches(rows: Mapping[int, tuple[Ids, int]], budget: int) -> list[lis
             batches[-1].append(i)
             used += rows[i][1]
     return batches
-
-
-def micro_batches(lengths: Mapping[int, int], budget: int) -> list[list[int]]:
-    """Row numbers cut into batches of like length, each at most ``budget`` padded tokens (or a single row).
-
-    Args:
-        lengths: tokens of each row, prompt and completion, by its number.
-    """
-    batches: list[list[int]] = []
-    width = 0
-    for i in sorted(lengths, key=lambda i: (-lengths[i], i)):
-        if not batches or (len(batches[-1]) + 1) * width > budget:
-            batches.append([])
-            width = lengths[i]  # the longest of its batch comes first
-        batches[-1].append(i)
-    return batches

@@ -62,5 +62,30 @@ def device() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "dtype": str(resolve_dtype("auto")).removeprefix("torch."),
         "backend": choose_backend("auto"),
-        "engine": choose_engine("auto", choose_backend("auto"), where.type),
+        "engine": choose_engine("auto"),
+        **(trial() if cuda else {}),
+    }
+
+
+def trial() -> dict[str, Any]:
+    """What a GPU really computes with: the bundled model, loaded and sampled from as training would."""
+    from empg_lite.learner import build_learner
+    from empg_lite.recipe_file import load_recipe
+    from empg_lite.sampler import Prompt
+
+    try:
+        learner = build_learner(load_recipe("tiny", ["model.dtype=auto", "model.load_in_4bit=true"]))
+        sampler = learner.sampler()
+        prompt = learner.policy.encode_prompt("Tom has 3 coins. He buys 4 more. How many has he now?")[1]
+        sampler.sample([Prompt(prompt, tuple(range(16)))], learner.decoding)
+    except Exception as error:  # whatever it is: the doctor says so and goes on
+        return {"trial": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    work, facts = sampler.work, learner.engine_facts()
+    return {
+        "kernels": ", ".join(facts["kernels"]),
+        "fit": facts["fit"],
+        "attention": ", ".join(f"{where} {kernel}" for where, kernel in facts["attention"].items()),
+        "graphs": sampler.graph_failure
+        or f"{work.graphs_captured} captured, {work.graphs_replayed} replayed",
+        **({"left out": "; ".join(facts["notes"])} if facts["notes"] else {}),
     }

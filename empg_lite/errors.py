@@ -123,11 +123,27 @@ def _rebuilt(kind: type[EmpgError], text: str) -> EmpgError:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: torch says so in its own class on a card, in words on a CPU and in cuBLAS."""
+    """Whether memory ran out: torch says so in its own class on a card, in words on a CPU and in cuBLAS.
+
+    Inside the capture of a CUDA graph it is followed by an error about the capture: what came before counts.
+    """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    said = str(error)
-    return isinstance(error, RuntimeError) and any(words in said for words in _OUT_OF_MEMORY)
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY):
+        return True
+    before = error.__cause__ or error.__context__
+    return isinstance(error, RuntimeError) and before is not None and is_out_of_memory(before)
+
+
+def forget_frames(error: BaseException) -> None:
+    """Let go of the frames that an error came through, and so of every tensor in them.
+
+    Before a retry after running out of memory: an error that is still held keeps what did not fit.
+    """
+    at: BaseException | None = error
+    while at is not None:
+        at.__traceback__ = None
+        at = at.__cause__ or at.__context__
 
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -59,6 +60,10 @@ class Learner:
         rows = self.state.batch_rows or self.recipe.sampler.batch_rows
         engine, merged = self.recipe.sampler.engine, self.recipe.sampler.merged
         return make_sampler(self.policy, engine, int(rows), bool(merged))
+
+    def engine_facts(self) -> dict[str, Any]:
+        """What samples and what fits: engine, backend, borrowed kernels, attention, what is left out."""
+        return {"engine": self.recipe.sampler.engine, **self.policy.facts()}
 
     def short_enough(self, problems: Sequence[Problem]) -> tuple[list[Problem], int]:
         """The problems whose prompt has at most ``data.max_prompt_tokens`` tokens, and how many have more.
@@ -215,7 +220,7 @@ def plan_here(recipe: Recipe, *, refuse: bool, team: Team = ALONE) -> tuple[plan
 def settle_names(recipe: Recipe, policy: Policy) -> Recipe:
     """The recipe with the backend, type and engine that ``auto`` became."""
     dtype = str(policy.dtype).removeprefix("torch.")
-    engine = choose_engine(recipe.sampler.engine, policy.backend, policy.device.type)
+    engine = choose_engine(recipe.sampler.engine)
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update={"backend": policy.backend, "dtype": dtype}),

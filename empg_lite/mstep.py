@@ -16,16 +16,19 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from empg_lite.batching import micro_batches, packed_batches, whole_problems
+from empg_lite.batching import packed_batches, whole_problems
 from empg_lite.control import stop_point
 from empg_lite.em import Drift, denominator, drift, m_step_loss
-from empg_lite.errors import OutOfMemory, is_out_of_memory
+from empg_lite.errors import OutOfMemory, forget_frames, is_out_of_memory
 from empg_lite.parallel import ALONE, Team
 from empg_lite.policy.packing import Ids
 from empg_lite.policy.policy import Policy
 from empg_lite.rationale import Rationale
 
 T = TypeVar("T")
+
+#: A gradient that is not finite at this loss scale or below is not the scale's fault.
+LEAST_SCALE = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,9 @@ class FitStats:
         rows_fitted: rows of non-zero weight in the first pass.
         micro_batch_tokens: the budget in force at the end (smaller after an out-of-memory back-off).
         tokens_computed: tokens that went forward and backward, all passes.
-        tokens_padded: the same with the padding that was computed beside them.
+        tokens_padded: places that attention computed, with the padding up to a micro-batch's longest row.
+        loss_scale: for float16, at the end; None for other types.
+        scale_halvings: how often it was too large, so that a gradient was computed again at half of it.
     """
 
     updates: int
@@ -65,11 +70,8 @@ class FitStats:
     micro_batch_tokens: int
     tokens_computed: int
     tokens_padded: int
-
-    @property
-    def kl_old(self) -> float | None:
-        """k3 estimate of KL(policy at the start || now), nats a token."""
-        return None if self.drift is None else self.drift.k3
+    loss_scale: float | None
+    scale_halvings: int
 
 
 def m_step(
@@ -137,11 +139,30 @@ class _Fitter:
         self.policy, self.optimizer, self.rows, self.z = policy, optimizer, rows, z
         self.settings, self.scaler, self.on_done, self.team = settings, scaler, on_done, team
         self.budget = settings.micro_batch_tokens
-        self.updates = self.nonfinite = self.fitted = self.computed = self.padded = 0
+        self.updates = self.nonfinite = self.fitted = self.computed = self.padded = self.halvings = 0
         self.first: tuple[float, float] | None = None  # loss, grad_norm
 
     def fit(self, weights: Sequence[float]) -> None:
         """One pass: the gradient of the whole step, clipped, one optimiser step."""
+        loss, norm = self._gradient(weights)
+        while self._scale_too_large(loss, norm):
+            loss, norm = self._gradient(weights)
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        self.first = self.first or ((loss, norm) if finite else None)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate
+        if self.scaler is None:
+            if finite:
+                self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)  # leaves the weights alone where it saw an infinity
+            self.scaler.update(None if finite else self.scaler.get_scale())
+        self.updates += finite
+        self.nonfinite += not finite
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _gradient(self, weights: Sequence[float]) -> tuple[float, float]:
+        """The whole step's gradient, unscaled and clipped, in the parameters; the loss, the norm before."""
         parts = self.team.gather(self._with_backoff(lambda: self._backward(weights)))
         loss, computed, padded = (sum(part) for part in zip(*parts, strict=True))
         self.computed, self.padded = self.computed + computed, self.padded + padded
@@ -149,19 +170,21 @@ class _Fitter:
         self.team.sum_gradients(parameters)  # a sum, not a mean: the denominator is the whole step's
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate
-        finite = math.isfinite(norm) and math.isfinite(loss)
-        self.first = self.first or ((loss, norm) if finite else None)
-        if self.scaler is not None:
-            self.scaler.step(self.optimizer)  # leaves the weights alone where it saw an infinity
-            self.scaler.update()
-        elif finite:
-            self.optimizer.step()
-        self.updates += finite
-        self.nonfinite += not finite
-        self.optimizer.zero_grad(set_to_none=True)
+        return loss, float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm))
+
+    def _scale_too_large(self, loss: float, norm: float) -> bool:
+        """Halve the loss scale where it made a 16-bit gradient overflow; the same samples are fitted again.
+
+        It starts at 65,536 to find its place, so overflows are expected; a loss that is not finite is not.
+        """
+        scaler = self.scaler
+        if scaler is None or math.isfinite(norm) or not math.isfinite(loss):
+            return False
+        if scaler.get_scale() <= LEAST_SCALE:
+            return False
+        scaler.update(max(scaler.get_scale() / 2, LEAST_SCALE))
+        self.halvings += 1
+        return True
 
     def _backward(self, weights: Sequence[float]) -> tuple[float, int, int]:
         """Accumulate this process's share of the gradient; its loss, tokens computed, places computed."""
@@ -228,26 +251,23 @@ class _Fitter:
             micro_batch_tokens=self.budget,
             tokens_computed=self.computed,
             tokens_padded=self.padded,
+            loss_scale=self.scaler.get_scale() if self.scaler else None,
+            scale_halvings=self.halvings,
         )
 
     def _pairs(self, batch: Sequence[int]) -> list[tuple[Ids, Ids]]:
         return [(self.rows[i].prompt_ids, self.rows[i].completion_ids) for i in batch]
 
     def _size(self, batch: Sequence[int]) -> tuple[int, int]:
-        """Tokens that the linears see of a micro-batch, and places, padding included."""
-        sizes = [self.rows[i].tokens for i in batch]
-        if not self.policy.packs:
-            return sum(sizes), len(batch) * max(sizes)
-        prompts = {self.rows[i].prompt_ids for i in batch}  # once each, and nothing is padded
-        # a completion's last token predicts nothing
-        tokens = sum(map(len, prompts)) + sum(len(self.rows[i].completion_ids) - 1 for i in batch)
-        return tokens, tokens
+        """Tokens that the linears see of a micro-batch, and places that attention sees, padding included."""
+        prompts = [len(ids) for ids in {self.rows[i].prompt_ids for i in batch}]  # once each
+        completions = [len(self.rows[i].completion_ids) - 1 for i in batch]  # the last token predicts nothing
+        padded = len(prompts) * max(prompts) + len(completions) * max(completions)
+        return sum(prompts) + sum(completions), padded
 
     def _micro_batches(self, rows: Sequence[int]) -> list[list[int]]:
-        if self.policy.packs:
-            sizes = {i: (self.rows[i].prompt_ids, len(self.rows[i].completion_ids)) for i in rows}
-            return packed_batches(sizes, self.budget)
-        return micro_batches({i: self.rows[i].tokens for i in rows}, self.budget)
+        sizes = {i: (self.rows[i].prompt_ids, len(self.rows[i].completion_ids)) for i in rows}
+        return packed_batches(sizes, self.budget)
 
     def _with_backoff(self, work: Callable[[], T]) -> T:
         """Do ``work``; where memory runs out, do it again in half the micro-batch. The result is the same.
@@ -261,7 +281,7 @@ class _Fitter:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                short = error
+                forget_frames(short := error)  # they hold the activations that did not fit
             if not self.team.any(short is not None):
                 return result
             if self.budget <= min(sizes):  # every micro-batch was a single row

@@ -213,9 +213,16 @@ def compare_environment(run: Path, inputs: Mapping[str, str]) -> list[dict[str, 
     ]
 
 
-def write_run_files(run: Path, recipe: Recipe, command: str, inputs: Mapping[str, str]) -> None:
-    """``recipe.yaml`` (every value, and the command that made it) and ``environment.json``."""
-    store.write_file(run / ENVIRONMENT, json.dumps({**environment(), "inputs": dict(inputs)}, indent=1))
+def write_run_files(
+    run: Path, recipe: Recipe, command: str, inputs: Mapping[str, str], engine: Mapping[str, Any]
+) -> None:
+    """``recipe.yaml`` (every value, and the command that made it) and ``environment.json``.
+
+    Args:
+        engine: what samples and fits.
+    """
+    facts = {**environment(), "engine": dict(engine), "inputs": dict(inputs)}
+    store.write_file(run / ENVIRONMENT, json.dumps(facts, indent=1))
     store.write_file(run / RECIPE, dump_recipe(recipe, header=f"made by: {command}" if command else ""))
 
 

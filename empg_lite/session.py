@@ -34,6 +34,7 @@ from empg_lite.estep import estep_metrics, mixture_metrics
 from empg_lite.health import FAILURES_STOP, Finding, diagnose, graded_failures
 from empg_lite.learner import Learner, build_learner
 from empg_lite.metrics import Journal, read_metrics
+from empg_lite.mstep import FitStats
 from empg_lite.parallel import ALONE, Team
 from empg_lite.policy.adapter import WEIGHTS, adapter_files
 from empg_lite.policy.card import tokenizer_files
@@ -81,6 +82,7 @@ class Session:
         self.learner: Learner = build_learner(opened.recipe, team, refuse=refuse)
         self.recipe: Recipe = self.learner.recipe
         self.grader_error: str | None = None  # what the last grader failure said
+        self._graph_failure: str | None = None
         m = self.recipe.model
         inputs = {"base model": fingerprint(resolve_model(m.name, m.revision)[0])}
         inputs |= {"training data": data} if data else {}
@@ -111,7 +113,10 @@ class Session:
                 f"{event['what']} was {event['old']} when the run was started and is {event['new']} now: "
                 "numbers may differ in their last digits"
             )
-        write_run_files(run, self.recipe, command, inputs)
+        self._facts = self.learner.engine_facts()
+        for note in self._facts["notes"]:
+            view.note(f"without Unsloth's {note}")
+        write_run_files(run, self.recipe, command, inputs, self._facts)
 
     @contextmanager
     def tracked(self, trackers: Sequence[str]) -> Iterator[None]:
@@ -201,6 +206,10 @@ class Session:
             self.journal.event("micro_batch_shrunk", step=step, old=budget, new=stats.micro_batch_tokens)
         if stats.skipped_nonfinite:
             self.journal.event("nonfinite_gradient", step=step, skipped=stats.skipped_nonfinite)
+        if stats.scale_halvings:
+            self.journal.event(
+                "loss_scale_halved", step=step, times=stats.scale_halvings, scale=stats.loss_scale
+            )
         state.step = step
         state.position += len(groups)
         state.num_tokens += sum(len(r.completion_ids) for r in rows)
@@ -220,10 +229,14 @@ class Session:
             "em/policy_step": state.policy_step,
             "em/skipped_nonfinite": stats.skipped_nonfinite,
             "em/tokens_computed": stats.tokens_computed,
+            **_loss_scale(stats),
             "time/tokens_padded": stats.tokens_padded,
             **_drift_metrics(stats.drift),
             "step_time": sum(times.values()),
             **{f"time/{name}": seconds for name, seconds in times.items()},
+            "engine": self._facts["engine"],
+            "kernels": ", ".join(self._facts["kernels"]),
+            "attention": ", ".join(f"{where} {kernel}" for where, kernel in self._facts["attention"].items()),
             **_memory(learner.held + learner.planned.peak),
         }
 
@@ -328,6 +341,12 @@ class Session:
             wait = max(SURELY_STUCK, STUCK * times[len(times) // 2])
             faulthandler.dump_traceback_later(wait, file=2)
 
+    def note_graphs(self, failure: str | None) -> None:
+        """That a GPU decodes without captured graphs, once."""
+        if failure is not None and failure != self._graph_failure:
+            self._graph_failure = failure
+            self.journal.event("graphs_not_captured", step=self.learner.state.step + 1, why=failure)
+
     def note_rows(self, rows: int | None) -> None:
         """Rows that the sampler draws at once now, if fewer than before."""
         state, before = self.learner.state, self.learner.state.batch_rows or self.recipe.sampler.batch_rows
@@ -429,6 +448,13 @@ def summarise(run: Path, recipe: Recipe, state: TrainState, clock: Clock) -> dic
         result[f"accuracy_{name}"] = figures and figures["pass@1"]
         result[f"t1_accuracy_{name}"] = figures and figures["t1_accuracy"]
     return result
+
+
+def _loss_scale(stats: FitStats) -> dict[str, float]:
+    """Of a float16 run: the scale after the step, and how often it was halved to get there."""
+    if stats.loss_scale is None:
+        return {}
+    return {"em/loss_scale": stats.loss_scale, "em/loss_scale_halvings": stats.scale_halvings}
 
 
 def _drift_metrics(drift: Drift | None) -> dict[str, float]:

@@ -16,3 +16,8 @@ IDLE = 1 / 8
 GRAPH_ROWS, GRAPH_TOKENS = 16, 128
 #: The length of a key/value cache is a multiple of this: attention kernels on a GPU want aligned strides.
 CACHE_ALIGN = 8
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple that is not below ``value``."""
+    return -(-value // multiple) * multiple

@@ -169,6 +169,7 @@ def e_step(
     tokens = sum(len(r.completion_ids) for r in flatten(groups))
     own = sampler.work.since(before)
     session.note_rows(sampler.batch_rows)
+    session.note_graphs(sampler.graph_failure)
     work = sum(session.learner.team.gather(own), SampleWork())
     extra = {
         "entropy": sums.pop("nats") / max(tokens, 1),
@@ -177,6 +178,9 @@ def e_step(
         "time/row_steps": work.row_steps,
         "em/context_tokens": sum(context_tokens(r) for r in flatten(groups)),
         "time/refresh": own.refresh_seconds,
+        "time/graphs_captured": work.graphs_captured,
+        "time/graphs_replayed": work.graphs_replayed,
+        "time/eager_steps": work.eager_steps,
         "time/tokens_per_second": tokens / sums["sample"],
     }
     return groups, sums, extra

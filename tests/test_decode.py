@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,15 +14,15 @@ from torch import Tensor
 
 from empg_lite.errors import OutOfMemory
 from empg_lite.policy import load_policy
-from empg_lite.policy.logprobs import CHUNK_ELEMENTS
 from empg_lite.policy.merged import MergedCopy, merged_weight
 from empg_lite.policy.network import live_network
 from empg_lite.policy.policy import Policy
 from empg_lite.recipe import ModelSection
 from empg_lite.sampler import Decoding, Prompt
 from empg_lite.sampler.decoder import Decoder
-from empg_lite.sampler.graphs import Graphs, _up
+from empg_lite.sampler.graphs import Graphs
 from empg_lite.sampler.native import NativeSampler
+from empg_lite.sizes import GRAPH_ROWS, GRAPH_TOKENS, LOGIT_CHUNK, round_up
 
 PROMPTS = [(1, 2, 3, 4, 5, 6, 7), (9, 8), (5,)]
 OWNER, KEYS = [0, 0, 1, 2, 2], [11, 12, 13, 14, 15]
@@ -140,7 +142,7 @@ def test_drawing_never_holds_rows_times_vocabulary(monkeypatch: pytest.MonkeyPat
 
     vocab, prompts, decoding = len(policy.head_weight), prompts_of(policy, 4, 8), Decoding(6)
     expected = NativeSampler(policy).sample(prompts, decoding)
-    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", 3 * vocab)
+    monkeypatch.setitem(LOGIT_CHUNK, "cpu", 3 * vocab)
     widest, head = 0, policy.head_weight.data_ptr()
 
     class Watch(TorchDispatchMode):
@@ -168,7 +170,7 @@ def test_a_captured_size_holds_the_one_that_is_needed(policy) -> None:  # type: 
             decoder.begin(PROMPTS, OWNER, KEYS, 0)
         for step in range(5):
             plain.step(5, len(PROMPTS[0]) + step + 1)
-            rounded.step(_up(5, 16), _up(len(PROMPTS[0]) + step + 1, 128))
+            rounded.step(round_up(5, GRAPH_ROWS), round_up(len(PROMPTS[0]) + step + 1, GRAPH_TOKENS))
             assert torch.equal(plain.tokens[:5], rounded.tokens[:5])
             torch.testing.assert_close(plain.logprobs[:5], rounded.logprobs[:5], rtol=1e-5, atol=1e-5)
     graphs = Graphs(plain)
@@ -177,45 +179,72 @@ def test_a_captured_size_holds_the_one_that_is_needed(policy) -> None:  # type: 
 
 
 class Replayed:
-    """What stands for a captured graph: the step of its size and decoding, taken one by one."""
+    """What stands for a captured graph: what it does, done one by one, as things were at the capture."""
 
-    def __init__(self, decoder: Decoder, n: int, seen: int) -> None:
-        self.decoder, self.n, self.seen, self.decoding = decoder, n, seen, decoder.decoding
+    def __init__(self, graphs: Graphs, work: Callable[[], None]) -> None:
+        self.decoder, self.work = graphs.decoder, work
+        self.decoding = graphs.decoder.decoding
+        self.linear = graphs.linear_for_tests
+        self.off = self.linear.disable_adapters
 
     def replay(self) -> None:
         asked, self.decoder.decoding = self.decoder.decoding, self.decoding
-        self.decoder.step(self.n, self.seen)
-        self.decoder.decoding = asked
+        off, self.linear._disable_adapters = self.linear.disable_adapters, self.off
+        self.work()
+        self.decoder.decoding, self.linear._disable_adapters = asked, off
 
 
-def test_graphs_are_kept_from_call_to_call(monkeypatch: pytest.MonkeyPatch, model_dir: Path) -> None:
-    """Training and evaluation in turn: one cache, no size captured twice, every refresh seen."""
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> Callable[[Policy], None]:
+    """Lets graphs be "captured" without a GPU (see ``Replayed``)."""
+
+    def pretend(policy: Policy) -> None:
+        linear = policy.causal.model.layers[0].mlp.down_proj
+        monkeypatch.setattr(Graphs, "linear_for_tests", linear, raising=False)
+        monkeypatch.setattr(Graphs, "_capture", lambda self, work: Replayed(self, work))
+        monkeypatch.setattr(NativeSampler, "_captures", property(lambda self: self.pretends))
+        monkeypatch.setattr(NativeSampler, "pretends", True, raising=False)
+
+    return pretend
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_graphs_are_kept_from_call_to_call(
+    captured: Callable[[Policy], None], model_dir: Path, merged: bool
+) -> None:
+    """Training, evaluation and the base model in turn: one cache, no size captured twice, every update seen.
+
+    The network's graphs serve T=1 and greedy alike.
+    """
     policy = load_fixture_policy(model_dir)
-    sizes: list[tuple[object, ...]] = []  # holds each Graphs: the id of one that is gone may come again
-
-    def capture(self: Graphs, n: int, seen: int) -> Replayed:
-        sizes.append((self, n, seen, self.decoder.decoding))
-        return Replayed(self.decoder, n, seen)
-
-    monkeypatch.setattr(Graphs, "_capture", capture)
-    monkeypatch.setattr(NativeSampler, "_captures", property(lambda self: self.merged))
-    sampler, plain = NativeSampler(policy), NativeSampler(policy, merged=False)
+    captured(policy)
+    sampler, plain = NativeSampler(policy, merged=merged), NativeSampler(policy, merged=False)
+    plain.pretends = False  # type: ignore[attr-defined]
     few, many = prompts_of(policy, 8, 8), prompts_of(policy, 70, 1)
     calls = [(few, Decoding(20)), (many, Decoding(12, 0.0)), (few, Decoding(20, 0.0))]
     for turn in range(3):
-        for prompts, decoding in calls:
-            found = sampler.sample(prompts, decoding)
-            expected = plain.sample(prompts, decoding)
-            same_but_for_rounding(policy, prompts, found, expected, decoding)
+        for number, (prompts, decoding) in enumerate(calls):
+            with policy.reference() if number == 1 else nullcontext():
+                found = sampler.sample(prompts, decoding)
+                expected = plain.sample(prompts, decoding)
+                same_but_for_rounding(policy, prompts, found, expected, decoding)
+        graphs = sampler._graphs
+        assert graphs is not None
         if turn == 0:
-            decoder, before = sampler._graphs.decoder, len(sizes)
+            decoder, before = graphs.decoder, set(graphs._graphs)
             assert len(decoder.tokens) == 70 and decoder.room >= 20 + max(len(p.ids) for p in few)
+            assert decoder.room % 8 == 0
         if turn == 1:
-            kept = len(sizes)  # the first kind of call once more, in the larger cache
+            kept = set(graphs._graphs)  # the first kind of call once more, in the larger cache
         with torch.no_grad():
             for parameter in policy.trainable().values():
                 parameter.mul_(1.1)
-    assert sampler._graphs.decoder is decoder and before < kept == len(sizes) == len(set(sizes))
+    assert graphs.decoder is decoder and before < kept == set(graphs._graphs)
+    kinds = {key[0] for key in kept}
+    assert kinds == {"network", "draw"}
+    assert len({key[-1] for key in kept if key[0] == "network"}) == (1 if merged else 2)
+    work = sampler.work
+    assert work.eager_steps == 0 and work.graphs_replayed > work.graphs_captured >= len(kept)
     sampler.release()
     assert sampler._graphs is None and sampler._copy is None
 
@@ -226,8 +255,8 @@ def test_a_capture_that_fails_is_said_once_and_changes_nothing(
 ) -> None:
     asked = []
 
-    def capture(self: Graphs, n: int, seen: int) -> None:
-        asked.append((n, seen))
+    def capture(self: Graphs, work: Callable[[], None]) -> None:
+        asked.append(work)
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(Graphs, "_capture", capture)
@@ -239,13 +268,25 @@ def test_a_capture_that_fails_is_said_once_and_changes_nothing(
         found = [sampler.sample(prompts, decoding) for _ in range(2)]
     assert len(said) == len(asked) == 1
     assert ids_of(found[0]) == ids_of(found[1]) == ids_of(expected)
+    assert sampler.graph_failure == "operation not permitted when stream is capturing"
+    assert sampler.work.graphs_captured == sampler.work.graphs_replayed == 0 < sampler.work.eager_steps
 
-    def full(self: Graphs, n: int, seen: int) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
 
+def test_memory_that_runs_out_in_a_capture_is_out_of_memory(monkeypatch: pytest.MonkeyPatch, policy) -> None:  # type: ignore[no-untyped-def]
+    """It surfaces as an error about the capture: fewer rows are tried, down to the fewest; graphs stay on."""
+
+    def full(self: Graphs, work: Callable[[], None]) -> None:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(NativeSampler, "_captures", True)
     monkeypatch.setattr(Graphs, "_capture", full)
-    with pytest.raises(OutOfMemory, match="8 rows of"):  # fewer rows are tried, down to the fewest
-        NativeSampler(policy).sample(prompts, decoding)
+    sampler = NativeSampler(policy)
+    with pytest.raises(OutOfMemory, match="8 rows of"):
+        sampler.sample(prompts_of(policy, 6, 4), Decoding(20))
+    assert sampler.graph_failure is None
 
 
 def test_without_graphs_no_copy_outlives_its_call(policy) -> None:  # type: ignore[no-untyped-def]

@@ -22,6 +22,7 @@ FLOORS = [
         "rewards",
         "em",
         "safe_text",
+        "sizes",
         "store",
         "tiny",
         "control",

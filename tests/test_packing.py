@@ -15,10 +15,11 @@ from torch import Tensor
 from empg_lite.batching import packed_batches
 from empg_lite.em import m_step_loss
 from empg_lite.policy import load_policy
-from empg_lite.policy.logprobs import CHUNK_ELEMENTS, chosen_logprobs, head_loss
+from empg_lite.policy.logprobs import chosen_logprobs, head_loss
 from empg_lite.policy.packing import pack, packed_hidden
 from empg_lite.policy.policy import Policy, collate
 from empg_lite.recipe import ModelSection
+from empg_lite.sizes import LOGIT_CHUNK
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -197,7 +198,7 @@ def test_checkpointing_keeps_less_for_the_way_back(model_dir: Path) -> None:
 @pytest.mark.parametrize("chunk", [1 << 22, 700, 1])
 def test_head_loss_value_and_gradient(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     """Any sum over tokens: here one that is not linear in the log-probs."""
-    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", chunk)
+    monkeypatch.setitem(LOGIT_CHUNK, "cpu", chunk)
     torch.manual_seed(0)
     hidden, weight = torch.randn(37, 16, requires_grad=True), torch.randn(301, 16)
     targets, w = torch.randint(0, 301, (37,)), torch.randn(37)
@@ -238,7 +239,7 @@ def test_head_loss_never_holds_full_logits() -> None:
         head_loss(hidden, weight, targets, lambda at, logprobs: logprobs.sum()).backward()
         packed = largest
         chosen_logprobs(hidden.detach(), weight, targets)
-    assert 151_936 <= packed <= CHUNK_ELEMENTS["cpu"] < 512 * 151_936
+    assert 151_936 <= packed <= LOGIT_CHUNK["cpu"] < 512 * 151_936
 
 
 @given(

@@ -15,9 +15,10 @@ from empg_lite.errors import DataError, MissingInput, ModelUnusable, RecipeError
 from empg_lite.policy import load_template
 from empg_lite.policy.adapter import adapter_files, load_adapter
 from empg_lite.policy.integrity import check_config, check_weights, resolve_model
-from empg_lite.policy.logprobs import CHUNK_ELEMENTS, chosen_logprobs
+from empg_lite.policy.logprobs import chosen_logprobs
 from empg_lite.policy.policy import Batch, collate
 from empg_lite.policy.templates import TEMPLATES
+from empg_lite.sizes import LOGIT_CHUNK
 
 ROWS = [((1, 2, 3), (4, 5, 6, 256)), ((9,), (8, 7)), ((20, 21, 22, 23, 24), (25,)), ((5, 5), ())]
 
@@ -82,7 +83,7 @@ def test_collate_masks_by_length_not_by_id() -> None:
 
 @pytest.mark.parametrize("chunk", [1 << 24, 700, 1])
 def test_chunked_head_value_and_gradient(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", chunk)
+    monkeypatch.setitem(LOGIT_CHUNK, "cpu", chunk)
     torch.manual_seed(0)
     hidden = torch.randn(37, 16, requires_grad=True)
     weight, targets, grad = torch.randn(301, 16), torch.randint(0, 301, (37,)), torch.randn(37)
@@ -114,7 +115,7 @@ def test_no_full_logits_ever_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, targets = torch.randn(151_936, 8), torch.randint(0, 151_936, (512,))
     with Watch():
         chosen_logprobs(hidden, weight, targets).sum().backward()
-    assert 151_936 <= largest <= CHUNK_ELEMENTS["cpu"] < 512 * 151_936
+    assert 151_936 <= largest <= LOGIT_CHUNK["cpu"] < 512 * 151_936
 
 
 def test_gradient_reaches_every_lora_matrix(model_dir: Path) -> None:

@@ -15,7 +15,6 @@ from test_plan import BASE, FIXTURE
 
 from empg_lite import profiler
 from empg_lite.mstep import FitSettings, m_step
-from empg_lite.policy.policy import Policy
 from empg_lite.profiler import Rates, fitting_floor, probe, profile, sampling_floor
 from empg_lite.rationale import Rationale, read_rollouts
 from empg_lite.sampler import Decoding, Prompt, SampleWork, make_sampler
@@ -144,7 +143,7 @@ def row(i: int, prompt: int, completion: int, weight: float) -> Rationale:
     )
 
 
-def test_the_m_step_counts_tokens_and_padding(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_m_step_counts_tokens_and_padding(model_dir: Path) -> None:
     """Rows of 9, 7, 6, 4 tokens, two of one prompt (and one row of weight 0): what the embedding looks up."""
     policy = load_fixture_policy(model_dir)
     places: list[int] = []
@@ -155,12 +154,8 @@ def test_the_m_step_counts_tokens_and_padding(model_dir: Path, monkeypatch: pyte
     settings = FitSettings(1e-6, 1.0, 1, 0.005, "tokens", 50, 18)
     stats = m_step(policy, optimizer, rows, settings)
     assert len(places) == 2  # the shared prompt once, and of no completion the last token
-    assert stats.tokens_computed == stats.tokens_padded == sum(places) == (5 + 3) + (3 + 3 + 2) + (2 + 1)
-    monkeypatch.setattr(Policy, "packs", False)
-    places.clear()
-    stats = m_step(policy, optimizer, rows, replace(settings, micro_batch_tokens=18))
-    assert stats.tokens_computed == 9 + 7 + 6 + 4
-    assert stats.tokens_padded == sum(places) == 2 * 9 + 2 * 6
+    assert stats.tokens_computed == sum(places) == (5 + 3) + (3 + 3 + 2) + (2 + 1)
+    assert stats.tokens_padded == (5 + 3) + (2 * 3 + 3 * 3)  # attention pads prompts, and completions, each
     nothing = m_step(policy, optimizer, [row(0, 5, 4, 0.0)], settings)
     assert nothing.tokens_computed == nothing.tokens_padded == 0
 

@@ -15,8 +15,8 @@ from empg_lite.sampler import Decoding, Prompt, make_sampler, sample_key
 from empg_lite.sampler.base import check_finite
 from empg_lite.sampler.decoder import Decoder
 from empg_lite.sampler.draw import draw, uniforms
-from empg_lite.sampler.native import MIN_ROWS
 from empg_lite.sampler.stops import StopRule
+from empg_lite.sizes import MIN_ROWS
 
 MASK_64 = (1 << 64) - 1
 

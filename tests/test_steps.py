@@ -177,7 +177,7 @@ def test_passes_reuse_the_samples_without_negatives(model_dir: Path) -> None:
     m_step(policy, optimizer, rows(), one)
     m_step(policy, optimizer, rows([max(w, 0.0) for w in WEIGHTS]), one)
     assert torch.linalg.norm(two - (parameters(policy) - before)) <= 1e-5 * two.norm()
-    assert stats.updates == 2 and stats.kl_old is not None and stats.kl_old > 0
+    assert stats.updates == 2 and stats.drift.k3 is not None and stats.drift.k3 > 0
 
 
 def test_kl_stop_ends_the_passes(model_dir: Path) -> None:
@@ -185,7 +185,7 @@ def test_kl_stop_ends_the_passes(model_dir: Path) -> None:
     _, stopped = step_of(model_dir, rows(), dataclasses.replace(SETTINGS, passes=4, kl_stop=1e-9))
     assert free.updates == 4
     assert stopped.updates == 1  # the check comes before the second pass
-    assert 0 < stopped.kl_old < free.kl_old  # type: ignore[operator]
+    assert 0 < stopped.drift.k3 < free.drift.k3  # type: ignore[operator]
 
 
 def test_measured_kl_is_k3_over_all_rows(model_dir: Path) -> None:
@@ -202,7 +202,7 @@ def test_measured_kl_is_k3_over_all_rows(model_dir: Path) -> None:
     old = logprobs()
     stats = m_step(policy, sgd(policy), given, SETTINGS, measure_kl=True)
     d = logprobs() - old
-    assert stats.kl_old == pytest.approx(float((d.exp() - 1 - d).mean()), rel=1e-3)
+    assert stats.drift.k3 == pytest.approx(float((d.exp() - 1 - d).mean()), rel=1e-3)
     assert stats.drift is not None
     sums = [float(part.sum()) for part in d.split([len(r.completion_ids) for r in given])]
     for mean, wanted in ((stats.drift.right, True), (stats.drift.wrong, False)):
@@ -254,7 +254,7 @@ def test_float16_scaling_changes_no_gradient(model_dir: Path) -> None:
     torch.testing.assert_close(scaled, plain, rtol=1e-4, atol=1e-7)
     assert stats.updates == 1
     _, skipped = step_of(model_dir, rows([float("inf")] + WEIGHTS[1:]), scaler=scaler)
-    assert skipped.updates == 0 and scaler.get_scale() == 512.0
+    assert skipped.updates == 0 and skipped.skipped_nonfinite == 1 and scaler.get_scale() == 1024.0
 
 
 # --- E-step -------------------------------------------------------------------------------------------

@@ -75,6 +75,7 @@ def load_policy(model: Any, prompt: str, *, seed: int, gradient_checkpointing: b
     import torch
 
     from empg_lite.policy.adapter import load_adapter, read_adapter_config
+    from empg_lite.policy.attention import avoid_cudnn
     from empg_lite.policy.integrity import check_config, check_weights, resolve_model
     from empg_lite.policy.policy import Policy
 
@@ -95,9 +96,10 @@ def load_policy(model: Any, prompt: str, *, seed: int, gradient_checkpointing: b
     how = backends.Loading(
         dtype, model.load_in_4bit, shape["lora_r"], shape["lora_alpha"], checkpointing, seed
     )
-    peft_model, set_mode = load(folder, how)
+    avoid_cudnn()
+    loaded = load(folder, how)
     policy = Policy(
-        peft_model,
+        loaded.model,
         tokenizer,
         template,
         dtype=dtype,
@@ -105,8 +107,11 @@ def load_policy(model: Any, prompt: str, *, seed: int, gradient_checkpointing: b
         name=model.name,
         revision=revision,
         checkpointing=checkpointing,
-        set_mode=set_mode,
+        set_mode=loaded.set_mode,
+        free_buffers=loaded.free_buffers,
     )
     if adapter:
         load_adapter(policy, adapter)
+    if backend == "unsloth":
+        backends.borrow_from_unsloth(policy)
     return policy

@@ -14,16 +14,27 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from empg_lite.errors import UsageError
+from empg_lite.errors import ModelUnusable, UsageError
+from empg_lite.policy.kernels import proven, unsloth_kernels
+from empg_lite.policy.policy import Policy, collate
+from empg_lite.policy.shared_prefix import agrees
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-SetMode = Callable[[Any, bool], None]
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A ``PeftModel``, how its mode is set (True: training), and how to free what its sampling leaves."""
+
+    model: Any
+    set_mode: Callable[[Any, bool], None]
+    free_buffers: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +77,7 @@ def import_unsloth() -> Any:
     return unsloth
 
 
-def load_transformers(folder: Path, how: Loading) -> tuple[Any, SetMode]:
+def load_transformers(folder: Path, how: Loading) -> Loaded:
     """Base by transformers, NF4 by bitsandbytes, LoRA by peft."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -104,10 +115,10 @@ def load_transformers(folder: Path, how: Loading) -> tuple[Any, SetMode]:
     )
     if how.checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model, lambda m, training: m.train(training)
+    return Loaded(model, lambda m, training: m.train(training))
 
 
-def load_unsloth(folder: Path, how: Loading) -> tuple[Any, SetMode]:
+def load_unsloth(folder: Path, how: Loading) -> Loaded:
     """Base, NF4 and LoRA by Unsloth, with its mode switches and its gradient checkpointing."""
     FastLanguageModel = import_unsloth().FastLanguageModel
     base, _ = FastLanguageModel.from_pretrained(
@@ -137,7 +148,56 @@ def load_unsloth(folder: Path, how: Loading) -> tuple[Any, SetMode]:
         else:
             FastLanguageModel.for_inference(m)
 
-    return model, set_mode
+    return Loaded(model, set_mode, partial(free_decode_buffers, model))
+
+
+def free_decode_buffers(model: Any) -> None:
+    """Free the keys and values of Unsloth's last ``generate``: it keeps them until its next forward pass."""
+    from unsloth.models._decode_graphs import release_for_training
+
+    release_for_training(model)
+
+
+def borrow_from_unsloth(policy: Policy) -> None:
+    """Put what of Unsloth's code proves right on this device into a policy, and notes about the rest.
+
+    Raises:
+        ModelUnusable: a token changes log-probabilities before it.
+    """
+    if (leak := future_leak(policy)) > LEAK:
+        raise ModelUnusable(
+            f"a token changes earlier log-probabilities by {leak:.1e} nats: attention is not causal",
+            "model.backend: unsloth",
+            "set model.backend: transformers",
+        )
+    if policy.device.type != "cuda":
+        return  # Triton's kernels have no CPU; Unsloth is plain transformers there
+    try:
+        policy.kernels = proven(unsloth_kernels(), policy.causal, policy.dtype)
+        policy.notes += policy.kernels.notes
+    except ImportError as error:
+        policy.notes += (f"kernels: {error}",)
+    why = agrees(policy)
+    policy.shared_prefix = why is None
+    if why:
+        policy.notes += (f"shared prefix: {why}",)
+
+
+#: Nats by which a token may move log-probabilities before it: the rounding of another batch, not knowledge.
+LEAK = 0.05
+
+
+@torch.no_grad()
+def future_leak(policy: Policy) -> float:
+    """Nats by which a last token changes those before it, in the backend's own forward pass."""
+    ids = torch.randint(
+        policy.head_weight.shape[0], (24,), generator=torch.Generator().manual_seed(0)
+    ).tolist()
+    rows = [(ids[:8], [*ids[8:-1], last]) for last in (ids[-1], ids[0])]
+    with policy.training():
+        logprobs, mask = policy.token_logprobs(collate(rows, policy.pad_id, policy.device))
+    one, other = (row[seen][:-1] for row, seen in zip(logprobs, mask, strict=True))
+    return float((one - other).abs().max())
 
 
 def leave_the_file(model: Any) -> None:

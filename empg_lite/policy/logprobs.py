@@ -16,10 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from empg_lite.policy.network import wide
-
-#: Elements of one fp32 chunk of logits: 6 MB on a CPU; on a GPU 256 MB, or the products get too narrow.
-CHUNK_ELEMENTS = {"cpu": 3 << 19, "cuda": 1 << 26}
+from empg_lite.policy.kernels import wide
+from empg_lite.sizes import LOGIT_CHUNK
 
 #: (which of the tokens, their log-probs ``(n,)`` in nats, float32) -> their share of a sum over tokens.
 TokenLoss = Callable[[slice, Tensor], Tensor]
@@ -27,7 +25,7 @@ TokenLoss = Callable[[slice, Tensor], Tensor]
 
 def rows_per_chunk(weight: Tensor) -> int:
     """Tokens whose logits make up one chunk, for a head ``(V, D)``."""
-    return max(1, CHUNK_ELEMENTS[weight.device.type] // weight.shape[0])
+    return max(1, LOGIT_CHUNK[weight.device.type] // weight.shape[0])
 
 
 class _ChosenLogprobs(torch.autograd.Function):

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from empg_lite.policy.network import Layer, Network, live_network, wide
+from empg_lite.policy.kernels import PLAIN, Kernels, wide
+from empg_lite.policy.network import Layer, Network, live_network
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +36,12 @@ class _Fused:
     gate_up: Tensor
     down: Tensor
 
-    def mlp(self, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, self.gate_up).chunk(2, -1)
-        return F.linear(F.silu(gate) * up, self.down)
+    def mlp(self, x: Tensor, kernels: Kernels) -> Tensor:
+        if "swiglu" in kernels.borrowed:  # which reads contiguous rows: two products
+            gate, up = (F.linear(x, half) for half in self.gate_up.chunk(2))
+        else:
+            gate, up = F.linear(x, self.gate_up).chunk(2, -1)
+        return F.linear(kernels.swiglu(gate, up), self.down)
 
 
 class MergedCopy:
@@ -47,27 +51,29 @@ class MergedCopy:
         network: the same function as the policy's own, as of the last ``refresh``; no gradients.
     """
 
-    def __init__(self, causal: Any, dtype: torch.dtype) -> None:
-        self._causal, live = causal, live_network(causal)
+    def __init__(self, causal: Any, dtype: torch.dtype, kernels: Kernels = PLAIN) -> None:
+        self._causal, live, self._kernels = causal, live_network(causal, kernels), kernels
         self._fused = [_buffers(layer, dtype) for layer in causal.model.layers]
         layers = zip(live.layers, self._fused, strict=True)
-        self.network: Network = replace(live, layers=tuple(_layer(*pair) for pair in layers))
+        self.network: Network = replace(live, layers=tuple(_layer(*pair, kernels) for pair in layers))
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Write the weights anew: base, plus the adapter where it is switched on."""
-        for layer, fused in zip(self._causal.model.layers, self._fused, strict=True):
-            for target, linear in _targets(layer, fused):
-                target.copy_(merged_weight(linear))
+        # Sampling runs under autocast, which would round B A to 16 bits before it is added.
+        with torch.autocast(self._fused[0].out.device.type, enabled=False):
+            for layer, fused in zip(self._causal.model.layers, self._fused, strict=True):
+                for target, linear in _targets(layer, fused):
+                    target.copy_(merged_weight(linear, self._kernels))
 
 
-def _layer(live: Layer, fused: _Fused) -> Layer:
+def _layer(live: Layer, fused: _Fused, kernels: Kernels) -> Layer:
     return replace(
         live,
         qkv=partial(F.linear, weight=fused.qkv, bias=fused.bias),
         out=partial(F.linear, weight=fused.out),
-        mlp=fused.mlp,
+        mlp=partial(fused.mlp, kernels=kernels),
     )
 
 
@@ -103,13 +109,14 @@ def _targets(layer: Any, fused: _Fused) -> Iterator[tuple[Tensor, Any]]:
     yield fused.down, mlp.down_proj
 
 
-def merged_weight(linear: Any) -> Tensor:
-    """``(out, in)`` weight of a PEFT LoRA layer as it acts now: W + scale B A, in float32 or better."""
+def merged_weight(linear: Any, kernels: Kernels = PLAIN) -> Tensor:
+    """``(out, in)`` weight of a PEFT LoRA layer as it acts now: W + scale B A, in float32 or better.
+
+    Under autocast the sum would be rounded: call it outside.
+    """
     weight = linear.base_layer.weight
     if hasattr(weight, "quant_state"):
-        from bitsandbytes.functional import dequantize_4bit
-
-        weight = dequantize_4bit(weight.data, weight.quant_state)
+        weight = kernels.dequantize(weight.data, weight.quant_state)
     if linear.disable_adapters:
         return wide(weight)
     a, b = linear.lora_A["default"].weight, linear.lora_B["default"].weight

@@ -3,7 +3,8 @@
 ``transformers`` runs a whole batch from its first layer to its last. Sampling from a cache of fixed place and
 fitting K completions behind one prompt need to put something of their own where attention happens. So what
 lies around it is here, once: a layer turns tokens into queries, keys and values (``heads_of``), somebody lets
-them attend, and the layer goes on from there (``after``).
+them attend, and the layer goes on from there (``after``). The residual travels as ``x`` and an ``update`` yet
+to be added: adding and norming can be one kernel.
 
 Shapes: N packed tokens, D hidden, H query heads, G key/value heads, d of one head. Nothing here knows of
 batches or padding.
@@ -18,7 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from empg_lite.policy.kernels import PLAIN, Kernels
 
 #: (N, in) -> (N, out)
 Map = Callable[[Tensor], Tensor]
@@ -50,6 +52,7 @@ class Network:
         embed: ``(N,) -> (N, D)``.
         rotary: positions ``(N,)`` -> cosines and sines, ``(N, d)`` each.
         norm: ``(D,)`` weight of the last RMSNorm.
+        kernels: the pointwise work; only plain torch's has gradients.
     """
 
     embed: Map
@@ -60,46 +63,35 @@ class Network:
     heads: int
     kv_heads: int
     head_dim: int
+    kernels: Kernels = PLAIN
 
-    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines ``(N, 1, d)`` of positions ``(N,)``, as ``heads_of`` wants them."""
-        cos, sin = self.rotary(positions)
-        half = self.head_dim // 2
-        # rotate_half(x) is x rolled by half a head with its first half negated: let the sine carry the sign
-        signed = torch.cat((-sin[:, :half], sin[:, half:]), -1)
-        return cos[:, None], signed[:, None]
+    def angles(self, positions: Tensor) -> Any:
+        """The angles of positions ``(N,)``, as ``heads_of`` wants them."""
+        return self.kernels.angles(*self.rotary(positions))
 
-    def heads_of(
-        self, layer: Layer, x: Tensor, angles: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries ``(N, H, d)`` and keys ``(N, G, d)``, and values ``(N, G, d)``."""
-        cos, sin = angles
-        mixed = layer.qkv(self.normed(x, layer.norm)).view(len(x), -1, self.head_dim)  # (N, H + 2 G, d)
+    def heads_of(self, layer: Layer, normed: Tensor, angles: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries ``(N, H, d)`` and keys ``(N, G, d)``, and values ``(N, G, d)``, of ``(N, D)``."""
+        mixed = layer.qkv(normed).view(len(normed), -1, self.head_dim)  # (N, H + 2 G, d)
         turning, values = mixed.split((self.heads + self.kv_heads, self.kv_heads), 1)
-        turned = turning * cos + turning.roll(self.head_dim // 2, -1) * sin
-        queries, keys = turned.split((self.heads, self.kv_heads), 1)
+        queries, keys = self.kernels.rotate(turning, angles).split((self.heads, self.kv_heads), 1)
         return queries, keys, values
 
-    def after(self, layer: Layer, x: Tensor, attended: Tensor) -> Tensor:
-        """The layer's output ``(N, D)``, given its input and what attention gave, ``(N, H d)``."""
-        x = x + layer.out(attended)
-        return x + layer.mlp(self.normed(x, layer.mlp_norm))
+    def after(self, layer: Layer, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """What the layer gives, x and update ``(N, D)`` to be added, after attention's ``(N, H d)``."""
+        x, normed = self.normed(x, layer.out(attended), layer.mlp_norm)
+        return x, layer.mlp(normed)
 
-    def normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMSNorm, computed in float32 or better."""
-        return weight * F.rms_norm(wide(x), weight.shape, None, self.eps).to(x.dtype)
-
-
-def wide(x: Tensor) -> Tensor:
-    """In float32; in float64 where it is that already."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    def normed(self, x: Tensor, update: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of ``(N, D)`` and its update, and the sum's RMSNorm; both inputs may be overwritten."""
+        return self.kernels.add_norm(x, update, weight, self.eps)
 
 
-def live_network(causal: Any) -> Network:
-    """The network over the modules of a (LoRA-adapted) causal LM: gradients reach the adapter.
+def live_network(causal: Any, kernels: Kernels = PLAIN) -> Network:
+    """The network over the modules of a LoRA-adapted causal LM: gradients reach the adapter.
 
     Args:
-        causal: a ``Qwen2ForCausalLM``, possibly with PEFT layers in it.
+        causal: a ``Qwen2ForCausalLM`` with PEFT layers in it.
+        kernels: other than plain torch, and there are no gradients.
     """
     config, model = causal.config, causal.model
 
@@ -108,7 +100,8 @@ def live_network(causal: Any) -> Network:
         return torch.cat([adapted(projection, x) for projection in projections], -1)
 
     def mlp(module: Any, x: Tensor) -> Tensor:
-        return adapted(module.down_proj, F.silu(adapted(module.gate_proj, x)) * adapted(module.up_proj, x))
+        gate, up = adapted(module.gate_proj, x), adapted(module.up_proj, x)
+        return adapted(module.down_proj, kernels.swiglu(gate, up))
 
     return Network(
         embed=model.embed_tokens,
@@ -128,6 +121,7 @@ def live_network(causal: Any) -> Network:
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=_head_dim(config),
+        kernels=kernels,
     )
 
 

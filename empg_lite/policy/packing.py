@@ -71,7 +71,6 @@ class Pack:
         scored: ``(M,)`` the packed token whose hidden state predicts each completion token.
         targets: ``(M,)`` these tokens, completion after completion.
         rows: ``(M,)`` the completion that each belongs to.
-        sources: the (prompt, completion) ids it was made of.
     """
 
     ids: Tensor
@@ -82,12 +81,6 @@ class Pack:
     scored: Tensor
     targets: Tensor
     rows: Tensor
-    sources: tuple[tuple[Ids, Ids], ...]
-
-    @property
-    def padded(self) -> int:
-        """Places that attention computes: with padding."""
-        return self.prompts.gather.numel() + self.completions.gather.numel()
 
 
 def pack(pairs: Sequence[tuple[Ids, Ids]], device: torch.device | str = "cpu") -> Pack:
@@ -123,7 +116,6 @@ def pack(pairs: Sequence[tuple[Ids, Ids]], device: torch.device | str = "cpu") -
         scored=tensor(scored),
         targets=tensor([token for _, completion in pairs for token in completion]),
         rows=tensor([row for row, n in enumerate(lengths) for _ in range(n)]),
-        sources=tuple(pairs),
     )
 
 
@@ -137,15 +129,17 @@ def packed_hidden(network: Network, packed: Pack, *, checkpointing: bool = False
     angles, mask = network.angles(packed.positions), _mask(packed, network, x.dtype)
 
     def through(layer: Layer, x: Tensor) -> Tensor:
-        queries, keys, values = network.heads_of(layer, x, angles)
-        return network.after(layer, x, _attend(packed, mask, queries, keys, values))
+        x, normed = network.normed(x, None, layer.norm)
+        queries, keys, values = network.heads_of(layer, normed, angles)
+        x, update = network.after(layer, x, _attend(packed, mask, queries, keys, values))
+        return x + update
 
     for layer in network.layers:
         if checkpointing and torch.is_grad_enabled():
             x = checkpoint(through, layer, x, use_reentrant=False)
         else:
             x = through(layer, x)
-    return network.normed(x.index_select(0, packed.scored), network.norm)
+    return network.normed(x.index_select(0, packed.scored), None, network.norm)[1]
 
 
 def _mask(packed: Pack, network: Network, dtype: torch.dtype) -> Tensor:
@@ -173,8 +167,7 @@ def _attend(packed: Pack, mask: Tensor, queries: Tensor, keys: Tensor, values: T
     """(N, H, d), (N, G, d), (N, G, d) -> (N, H d): prompts within themselves, completions behind theirs."""
     prompts, completions = packed.prompts, packed.completions
     q, k, v = (prompts.pad(x).transpose(1, 2) for x in (queries, keys, values))  # (P, H or G, Tp, d)
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # padding is last
-    attended = prompts.unpad(out.transpose(1, 2))
+    attended = prompts.unpad(causal_attention(q, k, v).transpose(1, 2))  # padding is last: nobody sees it
     if not completions.scatter.numel():  # every completion is a single token: nothing of it is computed
         return attended.flatten(1)
     own_k, own_v = (completions.pad(x).transpose(1, 2) for x in (keys, values))  # (B, G, Tc, d)
@@ -183,6 +176,22 @@ def _attend(packed: Pack, mask: Tensor, queries: Tensor, keys: Tensor, values: T
     out = F.scaled_dot_product_attention(_folded(completions.pad(queries), k.shape[1]), k, v, attn_mask=mask)
     out = _unfolded(out, completions.gather.shape[1])  # (B, Tc, H, d)
     return torch.cat((attended, completions.unpad(out))).flatten(1)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(B, H, T, d) over keys and values (B, G, T, d), each token seeing those up to itself."""
+    if shares_keys(q.device):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def shares_keys(device: torch.device) -> bool:
+    """Whether attention's kernels let H/G query heads share a key head.
+
+    Below sm80 (T4) the flash kernel is missing and the others refuse: what is left writes fp32 scores.
+    """
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _folded(q: Tensor, kv_heads: int) -> Tensor:

@@ -17,9 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from empg_lite.policy.attention import attention_kernels
+from empg_lite.policy.kernels import PLAIN
 from empg_lite.policy.logprobs import chosen_logprobs, head_loss
 from empg_lite.policy.network import Network, live_network
 from empg_lite.policy.packing import Ids, pack, packed_hidden
+from empg_lite.policy.shared_prefix import forget_masks, shared_prefix_hidden
 from empg_lite.policy.templates import Template
 
 #: (row of each token ``(n,)``, its log-prob ``(n,)``) -> scalar, a sum over tokens.
@@ -68,6 +71,9 @@ class Policy:
         backend: ``unsloth`` or ``transformers``.
         checkpointing: whether fitting computes activations again rather than keep them.
         revision: commit of the base model on the hub, or None.
+        kernels: the pointwise work of sampling.
+        shared_prefix: fit through Unsloth's own forward pass; False: through the packed one.
+        notes: what of the backend is left out, and why.
     """
 
     def __init__(
@@ -82,6 +88,7 @@ class Policy:
         revision: str | None = None,
         checkpointing: bool = False,
         set_mode: Callable[[Any, bool], None] | None = None,
+        free_buffers: Callable[[], None] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.dtype, self.backend, self.name, self.revision = dtype, backend, name, revision
@@ -91,7 +98,9 @@ class Policy:
         self.pad_id = int(
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self.stop_ids)
         )
+        self.kernels, self.shared_prefix, self.notes = PLAIN, False, tuple[str, ...]()
         self._set_mode = set_mode or (lambda model, training: model.train(training))
+        self._free_buffers = free_buffers
 
     # --- text <-> ids -----------------------------------------------------------------------------
 
@@ -139,19 +148,24 @@ class Policy:
 
     @cached_property
     def network(self) -> Network:
-        """The layers one by one, over the modules of the model."""
+        """The layers one by one, over the modules of the model; differentiable."""
         return live_network(self.causal)
 
     @property
-    def packs(self) -> bool:
-        """Whether completions share their prompt in a forward pass; Unsloth's own passes want whole rows."""
-        return self.backend != "unsloth"
+    def decoding_network(self) -> Network:
+        """The same without gradients, by borrowed kernels."""
+        return live_network(self.causal, self.kernels)
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """16-bit compute over fp32 adapters: PEFT keeps them in fp32 and would upcast every product."""
+    def autocast(self, cache: bool = True) -> AbstractContextManager[Any]:
+        """16-bit compute over fp32 adapters: PEFT keeps them in fp32 and would upcast every product.
+
+        Args:
+            cache: keep the 16-bit copies of weights until the block ends. A captured graph must not: it would
+                read copies from before the last update.
+        """
         if self.dtype == torch.float32:
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        return torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=cache)
 
     def token_logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the completion tokens, row by row through the backend's own forward pass.
@@ -188,25 +202,43 @@ class Policy:
             hidden, targets, rows = self._scored(pairs)
             return head_loss(hidden, self.head_weight, targets, lambda at, logprobs: loss(rows[at], logprobs))
 
-    def completion_logprobs(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[Tensor]:
+    def completion_logprobs(
+        self, pairs: Sequence[tuple[Ids, Ids]], *, shared: bool | None = None
+    ) -> list[Tensor]:
         """Log-probabilities of every completion's tokens: ``(T,)`` float32 nats for each pair.
 
         Differentiable, for losses other than the M-step's: these form the head's softmax twice.
+
+        Args:
+            shared: by Unsloth's own pass or by the packed one; None: as ``shared_prefix`` says.
         """
         with self.autocast():
-            hidden, targets, _ = self._scored(pairs)
+            hidden, targets, _ = self._scored(pairs, shared)
             flat = chosen_logprobs(hidden, self.head_weight, targets)
         return list(flat.split([len(completion) for _, completion in pairs]))
 
-    def _scored(self, pairs: Sequence[tuple[Ids, Ids]]) -> tuple[Tensor, Tensor, Tensor]:
+    def _scored(
+        self, pairs: Sequence[tuple[Ids, Ids]], shared: bool | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states ``(M, D)`` before each completion token, the tokens and their rows ``(M,)``."""
-        if self.packs:
-            packed = pack(pairs, self.device)
-            hidden = packed_hidden(self.network, packed, checkpointing=self.checkpointing)
-            return hidden, packed.targets, packed.rows
-        batch = collate(pairs, self.pad_id, self.device)
-        hidden, targets, mask = self._padded_hidden(batch)
-        return hidden[mask], targets[mask], mask.nonzero()[:, 0]
+        if self.shared_prefix if shared is None else shared:
+            return shared_prefix_hidden(self, pairs)
+        packed = pack(pairs, self.device)
+        hidden = packed_hidden(self.network, packed, checkpointing=self.checkpointing)
+        return hidden, packed.targets, packed.rows
+
+    def facts(self) -> dict[str, Any]:
+        """What this policy computes with, for ``environment.json``."""
+        attention = attention_kernels(self.network, self.dtype, self.device)
+        if self.shared_prefix:
+            attention["fitting"] = "flex_attention"
+        return {
+            "backend": self.backend,
+            "fit": "unsloth, shared prefix" if self.shared_prefix else "packed",
+            "kernels": list(self.kernels.borrowed) or ["plain torch"],
+            "attention": attention,
+            "notes": list(self.notes),
+        }
 
     # --- modes ------------------------------------------------------------------------------------
 
@@ -216,9 +248,11 @@ class Policy:
         was = self.model.training
         self._set_mode(self.model, False)
         try:
-            with torch.no_grad(), self.autocast():
+            with torch.no_grad(), self.autocast(cache=False):
                 yield
         finally:
+            if self._free_buffers:
+                self._free_buffers()
             if was:
                 self._set_mode(self.model, True)
 
@@ -226,7 +260,11 @@ class Policy:
     def training(self) -> Iterator[None]:
         """Training mode of the backend (gradient checkpointing on where it was asked for)."""
         self._set_mode(self.model, True)
-        yield
+        try:
+            yield
+        finally:
+            if self.shared_prefix:
+                forget_masks()
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -235,6 +273,11 @@ class Policy:
             yield
 
     # --- the adapter ------------------------------------------------------------------------------
+
+    @property
+    def adapter_on(self) -> bool:
+        """Whether the adapter acts; not within ``reference``."""
+        return not self.causal.model.layers[0].mlp.down_proj.disable_adapters
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The LoRA parameters by name, in a fixed order."""

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from empg_lite.errors import ModelUnusable
+from empg_lite.policy.kernels import wide
 from empg_lite.policy.merged import merged_weight
-from empg_lite.policy.network import wide
 from empg_lite.policy.policy import Policy
 
 

@@ -26,14 +26,12 @@ __all__ = [
 ]
 
 
-def choose_engine(asked: str, backend: str, device: str) -> str:
-    """``auto``: our own engine, but Unsloth's where it has kernels of its own (a GPU).
+def choose_engine(asked: str) -> str:
+    """``auto`` is our own engine, over either backend: over Unsloth's it takes Unsloth's kernels.
 
-    On a CPU the choice is measured (``benchmarks/speed.py``), on a GPU it is not yet.
+    Measured on a CPU (``benchmarks/speed.py``), not yet on a GPU.
     """
-    if asked != "auto":
-        return asked
-    return "unsloth" if backend == "unsloth" and device == "cuda" else "native"
+    return "native" if asked == "auto" else asked
 
 
 def make_sampler(
@@ -50,7 +48,7 @@ def make_sampler(
     Raises:
         UsageError: ``unsloth`` over another backend.
     """
-    engine = choose_engine(engine, policy.backend, policy.device.type)
+    engine = choose_engine(engine)
     if engine == "native":
         return NativeSampler(policy, batch_rows, merged)
     if engine == "unsloth" and policy.backend != "unsloth":

@@ -10,14 +10,11 @@ from typing import Protocol
 
 import torch
 
-from empg_lite.errors import NumericalStop, OutOfMemory, is_out_of_memory
+from empg_lite.errors import NumericalStop, OutOfMemory, forget_frames, is_out_of_memory
 from empg_lite.policy.policy import Policy
 from empg_lite.rationale import FinishReason
 from empg_lite.sampler.draw import Decoding
-
-#: Matrix products over one or two rows take other CPU kernels and differ by 1e-6 from wider ones; a batch
-#: that never gets narrower than this keeps a sample's numbers independent of its neighbours.
-MIN_ROWS = 8
+from empg_lite.sizes import MIN_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +53,17 @@ class SampleWork:
         row_steps: rows computed at every decoding step, those that had ended already included.
         tokens: tokens drawn and kept.
         refresh_seconds: spent on a merged copy of the weights.
+        graphs_captured, graphs_replayed: CUDA graphs, two a decoding step (network, draw).
+        eager_steps: what such graphs were meant for and could not be captured, by the same count.
     """
 
     prompt_tokens: int = 0
     row_steps: int = 0
     tokens: int = 0
     refresh_seconds: float = 0.0
+    graphs_captured: int = 0
+    graphs_replayed: int = 0
+    eager_steps: int = 0
 
     def __add__(self, other: SampleWork) -> SampleWork:
         return SampleWork(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -84,10 +86,12 @@ class Sampler(Protocol):
 
     Attributes:
         batch_rows: most rows drawn at once; smaller after memory ran out.
+        graph_failure: why a GPU decodes without captured graphs; None where it has them, or there is no GPU.
     """
 
     work: SampleWork
     batch_rows: int | None
+    graph_failure: str | None
 
     def sample(
         self,
@@ -129,6 +133,7 @@ class Engine(ABC):
     def __init__(self, policy: Policy, batch_rows: int | None = None) -> None:
         self.policy, self.batch_rows = policy, batch_rows
         self.work = SampleWork()
+        self.graph_failure: str | None = None
 
     @abstractmethod
     def draw(
@@ -166,8 +171,9 @@ class Engine(ABC):
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                longest = max(len(prompt.ids) for prompt in asked) + decoding.max_new_tokens
-                self._shrink(error, sum(map(len, parts)), longest)
+                forget_frames(failure := error)  # they hold the decoder that did not fit
+            longest = max(len(prompt.ids) for prompt in asked) + decoding.max_new_tokens
+            self._shrink(failure, sum(map(len, parts)), longest)
             # What has ended is kept, the rest begins again.
             parts = self._parts([[place for place in row if place not in results] for row in places])
         return [[results[place] for place in row] for row in places]

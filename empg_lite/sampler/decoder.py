@@ -2,14 +2,17 @@
 
 Every row has a place of its own and its tokens lie there from index 0 on, so position and index are one:
 nothing is padded on the left, a row may leave or begin at any step, and nothing moves but when the places are
-closed up. A step reads and writes the same tensors each time, which is what a captured graph needs.
+closed up. A step reads and writes the same tensors each time, which is what captured graphs need: one of the
+network (``advance``), one of the draw (``choose``).
 
-Shapes: B places, n of them in use, S tokens of room, P prompts, G key heads, H query heads, d of one head, V.
+Shapes: B places, n of them in use, S tokens of room, P prompts, G key heads, H query heads, d of one head, D
+hidden, V.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +20,9 @@ from torch.nn import functional as F
 
 from empg_lite.policy.logprobs import rows_per_chunk
 from empg_lite.policy.network import Layer, Network
-from empg_lite.policy.packing import Rows
+from empg_lite.policy.packing import Rows, causal_attention
 from empg_lite.sampler.draw import Decoding, draw
+from empg_lite.sizes import PREFILL_TOKENS
 
 
 class Decoder:
@@ -49,6 +53,9 @@ class Decoder:
             torch.zeros(rows, dtype=torch.long, device=device) for _ in range(4)
         )
         self.logprobs = torch.zeros(rows, device=device)
+        self._hidden = torch.zeros(
+            rows, head.shape[1], dtype=dtype, device=device
+        )  # what the next draw reads
         heads = torch.arange(rows * network.kv_heads, device=device).view(rows, -1)
         self._starts = heads * room  # (B, G) index of a row's first token among all B G S
 
@@ -61,14 +68,36 @@ class Decoder:
             prompts: P prompts.
             owner, keys: of each row, the prompt that it continues, and the key of its random numbers.
         """
+        device, lengths = self.head.device, torch.tensor([len(p) for p in prompts])
+        ends = []
+        for piece in pieces([len(p) for p in prompts], PREFILL_TOKENS[device.type]):
+            here = [(place, which) for place, which in enumerate(owner, first) if which in piece]
+            ends.append(self._prefill(prompts[piece.start : piece.stop], piece.start, here))
+        owners, places = torch.tensor(owner), slice(first, first + len(owner))
+        self.keys[places] = torch.tensor(keys, device=device)
+        self.lengths[places], self.drawn[places] = lengths[owners].to(device), 0
+        self._draw(torch.cat(ends)[owners.to(device)], places)
+
+    def _prefill(
+        self, prompts: Sequence[Sequence[int]], number: int, rows_of: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """Put prompts' keys and values into the cache.
+
+        Args:
+            number: of the first of these prompts.
+            rows_of: (place, number of its prompt) of each row; places follow each other.
+
+        Returns:
+            ``(P, D)`` hidden states of their last tokens.
+        """
         device, network, lengths = self.head.device, self.network, [len(p) for p in prompts]
         rows = Rows.of(lengths, 0, device)
         packed = [token for prompt in prompts for token in prompt]
         positions = [at for n in lengths for at in range(n)]
         angles = network.angles(torch.tensor(positions, device=device))
-        owners = torch.tensor(owner, device=device)
+        owners = torch.tensor([which - number for _, which in rows_of], device=device)
         size = rows.lengths[owners]  # (n,)
-        places = slice(first, first + len(owner))
+        places = slice(rows_of[0][0], rows_of[-1][0] + 1)
         # every prompt token -> its place in each of its rows
         source = rows.gather[owners]  # (n, T)
         inside = torch.arange(source.shape[1], device=device) < size[:, None]
@@ -77,23 +106,27 @@ class Decoder:
         ]  # (m,) of all rows' tokens
         source, target = source[inside], self._starts[places][inside.nonzero()[:, 0]] + at[:, None]  # (m, G)
 
-        x = network.embed(torch.tensor(packed, device=device))
+        x: Tensor = network.embed(torch.tensor(packed, device=device))
+        update = None
         for layer, (cached_keys, cached_values) in zip(network.layers, self._cache, strict=True):
-            q, k, v = network.heads_of(layer, x, angles)
+            x, normed = network.normed(x, update, layer.norm)
+            q, k, v = network.heads_of(layer, normed, angles)
             self._write(cached_keys, target, k[source])
             self._write(cached_values, target, v[source])
             q, k, v = (rows.pad(t).transpose(1, 2) for t in (q, k, v))
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            x = network.after(layer, x, rows.unpad(out.transpose(1, 2)).flatten(1))
+            out = causal_attention(q, k, v)
+            x, update = network.after(layer, x, rows.unpad(out.transpose(1, 2)).flatten(1))
         ends = rows.lengths.cumsum(0) - 1
-        hidden = network.normed(x[ends], network.norm)  # (P, D)
-
-        self.keys[places] = torch.tensor(keys, device=device)
-        self.lengths[places], self.drawn[places] = size, 0
-        self._draw(hidden[owners], places)
+        assert update is not None
+        return network.normed(x[ends], update[ends], network.norm)[1]
 
     def step(self, n: int, seen: int) -> None:
-        """Put the first n places' tokens into the cache and draw their next ones.
+        """Put the first n places' tokens into the cache and draw their next ones; see ``advance``."""
+        self.advance(n, seen)
+        self.choose(n)
+
+    def advance(self, n: int, seen: int) -> None:
+        """Put the first n places' tokens through the network and into the cache.
 
         Args:
             seen: of the room, how much attention looks at: more than any of their ``lengths``.
@@ -104,24 +137,24 @@ class Decoder:
         behind = torch.arange(seen, device=lengths.device) > lengths[:, None]  # (n, S')
         mask = torch.zeros(behind.shape, dtype=self._cache[0][0].dtype, device=lengths.device)
         mask = mask.masked_fill_(behind, -torch.inf)[:, None, None]
-        x = network.embed(tokens)
+        x: Tensor = network.embed(tokens)
+        update = None
         for number, layer in enumerate(network.layers):
-            x = network.after(layer, x, self._attend(number, layer, x, angles, target, mask))
+            x, normed = network.normed(x, update, layer.norm)
+            x, update = network.after(layer, x, self._attend(number, layer, normed, angles, target, mask))
         lengths.add_(1).clamp_(max=self.room - 1)  # one that has ended goes on in vain, at its own place
-        self._draw(network.normed(x, network.norm), slice(n))
+        self._hidden[:n] = network.normed(x, update, network.norm)[1]
+
+    def choose(self, n: int) -> None:
+        """Draw the next tokens of the first n places, after ``advance``."""
+        self._draw(self._hidden[:n], slice(n))
 
     def _attend(
-        self,
-        number: int,
-        layer: Layer,
-        x: Tensor,
-        angles: tuple[Tensor, Tensor],
-        target: Tensor,
-        mask: Tensor,
+        self, number: int, layer: Layer, normed: Tensor, angles: Any, target: Tensor, mask: Tensor
     ) -> Tensor:
         """(n, D) -> (n, H d). Query heads of a key head stand where tokens would: no key is written twice."""
-        network, (n, seen) = self.network, (len(x), mask.shape[-1])
-        q, k, v = network.heads_of(layer, x, angles)
+        network, (n, seen) = self.network, (len(normed), mask.shape[-1])
+        q, k, v = network.heads_of(layer, normed, angles)
         for cached, new in zip(self._cache[number], (k, v), strict=True):
             self._write(cached, target, new)
         keys, values = (cached[:n, :, :seen] for cached in self._cache[number])
@@ -152,6 +185,17 @@ class Decoder:
         for layer in self._cache:
             for cached in layer:
                 cached[:n] = cached[at]
+
+
+def pieces(lengths: Sequence[int], most: int) -> Iterator[range]:
+    """Which prompts go through together: runs of at most ``most`` tokens with padding, or a single prompt."""
+    start, longest = 0, 0
+    for i, length in enumerate(lengths):
+        longest = max(longest, length)
+        if i > start and longest * (i + 1 - start) > most:
+            yield range(start, i)
+            start, longest = i, length
+    yield range(start, len(lengths))
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from empg_lite.policy.network import Network
 from empg_lite.policy.policy import Policy
 from empg_lite.rationale import FinishReason
 from empg_lite.sampler.base import (
-    MIN_ROWS,
     Completion,
     Engine,
     OnCompletion,
@@ -28,12 +27,10 @@ from empg_lite.sampler.decoder import Decoder
 from empg_lite.sampler.draw import Decoding
 from empg_lite.sampler.graphs import Graphs
 from empg_lite.sampler.stops import StopRule
+from empg_lite.sizes import CACHE_ALIGN, IDLE, MIN_ROWS, round_up
 
 #: ``Decoder.step`` or what stands for it: (places, tokens that attention looks at).
 Step = Callable[[int, int], None]
-
-#: Places are closed up, or given to the next prompts, when this share of them is idle: both have a price.
-IDLE = 1 / 8
 
 
 class NativeSampler(Engine):
@@ -64,19 +61,29 @@ class NativeSampler(Engine):
         finally:
             if self._graphs is None:  # nobody holds the copy's addresses
                 self.release()
+            else:
+                self._count(self._graphs)
 
     def release(self) -> None:
-        """Give back what is kept between calls: with captured graphs, the cache and the merged copy that they
-        address; without, nothing."""
+        """Give back what is kept between calls: captured graphs with their pool of memory, and the cache and
+        merged copy that they address. Without graphs nothing is kept."""
         self._copy = self._graphs = None
+
+    def _count(self, graphs: Graphs) -> None:
+        """Move what the graphs have counted into ``work``."""
+        self.work += SampleWork(
+            graphs_captured=graphs.captured, graphs_replayed=graphs.replayed, eager_steps=graphs.eager
+        )
+        graphs.captured = graphs.replayed = graphs.eager = 0
+        self.graph_failure = self.graph_failure or graphs.failure
 
     def _ready(self, prompts: Sequence[Prompt], decoding: Decoding) -> tuple[Decoder, Step]:
         """A decoder with room for these prompts, over the weights as they are now."""
         policy, started = self.policy, time.perf_counter()
         if not self.merged:
-            return self._decoder(policy.network, prompts, decoding)
+            return self._decoder(policy.decoding_network, prompts, decoding)
         if self._copy is None:
-            self._copy = MergedCopy(policy.causal, policy.dtype)
+            self._copy = MergedCopy(policy.causal, policy.dtype, policy.kernels)
         else:
             self._copy.refresh()
         if policy.device.type == "cuda":
@@ -90,6 +97,8 @@ class NativeSampler(Engine):
         total = sum(len(prompt.keys) for prompt in prompts)
         rows = max(min(total, self.batch_rows or total), MIN_ROWS)
         room = max(len(prompt.ids) for prompt in prompts) + decoding.max_new_tokens
+        if self._captures:
+            room = round_up(room, CACHE_ALIGN)
 
         def decoder_of(rows: int, room: int) -> Decoder:
             return Decoder(network, self.policy.head_weight, self.policy.dtype, decoding, rows, room)
@@ -104,11 +113,12 @@ class NativeSampler(Engine):
         if graphs is None:
             graphs = self._graphs = Graphs(decoder_of(rows, room))
         graphs.decoder.decoding = decoding
+        graphs.adapter = self.merged or self.policy.adapter_on
         return graphs.decoder, graphs.step
 
     @property
     def _captures(self) -> bool:
-        return self.merged and self.policy.device.type == "cuda"
+        return self.policy.device.type == "cuda"
 
 
 @dataclass(slots=True)

@@ -1,0 +1,224 @@
+"""The pointwise work between the matrix products: plain torch, or kernels of Unsloth's while decoding.
+
+Plain torch takes some twenty launches a layer for it, Unsloth's Triton kernels four. They are borrowed, not
+trusted: each is compared with plain torch on the device itself when the model is loaded, at the model's own
+sizes, and one that fails or differs is left out with a note. They have no gradients here: the M-step works in
+plain torch, or in Unsloth's own forward pass (``shared_prefix``).
+
+Shapes: N tokens, D hidden, H query and G key heads of d, I intermediate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+#: (residual (N, D), update (N, D) or None, weight (D,), eps) -> (their sum, the sum's RMSNorm), both (N, D).
+#: Both inputs are the callee's to overwrite.
+AddNorm = Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
+#: Cosines and sines (N, d) -> whatever ``Rotate`` wants of them; once for all layers.
+Angles = Callable[[Tensor, Tensor], Any]
+#: (queries and keys (N, H + G, d), angles) -> rotated, (N, H + G, d). The input is the callee's to overwrite.
+Rotate = Callable[[Tensor, Any], Tensor]
+#: (gate (N, I), up (N, I)), both contiguous -> silu(gate) * up.
+SwiGLU = Callable[[Tensor, Tensor], Tensor]
+#: (packed NF4 weight, its quant_state) -> (out, in) in the type that it was quantized from.
+Dequantize = Callable[[Tensor, Any], Tensor]
+
+#: Numbers of tokens with which a borrowed kernel is tried.
+TRIED_ROWS = (1, 8, 130)
+
+
+# --- plain torch ------------------------------------------------------------------------------------
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32; in float64 where it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of ``(..., D)``, computed in float32 or better."""
+    return weight * F.rms_norm(wide(x), weight.shape, None, eps).to(x.dtype)
+
+
+def add_norm(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See ``AddNorm``; differentiable, and overwrites nothing."""
+    x = x if update is None else x + update
+    return x, rms_norm(x, weight, eps)
+
+
+def angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines, ``(N, 1, d)``."""
+    half = cos.shape[-1] // 2
+    # rotate_half(x) is x rolled by half a head with its first half negated: let the sine carry the sign
+    return cos[:, None], torch.cat((-sin[:, :half], sin[:, half:]), -1)[:, None]
+
+
+def rotate(turning: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+    """See ``Rotate``; differentiable, and overwrites nothing."""
+    cos, signed_sin = turns
+    return turning * cos + turning.roll(turning.shape[-1] // 2, -1) * signed_sin
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """See ``SwiGLU``; differentiable, and takes rows of any stride."""
+    return F.silu(gate) * up
+
+
+def dequantize(packed: Tensor, quant_state: Any) -> Tensor:
+    """See ``Dequantize``."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(packed, quant_state)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """Who does the pointwise work.
+
+    Attributes:
+        borrowed: what is Unsloth's: some of ``add_norm``, ``rotate``, ``swiglu``, ``dequantize``.
+        notes: why the rest is not, where it was asked for.
+    """
+
+    add_norm: AddNorm = add_norm
+    angles: Angles = angles
+    rotate: Rotate = rotate
+    swiglu: SwiGLU = swiglu
+    dequantize: Dequantize = dequantize
+    borrowed: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def without(self, name: str, why: str) -> Kernels:
+        """With plain torch in the place of a borrowed kernel."""
+        fields = ("angles", "rotate") if name == "rotate" else (name,)
+        plain = {field: getattr(PLAIN, field) for field in fields}
+        left = tuple(n for n in self.borrowed if n != name)
+        return replace(self, **plain, borrowed=left, notes=(*self.notes, f"{name}: {why}"))
+
+
+PLAIN = Kernels()
+
+
+# --- Unsloth's --------------------------------------------------------------------------------------
+
+
+def unsloth_kernels() -> Kernels:
+    """All that Unsloth has for this, unproven: see ``proven``.
+
+    Raises:
+        ImportError: this version of Unsloth has moved them.
+    """
+    from unsloth.kernels.fused_add_rms_layernorm import fast_add_rms_layernorm_inference
+    from unsloth.kernels.rope_embedding import decode_rope_inplace
+    from unsloth.kernels.swiglu import swiglu_fg_kernel
+    from unsloth.kernels.utils import fast_dequantize
+
+    def add_norm(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        if update is None:  # the kernel writes both: the sum, which is its input, and the norm
+            return x, fast_add_rms_layernorm_inference(x.clone(), torch.empty_like(x), weight, eps, add=False)
+        return x, fast_add_rms_layernorm_inference(update, x, weight, eps)
+
+    def angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # The kernel looks angles up by position; here each token has a row of its own.
+        return cos, sin, torch.arange(len(cos), dtype=torch.int32, device=cos.device)
+
+    def rotate(turning: Tensor, turns: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        queries, keys = turning[:, :-1, None], turning[:, -1:, None]  # where it is split does not matter
+        if not decode_rope_inplace(queries, keys, *turns):
+            raise RuntimeError("the kernel does not take these shapes")
+        return turning
+
+    def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+        assert gate.is_contiguous() and up.is_contiguous(), "the kernel reads each as one run of numbers"
+        return swiglu_fg_kernel(gate[None], up[None])[0]
+
+    names = ("add_norm", "rotate", "swiglu", "dequantize")
+    return Kernels(add_norm, angles, rotate, swiglu, fast_dequantize, borrowed=names)
+
+
+# --- the proof --------------------------------------------------------------------------------------
+
+
+def proven(kernels: Kernels, causal: Any, dtype: torch.dtype) -> Kernels:
+    """Those borrowed kernels that compute what plain torch computes, on this device at this model's sizes.
+
+    Args:
+        causal: the LoRA-adapted causal LM.
+
+    Returns:
+        ``kernels`` without each that raised, or differed by more than two roundings of ``dtype``.
+    """
+    for name in kernels.borrowed:
+        trials = [_trial(name, n, causal, dtype) for n in TRIED_ROWS]
+        if None in trials:
+            kernels = kernels.without(name, "the weights are not in NF4")
+            continue
+        why = next((w for trial in trials if trial and (w := _difference(kernels, trial, dtype))), None)
+        if why:
+            kernels = kernels.without(name, why)
+    return kernels
+
+
+#: What is tried of a set of kernels; it makes inputs of its own, for a kernel may overwrite them.
+Trial = Callable[[Kernels], Tensor | tuple[Tensor, ...]]
+
+
+def _trial(name: str, n: int, causal: Any, dtype: torch.dtype) -> Trial | None:
+    """One kernel at N = n; None where the model has no use for it."""
+    config, weight = causal.config, causal.model.layers[0].mlp.down_proj.base_layer.weight
+    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = config.num_attention_heads + config.num_key_value_heads
+
+    def normal(*shape: int) -> Tensor:
+        numbers = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+        return numbers.to(weight.device, dtype)
+
+    def add_norm(k: Kernels) -> tuple[Tensor, ...]:
+        x, scale = normal(n, config.hidden_size), normal(config.hidden_size)
+        x, first = k.add_norm(x, None, scale, config.rms_norm_eps)
+        first = first.clone()
+        return (first, *k.add_norm(x, first.clone(), scale, config.rms_norm_eps))
+
+    def rotate(k: Kernels) -> Tensor:
+        turns = normal(n, d // 2).float().repeat(1, 2)
+        mixed = normal(n, heads + 2, d)  # values follow the keys in memory
+        return k.rotate(mixed[:, :heads], k.angles(turns.cos().to(dtype), turns.sin().to(dtype)))
+
+    def swiglu(k: Kernels) -> Tensor:
+        return k.swiglu(normal(n, config.intermediate_size), normal(n, config.intermediate_size).flip(1))
+
+    def dequantize(k: Kernels) -> Tensor:
+        return k.dequantize(weight.data, weight.quant_state)
+
+    if name == "dequantize" and not hasattr(weight, "quant_state"):
+        return None
+    trials: dict[str, Trial] = dict(add_norm=add_norm, rotate=rotate, swiglu=swiglu, dequantize=dequantize)
+    return trials[name]
+
+
+def _all_of(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _difference(kernels: Kernels, trial: Trial, dtype: torch.dtype) -> str | None:
+    """How the results differ from plain torch's; None where they agree."""
+    with torch.no_grad():
+        expected = trial(PLAIN)
+        try:
+            found = trial(kernels)
+        except Exception as error:  # whatever a borrowed kernel raises, the run does without it
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    for one, other in zip(_all_of(found), _all_of(expected), strict=True):
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return f"gave {one.dtype} {tuple(one.shape)}, not {other.dtype} {tuple(other.shape)}"
+        off = float((wide(one) - wide(other)).abs().max() / wide(other).abs().max())
+        if not off <= 2 * torch.finfo(dtype).eps:  # NaN too
+            return f"differs from plain torch by {off:.1e}"
+    return None
