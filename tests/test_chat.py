@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import HANGS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stored_runs import rationale
@@ -303,7 +304,7 @@ def test_a_terminal_ctrl_c_stops_the_answer_only(run: Path, tmp_path: Path) -> N
         "from empg_lite.cli import main\n"
         "import empg_lite.chat as c; real = c.Chat._draw\n"
         "def draw(self, problem, *rest):\n"
-        "    if problem.question == 'slow': print('thinking', flush=True); time.sleep(60)\n"
+        "    if problem.question == 'slow': print('thinking', flush=True); time.sleep(600)\n"
         "    return real(self, problem, *rest)\n"
         "c.Chat._draw = draw; main(sys.argv[1:])\n"
     )
@@ -337,7 +338,7 @@ class Screen:
     def __init__(self, fd: int) -> None:
         self.fd, self.rest = fd, ""
 
-    def until(self, wanted: str, seconds: float = 90) -> str:
+    def until(self, wanted: str, seconds: float = HANGS) -> str:
         found, end = self.rest, time.monotonic() + seconds
         while wanted not in found:
             assert time.monotonic() < end, found

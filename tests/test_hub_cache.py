@@ -39,7 +39,7 @@ def start(recipe: Path, home: Path, run: Path, **environment: str) -> subprocess
     command += ["--set", f"model.name={REPOSITORY}", "--set", "run.steps=1", "--set", "run.eval_every=0"]
     given = {k: v for k, v in os.environ.items() if not k.lower().endswith("proxy") and k != "HF_HUB_OFFLINE"}
     given |= {"HF_HOME": str(home), "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, env=given, capture_output=True, text=True, timeout=90, check=False)
+    return subprocess.run(command, env=given, capture_output=True, text=True, timeout=600, check=False)
 
 
 def cut(snapshot: Path) -> None:

@@ -63,7 +63,7 @@ def start(*words: object, size: int = 2) -> list[subprocess.Popen[str]]:
     ]
 
 
-def finish(started: Sequence[subprocess.Popen[str]], seconds: float = 120) -> list[tuple[int, str, str]]:
+def finish(started: Sequence[subprocess.Popen[str]], seconds: float = 300) -> list[tuple[int, str, str]]:
     """Exit code, stdout and stderr of each; none outlives the test."""
     try:
         said = [process.communicate(timeout=seconds) for process in started]

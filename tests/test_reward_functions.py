@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import HANGS
 
 from empg_lite.check import written_gold
 from empg_lite.errors import GraderUnusable
@@ -146,15 +147,15 @@ def test_a_callback_may_ask_again() -> None:
             inner.add_done_callback(lambda f: (seen.append(f.result().reward), done.set()))
 
         grader.submit("math", Case(r"2\sqrt{2}", r"\boxed{\sqrt{8}}")).add_done_callback(again)
-        assert done.wait(30) and seen == [1.0]
+        assert done.wait(HANGS) and seen == [1.0]
 
 
 def test_waiting_answers_fail_when_the_grader_closes() -> None:
-    grader = Grader(workers=1, time_limit=30.0)
+    grader = Grader(workers=1, time_limit=2 * HANGS)
     futures = [grader.submit("regex:^(a+)+$", Case("5", "a" * 60 + "!")) for _ in range(3)]
     grader.close()
     for future in futures:
-        failed = future.exception(timeout=5)
+        failed = future.exception(timeout=HANGS)
         assert isinstance(failed, GraderUnusable) or future.result().failed
     with pytest.raises(GraderUnusable, match="closed"):
         grader.submit("regex:^(a+)+$", Case("5", "a"))

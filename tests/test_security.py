@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import load_fixture_policy, write_recipe
+from conftest import load_fixture_policy, wait_until, write_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_checkpoint_files import DEEP
@@ -486,20 +486,27 @@ def test_a_step_that_is_stuck_says_where_and_goes_on(
 
     monkeypatch.setattr(session_module, "SURELY_STUCK", 0.3)
     monkeypatch.setattr(session_module, "STUCK", 0)
-    real, calls = module.e_step, 0
+    real, calls, said = module.e_step, 0, ""
+
+    def heard() -> bool:
+        nonlocal said
+        said += capfd.readouterr().err
+        return " in slow" in said
 
     def slow(*args: Any) -> Any:
+        """The fourth step is stuck until that has been said, and twice as long again: it is said once."""
         nonlocal calls
         calls += 1
         if calls == 4:
-            time.sleep(0.8)
+            wait_until(heard)
+            time.sleep(0.6)
+            heard()
         return real(*args)
 
     monkeypatch.setattr(module, "e_step", slow)
     recipe = load_recipe(str(recipe_file), ["run.steps=5", "run.eval_every=0"])
     assert train(recipe, tmp_path / "run")["steps"] == 5
-    err = capfd.readouterr().err
-    assert err.count("Timeout (0:00:00.300000)!") == 1 and "in slow" in err
+    assert "Timeout (0:00:00.300000)!" in said and said.count(" in slow") == 1
 
 
 # --- rows --------------------------------------------------------------------------------------------------

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import one_line
+from conftest import HANGS, alive, one_line, wait_until
 
 from empg_lite.errors import DataError, GraderUnusable, MissingInput
 from empg_lite.rationale import read_rollouts
@@ -111,7 +110,7 @@ def test_own_function_crashes_are_told(own: SimpleNamespace, prediction: str, er
 
 def test_own_function_limits(own: SimpleNamespace, tmp_path: Path) -> None:
     verdict = own.grade("loop")
-    assert verdict.reason == "timeout" and 1.0 <= verdict.seconds <= 1.3
+    assert verdict.reason == "timeout" and 1.0 <= verdict.seconds <= HANGS
     assert own.grade("memory").reason == "memory"
     assert own.grade("fork").reward == 1.0  # the copy does not answer a second time
     assert own.grade("g").reward == 1.0
@@ -119,15 +118,7 @@ def test_own_function_limits(own: SimpleNamespace, tmp_path: Path) -> None:
     (verdict,) = own.grader.grade_many(own.spec, [Case("g", "child", None, {"pid": str(note)})])
     assert verdict.reason == "timeout"
     pid = int(note.read_text())
-    deadline = time.monotonic() + 5
-    while _alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not _alive(pid)  # killed with the worker that started it
-
-
-def _alive(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    wait_until(lambda: not alive(pid))  # killed with the worker that started it
 
 
 def test_the_worker_runs_the_bytes_that_were_hashed(function: Path) -> None:
@@ -209,11 +200,11 @@ def test_a_file_that_never_loads_is_said_once(tmp_path: Path, monkeypatch: pytes
 
 def test_loading_has_more_time_and_memory_than_a_verdict(tmp_path: Path) -> None:
     (tmp_path / "r.py").write_text(
-        "import time\ntime.sleep(0.6)\nblob = bytearray(300 << 20)\n"
+        "import time\ntime.sleep(1.2)\nblob = bytearray(300 << 20)\n"
         "def reward(completion, gold, question, meta):\n    return len(blob) > 0\n"
     )
     spec, code = pin(f"python:{tmp_path / 'r.py'}")
-    with Grader(workers=1, code=code, time_limit=0.5, memory_limit=200 << 20) as grader:
+    with Grader(workers=1, code=code, time_limit=1.0, memory_limit=200 << 20) as grader:
         assert grader.grade(spec, "g", "x").reward == 1.0
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import HANGS
 from rich.console import Console
 from rich.text import Text
 from stored_runs import rationale, record, step_rows
@@ -148,7 +149,7 @@ with stop_request(announce=False) as stop, view:
     while not stop:
         time.sleep(0.02)
     print("stopped", flush=True)
-    time.sleep(30)
+    time.sleep(600)
 """
 
 
@@ -174,7 +175,7 @@ def test_keys_are_read_and_the_terminal_is_given_back_at_the_first_signal() -> N
         os.close(fd)
 
 
-def read_until(fd: int, wanted: str, seconds: float = 60) -> str:
+def read_until(fd: int, wanted: str, seconds: float = HANGS) -> str:
     """What comes from a terminal, its control sequences left out, up to a text."""
     found, end = "", time.monotonic() + seconds
     while wanted not in found:
