@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -30,7 +30,7 @@ MIN_ROWS, MAX_ROWS = 8, 512
 ENOUGH_TOKENS = 4096
 
 #: A term of the M-step, where it may stay.
-KEPT = "sampler's copy and cache"
+KEPT = "kept by the sampler"
 
 #: Setting -> recipe key.
 KEYS = {
@@ -43,6 +43,8 @@ KEYS = {
     "prompt_tokens": "data.max_prompt_tokens",
 }
 Change = dict[str, Any]
+#: Whether changed settings are allowed: they fit, or leave the sampler its place too.
+Able = Callable[..., bool]
 #: The least that advice goes down to, what matters most first.
 _LEAST: Change = {
     "prompt_tokens": 128,
@@ -126,9 +128,10 @@ class Plan:
 def predict(shape: Shape, settings: Settings, machine: Machine) -> Plan:
     """The terms of these settings; on a GPU with what the sampler keeps, where the M-step fits beside it."""
     plan = Plan(shape, machine, settings, stays(shape, settings), dict(phases(shape, settings)))
-    if machine.device != "cuda" or not settings.merged:
+    held = held_by_sampler(shape, settings)
+    if not held:
         return plan
-    fitting = plan.phases["M-step"] | {KEPT: held_by_sampler(shape, settings)}
+    fitting = plan.phases["M-step"] | {KEPT: held}
     keeping = replace(plan, phases=plan.phases | {"M-step": fitting})
     return keeping if keeping.fits else plan
 
@@ -136,33 +139,52 @@ def predict(shape: Shape, settings: Settings, machine: Machine) -> Plan:
 def plan_recipe(recipe: Recipe, shape: Shape, machine: Machine) -> Plan:
     """A recipe's plan, every ``auto`` decided for this machine.
 
+    Graphs that are captured anew at each step cost seconds. So sizes are preferred with which the sampler
+    stays during the M-step: at the price of half the rows at most, of activations computed again, and of
+    micro-batches no smaller than ``ENOUGH_TOKENS``. Where that is not to be had, each phase takes the whole
+    card.
+
     Raises:
-        MissingInput, DataError: ``model.adapter`` is no adapter.
+        MissingInput, DataError: ``model.adapter`` is not an adapter.
     """
     recipe, auto = recipe.resolved(), _auto_fields(recipe)
-    s = _least(recipe, machine)
+    s, most = _least(recipe, machine), MAX_TOKENS[machine.device]
+    enough = min(ENOUGH_TOKENS, most) if "micro_batch_tokens" in auto else s.micro_batch_tokens
 
+    # Each choice is made with the least of what is decided after it: it never costs another its place.
     def fits(**changes: Any) -> bool:
         return predict(shape, replace(s, **changes), machine).fits
 
-    # Each choice is made with the least of what is decided after it: it never costs another its place.
-    def rows(merged: bool) -> int:
+    def stays(**changes: Any) -> bool:
+        """Whether the sampler would stay, with micro-batches that are large enough."""
+        return predict(shape, replace(s, **{"micro_batch_tokens": enough} | changes), machine).keeps_sampler
+
+    def rows(able: Able, **changes: Any) -> int:
         if "batch_rows" not in auto:
             return s.batch_rows
-        return _largest(MIN_ROWS, MAX_ROWS, lambda n: fits(batch_rows=n, merged=merged))
+        return _largest(MIN_ROWS, MAX_ROWS, lambda n: able(batch_rows=n, **changes))
 
+    def rows_and_rule(merged: bool) -> tuple[int, Able]:
+        """The most rows decoded at once, and whether all that follows is to leave the sampler its place."""
+        staying, fitting = rows(stays, merged=merged), rows(fits, merged=merged)
+        if stays(batch_rows=staying, merged=merged) and 2 * staying >= fitting:
+            return staying, stays
+        return fitting, fits
+
+    needed = _power_of_two(s.problems * s.samples)  # more rows than a step draws serve the evaluation only
     if "merged" in auto:
+        with_copy, without = (min(rows_and_rule(merged)[0], needed) for merged in (True, False))
         # A step reads 2 bytes a weight, NF4 unpacked 4.5: worth half of the rows, and not more.
-        s = replace(s, merged=fits(merged=True) and 2 * rows(True) >= rows(False))
-    if "batch_rows" in auto:
-        s = replace(s, batch_rows=rows(s.merged))
-    most = MAX_TOKENS[machine.device]
+        s = replace(s, merged=fits(merged=True) and 2 * with_copy >= without)
+    most_rows, able = rows_and_rule(s.merged)
+    if "checkpointing" in auto and most_rows > needed:  # not worth computing activations again
+        roomy = rows(able, checkpointing=False, micro_batch_tokens=enough)
+        most_rows = max(needed, min(most_rows, roomy))
+    s = replace(s, batch_rows=most_rows if "batch_rows" in auto else s.batch_rows)
     if "checkpointing" in auto:
-        tokens = min(ENOUGH_TOKENS, most) if "micro_batch_tokens" in auto else s.micro_batch_tokens
-        roomy = fits(checkpointing=False, micro_batch_tokens=tokens)
-        s = replace(s, checkpointing=not roomy)
+        s = replace(s, checkpointing=not able(checkpointing=False, micro_batch_tokens=enough))
     if "micro_batch_tokens" in auto:
-        tokens = _largest(MIN_TOKENS, most, lambda n: fits(micro_batch_tokens=n))
+        tokens = _largest(MIN_TOKENS, most, lambda n: able(micro_batch_tokens=n))
         s = replace(s, micro_batch_tokens=tokens)
     return predict(shape, s, machine)
 
@@ -234,9 +256,14 @@ def advice_text(change: Change | None) -> str:
     return " ".join(f"--set {override}" for override in as_overrides(change))
 
 
+def _power_of_two(value: int) -> int:
+    """The least that is not below ``value``."""
+    return 1 << (value - 1).bit_length()
+
+
 def _halved(value: int, least: int) -> Iterator[int]:
     """Powers of two below ``value``, down to ``least``."""
-    n = 1 << (value - 1).bit_length() - 1 if value > 1 else 0
+    n = _power_of_two(value) // 2
     while n >= least:
         yield n
         n //= 2
@@ -246,21 +273,28 @@ def _halved(value: int, least: int) -> Iterator[int]:
 
 
 def _auto_fields(recipe: Recipe) -> set[str]:
-    """Sizes that the recipe leaves to the plan."""
+    """Sizes that the recipe leaves to the plan. Only ``native`` samples from a merged copy."""
     given = {
         "merged": recipe.sampler.merged,
         "batch_rows": recipe.sampler.batch_rows,
         "micro_batch_tokens": recipe.optim.micro_batch_tokens,
         "checkpointing": recipe.optim.gradient_checkpointing,
     }
+    if engine_of(recipe) != "native":
+        del given["merged"]
     return {name for name, value in given.items() if value == "auto"}
+
+
+def engine_of(recipe: Recipe) -> str:
+    """The sampling engine, ``auto`` resolved; ``sampler.choose_engine`` says the same."""
+    return "native" if recipe.sampler.engine == "auto" else recipe.sampler.engine
 
 
 def _least(recipe: Recipe, machine: Machine) -> Settings:
     """The recipe's settings, with the smallest value that each ``auto`` may become."""
     model, sampler, optim = recipe.model, recipe.sampler, recipe.optim
     auto = _auto_fields(recipe)
-    cuda = machine.device == "cuda"
+    cuda, engine = machine.device == "cuda", engine_of(recipe)
     dtype = model.dtype if model.dtype != "auto" else "bfloat16" if cuda else "float32"
     rank = read_adapter_config(Path(model.adapter))["lora_r"] if model.adapter else model.lora_r
     return Settings(
@@ -273,11 +307,14 @@ def _least(recipe: Recipe, machine: Machine) -> Settings:
         prompt_tokens=int(recipe.data.max_prompt_tokens or 0),
         new_tokens=sampler.max_new_tokens,
         batch_rows=MIN_ROWS if "batch_rows" in auto else int(sampler.batch_rows),
-        merged=sampler.merged is True,
+        merged=sampler.merged is True and engine == "native",
         micro_batch_tokens=MIN_TOKENS if "micro_batch_tokens" in auto else int(optim.micro_batch_tokens),
         checkpointing="checkpointing" in auto or bool(optim.gradient_checkpointing),
         evaluates=recipe.run.eval_every > 0,
         device=machine.device,
+        engine=engine,
+        # A card known by its size only is taken for one before sm80 where the recipe computes in fp16.
+        expands_keys=cuda and not (dtype != "float16" if machine.sm80 is None else machine.sm80),
     )
 
 

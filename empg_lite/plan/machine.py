@@ -21,10 +21,17 @@ _UNITS = {"": 1e9, "g": 1e9, "gb": 1e9, "gib": 2**30, "m": 1e6, "mb": 1e6, "mib"
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """``free``: bytes that a model and its work may take, the libraries being there already."""
+    """Where a recipe is to run.
 
-    device: str  # cpu or cuda
+    Attributes:
+        device: ``cpu`` or ``cuda``.
+        free: bytes that a model and its work may take, the libraries being loaded already.
+        sm80: whether a GPU is of that generation (Ampere) or later; None where that is not known.
+    """
+
+    device: str
     free: int
+    sm80: bool | None = None
 
 
 def card(text: str) -> Machine:
@@ -45,9 +52,10 @@ def card(text: str) -> Machine:
 
 def this_machine() -> Machine:
     """The first visible GPU with what is free on it, else the CPU with the available RAM."""
-    free = _free_on_gpu()
-    if free is not None:
-        return Machine("cuda", max(free - LIBRARIES, 0))
+    found = _first_gpu()
+    if found is not None:
+        free, sm80 = found
+        return Machine("cuda", max(free - LIBRARIES, 0), sm80)
     return Machine("cpu", max(available_ram() - LIBRARIES, 0))
 
 
@@ -87,11 +95,16 @@ def return_freed_blocks() -> None:
         mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
 
-def _free_on_gpu() -> int | None:
-    """By the driver's own tool; None without one, or where every GPU is hidden."""
+def _first_gpu() -> tuple[int, bool | None] | None:
+    """Free bytes, and whether it is sm80 or later, from the driver's own tool; None without one, or where
+    every GPU is hidden."""
     tool, visible = shutil.which("nvidia-smi"), os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if tool is None or visible in ("", "-1"):
         return None
-    command = [tool, "--query-gpu=memory.free", "--format=csv,noheader,nounits", "-i", visible]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout.strip()
-    return int(found) * 2**20 if found.isdigit() else None
+    command = [tool, "--query-gpu=memory.free,compute_cap", "--format=csv,noheader,nounits", "-i", visible]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout
+    free, _, capability = (word.strip() for word in found.partition(","))
+    if not free.isdigit():
+        return None
+    known = re.fullmatch(r"(\d+)\.\d+", capability)  # old drivers say [N/A]
+    return int(free) * 2**20, int(known[1]) >= 8 if known else None

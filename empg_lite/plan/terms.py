@@ -1,23 +1,25 @@
 """Bytes, term by term: what each tensor that is alive at the peak takes.
 
-Nothing here is fitted to a measurement. Each count says which tensors it counts; ``tests/test_plan.py`` holds
-them against what autograd saves, what the allocator gives out and the weights of loaded models,
+Nothing here is fitted to a measurement. Each count says which tensors it counts; ``tests/test_plan.py``
+checks them against what autograd saves, what the allocator hands out and the weights of loaded models,
 ``benchmarks/plan_check.py`` against the resident memory of real steps. Sizes are for the longest rows that
-the recipe lets through. Unsloth's own passes are not counted: they fit padded rows within the same budget of
-tokens, and keep less of a token.
+the recipe lets through. Unsloth's own M-step (prompts shared, flex attention, checkpoints offloaded to the
+host) keeps less of a token and pads nothing: where it is used, these counts are an upper bound.
 
 One block of the network, going forward in training, keeps for every token of the packed row (D hidden,
 I intermediate, A = H d, K = G d)::
 
     residual before attention, normed    2 D    the norm's input, the LoRA input of q, k, v
-    queries and output, by rows          2 A    attention's own, with one log-sum a head
-    output, packed again                 A      the LoRA input of o
+    attention's output, packed again     A      the LoRA input of o
     residual before the MLP, normed      2 D
     gate, silu(gate), up, product        4 I
     LoRA's inner vectors                 7 r
 
-and for every token that attention reads, a prompt's once for itself and once for each of its rows, the key
-and the value, 2 K. Rows of one micro-batch count as equally long: what attention pads is not counted.
+and of attention, where rows are padded to the longest of their micro-batch::
+
+    queries and output                   2 A    for each place, with one log-sum a head
+    keys and values                      2 K    for each place, and a prompt's once more for each of its rows
+
 """
 
 from __future__ import annotations
@@ -26,14 +28,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from empg_lite.plan.shape import Shape
+from empg_lite.sizes import (
+    CACHE_ALIGN,
+    IDLE,
+    LOGIT_CHUNK,
+    MIN_ROWS,
+    PREFILL_TOKENS,
+    round_up,
+)
 
-#: Elements of one fp32 chunk of logits, drawn from or scored; ``policy/logprobs.py`` has the same numbers.
-HEAD_CHUNK = {"cpu": 3 << 19, "cuda": 1 << 26}
-#: The decoder never computes fewer rows, and closes up where this share of them has ended;
-#: ``sampler/native.py`` has the same numbers.
-MIN_ROWS = 8
-IDLE = 1 / 8
 FP32 = 4
+#: Places of attention for each token of a micro-batch. Within a problem the longest of 8 rationales is twice
+#: the mean (lognormal lengths, sigma 0.5), and ``packed_batches`` puts problems of like length together. No
+#: bound: a micro-batch of very short rows and one very long one pads more, and where memory runs out it is
+#: halved.
+PADDED = 2.5
+#: cuBLAS's workspace beside captured graphs: 32 MiB on sm90, 8 before.
+GRAPH_WORKSPACE = 32 << 20
+#: Tokens by which Unsloth's own decoding grows its key/value buffers.
+UNSLOTH_BUFFER = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +54,20 @@ class Settings:
     """What of a recipe costs memory.
 
     Attributes:
-        itemsize: bytes of the computing type.
-        four_bit: linears in NF4 with double quantisation, else in the computing type.
+        itemsize: bytes of the compute type.
+        four_bit: linears in NF4 with double quantization, else in the compute type.
         lora_r: rank of the adapter.
         adam_8bit: Adam's moments in 8 bits.
         problems, samples: P and K of a step.
         prompt_tokens, new_tokens: longest prompt and completion.
         batch_rows: most rows decoded at once.
-        merged: sampling uses a merged copy of the linears in the computing type.
+        merged: sampling uses a merged copy of the linears in the compute type.
         micro_batch_tokens: tokens of a micro-batch, each prompt once; a single longer row is one too.
-        checkpointing: a block's activations are computed again going backward.
-        evaluates: evaluation decodes one row a prompt, up to ``batch_rows`` of them.
+        checkpointing: a block's activations are computed again in the backward pass.
+        evaluates: evaluation decodes one row per prompt, up to ``batch_rows`` of them.
         device: ``cpu`` or ``cuda``.
+        engine: ``native``; or ``generate``, ``unsloth``: the backend's own ``generate``.
+        expands_keys: attention over prompts writes keys out for all query heads that share one (below sm80).
     """
 
     itemsize: int
@@ -69,11 +84,18 @@ class Settings:
     checkpointing: bool
     evaluates: bool
     device: str
+    engine: str = "native"
+    expands_keys: bool = False
 
     @property
     def row_tokens(self) -> int:
         """Tokens of the longest row."""
         return self.prompt_tokens + self.new_tokens
+
+    @property
+    def captures(self) -> bool:
+        """Whether decoding steps are captured as CUDA graphs."""
+        return self.engine == "native" and self.device == "cuda"
 
     @property
     def decoded_rows(self) -> int:
@@ -86,30 +108,46 @@ class Settings:
         return max(self.batch_rows, MIN_ROWS)
 
     @property
-    def budget(self) -> int:
-        """Most tokens of a micro-batch, the last of each completion counted: it is scored, not computed."""
-        return max(self.micro_batch_tokens, self.row_tokens)
+    def room(self) -> int:
+        """Tokens of a row in the key/value cache."""
+        return round_up(self.row_tokens, CACHE_ALIGN) if self.captures else self.row_tokens
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens computed for a whole step at its longest: a completion's last one predicts nothing."""
+        return self.problems * (self.prompt_tokens + self.samples * (self.new_tokens - 1))
 
     @property
     def fitted_tokens(self) -> int:
-        """Tokens computed in the largest micro-batch."""
-        return min(self.budget, self.problems * (self.prompt_tokens + self.samples * (self.new_tokens - 1)))
+        """Tokens computed in the largest micro-batch: a budget's worth, or a single row that is longer."""
+        return min(max(self.micro_batch_tokens, self.row_tokens), self.step_tokens)
 
     @property
-    def completed_tokens(self) -> int:
+    def padded_tokens(self) -> int:
+        """The same with attention's padding, which a single row and rows of equal length do without."""
+        return min(max(int(PADDED * self.micro_batch_tokens), self.row_tokens), self.step_tokens)
+
+    @property
+    def padded_prompts(self) -> int:
+        """Those of prompts, at most."""
+        return min(self.padded_tokens, self.problems * self.prompt_tokens)
+
+    @property
+    def padded_completions(self) -> int:
         """Those of completions, at most: their prompts may be short."""
-        return min(self.fitted_tokens, self.problems * self.samples * (self.new_tokens - 1))
+        return min(self.padded_tokens, self.problems * self.samples * (self.new_tokens - 1))
 
     @property
     def scored_tokens(self) -> int:
         """Tokens that the head scores, at most."""
-        return min(self.budget, self.problems * self.samples * self.new_tokens)
+        budget = max(self.micro_batch_tokens, self.row_tokens)
+        return min(budget, self.problems * self.samples * self.new_tokens)
 
     @property
     def keys_read(self) -> int:
-        """Keys that attention is given, at most: a prompt's for itself, and once more for each of K rows."""
+        """Keys that attention reads, at most: one for each place, and a prompt's again for each of K rows."""
         whole_step = self.problems * (self.prompt_tokens + self.samples * (self.row_tokens - 1))
-        return min(whole_step, (self.samples + 1) * self.fitted_tokens)
+        return min(whole_step, self.samples * self.fitted_tokens + self.padded_tokens)
 
 
 def _narrow(s: Settings) -> bool:
@@ -169,7 +207,7 @@ def sampler_copy(shape: Shape, s: Settings) -> int:
 
 def merged_linear(shape: Shape, s: Settings) -> int:
     """Writing the merged copy, at the largest linear: base and adapter added up in fp32; the base in fp32 too
-    where it has 16 bits, and dequantised where it is NF4."""
+    where it has 16 bits, and dequantized where it is NF4."""
     weights = max(out * width for out, width in shape.linears)
     return weights * (FP32 * (2 if _narrow(s) else 1) + (s.itemsize if s.four_bit else 0))
 
@@ -180,23 +218,33 @@ def cache_bytes_per_token(shape: Shape, itemsize: int) -> int:
 
 
 def kv_cache(shape: Shape, s: Settings, rows: int) -> int:
-    """Keys and values of all places at full length, there from the first token on."""
-    return rows * s.row_tokens * cache_bytes_per_token(shape, s.itemsize)
+    """Keys and values of all places at full length, there from the first token on; and each row's last hidden
+    state, which the draw reads."""
+    return rows * (s.room * cache_bytes_per_token(shape, s.itemsize) + shape.hidden * s.itemsize)
 
 
-def prompt_pass(shape: Shape, s: Settings, rows: int, prompts: int) -> int:
-    """The prompts' own forward pass, each prompt once, inside one MLP.
+def prompt_pass(shape: Shape, s: Settings, prompts: int, rows_of_each: int) -> int:
+    """One piece of the prompts on its way through the network, in the largest of three moments.
 
-    The residual before attention, after it, and normed; queries, keys and values by rows; attention's output
-    by rows and packed; silu(gate), and of up the base's product and that with LoRA's, or, over the merged
-    copy, gate, up, silu(gate) and the product. For all layers the rotary angles, and (integers) where each
-    key of each row comes from and goes.
+    In the MLP: the residual, its two addends and both normed; queries, keys and values by rows; attention's
+    output by rows and packed; silu(gate), and of up the base's product and that with LoRA's, or, over the
+    merged copy, gate, up, silu(gate) and the product. In attention, where keys are written out for each query
+    head; and where they are copied for each row that continues the prompt. For all layers the rotary angles,
+    and (integers) where each key of each row comes from and goes.
     """
-    lora = 3 * shape.intermediate + s.lora_r
-    mlp = 4 * shape.intermediate if s.merged else lora
-    token = 3 * shape.hidden + 3 * shape.queries + 2 * shape.keys + mlp + 2 * shape.head_dim
-    places = rows * (17 + 8 * shape.kv_heads) + prompts * 16
-    return s.prompt_tokens * (prompts * token * s.itemsize + places)
+    tokens = max(min(PREFILL_TOKENS[s.device], prompts * s.prompt_tokens), s.prompt_tokens)
+    attended = 3 * shape.hidden + 2 * shape.queries + 2 * shape.keys
+    written_out = attended + (2 * shape.queries if s.expands_keys else 0)
+    copied = attended + (1 + rows_of_each) * shape.keys
+    token = max(_through_mlp(shape, s), written_out, copied) + 2 * shape.head_dim
+    places = rows_of_each * (17 + 8 * shape.kv_heads) + 16
+    return tokens * (token * s.itemsize + places)
+
+
+def _through_mlp(shape: Shape, s: Settings) -> int:
+    """Elements of a token in the MLP of a pass without gradients."""
+    mlp = 4 * shape.intermediate if s.merged else 3 * shape.intermediate + s.lora_r
+    return 5 * shape.hidden + 3 * shape.queries + 2 * shape.keys + mlp
 
 
 def attention_on_cpu(shape: Shape, s: Settings, rows: int) -> int:
@@ -215,25 +263,80 @@ def attention_on_cpu(shape: Shape, s: Settings, rows: int) -> int:
 
 def drawing(shape: Shape, s: Settings, rows: int) -> int:
     """One draw, a chunk of rows at a time: logits, in 16 bit once more in fp32, and probabilities in fp32."""
-    chunk = min(max(HEAD_CHUNK[s.device] // shape.vocab, 1), rows)
+    chunk = min(max(LOGIT_CHUNK[s.device] // shape.vocab, 1), rows)
     return chunk * shape.vocab * (s.itemsize + FP32 * (2 if _narrow(s) else 1))
 
 
 def closing_up(shape: Shape, s: Settings, rows: int) -> int:
     """One layer's keys of the rows that stay, once more while they move to the first places."""
-    return int(rows * (1 - IDLE)) * s.row_tokens * shape.keys * s.itemsize
+    return int(rows * (1 - IDLE)) * s.room * shape.keys * s.itemsize
+
+
+def graph_pool(shape: Shape, s: Settings, rows: int) -> int:
+    """The private pool that all captured graphs share: a draw, a decoding step of all rows (without a merged
+    copy a linear dequantized for it), and cuBLAS's workspace.
+
+    Graphs run one after another, and smaller ones fit into the blocks of the largest. Draw and step are added
+    up: their blocks differ too much in size to serve both.
+    """
+    if not s.captures:
+        return 0
+    token = (_through_mlp(shape, s) + 2 * shape.head_dim) * s.itemsize
+    mask = s.room * (s.itemsize + 1)
+    step = rows * (token + mask) + (0 if s.merged else unpacked_linear(shape, s))
+    return drawing(shape, s, rows) + step + GRAPH_WORKSPACE
+
+
+def most_places(s: Settings) -> int:
+    """Rows of the largest decoder: captured graphs hold it, and the smaller steps use it too."""
+    return max(s.decoded_rows, s.evaluated_rows if s.evaluates else 0)
 
 
 def held_by_sampler(shape: Shape, s: Settings) -> int:
-    """What captured graphs address: the merged copy, and the cache of the most rows there are."""
-    rows = max(s.decoded_rows, s.evaluated_rows if s.evaluates else 0)
-    return sampler_copy(shape, s) + kv_cache(shape, s, rows)
+    """What the sampler keeps between E-steps, on a GPU: the merged copy if there is one, the cache, and the
+    graphs' pool."""
+    if not s.captures:
+        return 0
+    rows = most_places(s)
+    return sampler_copy(shape, s) + kv_cache(shape, s, rows) + graph_pool(shape, s, rows)
 
 
 def unpacked_linear(shape: Shape, s: Settings) -> int:
-    """The largest linear, dequantised for its product: the weights, and their scales in fp32."""
+    """The largest linear, dequantized for its product: the weights, and their scales in fp32."""
     weights = max(out * width for out, width in shape.linears)
     return weights * s.itemsize + FP32 * (weights // 64) if s.four_bit else 0
+
+
+# --- E-step by the backend's own generate -----------------------------------------------------------
+
+
+def generated_cache(shape: Shape, s: Settings, rows: int) -> int:
+    """Keys and values of all rows at full length, left-padded; Unsloth's buffers grow ahead of them."""
+    ahead = UNSLOTH_BUFFER + 1 if s.engine == "unsloth" else 0
+    return rows * (s.row_tokens + ahead) * cache_bytes_per_token(shape, s.itemsize)
+
+
+def generated_prompts(shape: Shape, s: Settings, rows: int) -> int:
+    """The prompts, written out for every row, inside one MLP, with their own keys and values: the residual
+    and normed, silu(gate), and of up the product, LoRA's and their sum; a mask of each row as it came and as
+    it is added."""
+    token = 2 * shape.hidden + 4 * shape.intermediate + 2 * shape.head_dim
+    mask = s.prompt_tokens * (s.itemsize + 1)
+    kept = cache_bytes_per_token(shape, s.itemsize)
+    return rows * s.prompt_tokens * (token * s.itemsize + mask + kept)
+
+
+def joined_keys(shape: Shape, s: Settings, rows: int) -> int:
+    """One layer at the last token: keys and values written out for each query head, by Unsloth's masked
+    attention in fp32; or, what is less, the keys once more while a token is appended."""
+    wide = FP32 if s.engine == "unsloth" else s.itemsize
+    return rows * s.row_tokens * max(2 * shape.queries * wide, shape.keys * s.itemsize)
+
+
+def generated_draw(shape: Shape, s: Settings, rows: int) -> int:
+    """A draw for all rows at once: the model's logits, their copy in fp32, and two more of that size to let
+    only the drawn token through; the probabilities are gone by then."""
+    return rows * shape.vocab * (s.itemsize + 3 * FP32)
 
 
 # --- M-step ---------------------------------------------------------------------------------------
@@ -245,17 +348,25 @@ def gradient(shape: Shape, s: Settings) -> int:
 
 
 def block_bytes_per_token(shape: Shape, s: Settings) -> int:
-    """What one block keeps of a packed token for going backward, keys and values apart (see the head of this
+    """What one block keeps of a packed token for the backward pass, attention apart (see the head of this
     file). In 16 bit the norms' inputs are fp32."""
-    norms, log_sums = 2 * (shape.hidden + 1), shape.heads  # inputs and scales; attention's, one a head
-    products = 2 * shape.hidden + 3 * shape.queries + 4 * shape.intermediate + 7 * s.lora_r
-    return FP32 * (norms + log_sums) + s.itemsize * products
+    norms = 2 * (shape.hidden + 1)  # inputs and scales
+    products = 2 * shape.hidden + shape.queries + 4 * shape.intermediate + 7 * s.lora_r
+    return FP32 * norms + s.itemsize * products
+
+
+def kept_attention(shape: Shape, s: Settings) -> int:
+    """What one block's attention keeps of a micro-batch: queries, output and log-sums by padded rows, keys
+    and values as they were given to it."""
+    queries = s.padded_tokens * (2 * shape.queries * s.itemsize + FP32 * shape.heads)
+    keys = s.keys_read * 2 * shape.keys * s.itemsize
+    written_out = s.padded_prompts * 2 * (shape.queries - shape.keys) * s.itemsize if s.expands_keys else 0
+    return queries + keys + written_out
 
 
 def kept_block(shape: Shape, s: Settings) -> int:
     """What one block keeps of a micro-batch."""
-    keys_and_values = 2 * shape.keys * s.itemsize
-    return s.fitted_tokens * block_bytes_per_token(shape, s) + s.keys_read * keys_and_values
+    return s.fitted_tokens * block_bytes_per_token(shape, s) + kept_attention(shape, s)
 
 
 def activations(shape: Shape, s: Settings) -> int:
@@ -267,10 +378,19 @@ def activations(shape: Shape, s: Settings) -> int:
 
 
 def attention_mask(shape: Shape, s: Settings) -> int:
-    """Once for all blocks: what each completion token sees, for each query head of a key head; and the rotary
-    angles' cosines and sines."""
-    seen = s.completed_tokens * (shape.heads // shape.kv_heads) * (s.row_tokens - 1)
+    """Once for all blocks: what each completion token sees, for each query head of a key head, in a multiple
+    of 8 columns; and the rotary angles' cosines and sines."""
+    seen = _mask_rows(shape, s) * round_up(s.row_tokens - 1, 8)
     return (seen + s.fitted_tokens * 2 * shape.head_dim) * s.itemsize
+
+
+def mask_in_the_making(shape: Shape, s: Settings) -> int:
+    """Two masks of one byte beside it, what is seen and what is not, before there are activations."""
+    return 2 * _mask_rows(shape, s) * (s.row_tokens - 1)
+
+
+def _mask_rows(shape: Shape, s: Settings) -> int:
+    return s.padded_completions * (shape.heads // shape.kv_heads)
 
 
 def recomputed_block(shape: Shape, s: Settings) -> int:
@@ -290,7 +410,7 @@ def backward_block(shape: Shape, s: Settings) -> int:
 def head_chunk(shape: Shape, s: Settings) -> int:
     """The head: a chunk of logits in fp32 and, in 16 bit, as they came; the last norm's input in fp32, its
     output, and that one's gradient, which comes chunk by chunk."""
-    chunk = min(max(HEAD_CHUNK[s.device] // shape.vocab, 1), s.scored_tokens)
+    chunk = min(max(LOGIT_CHUNK[s.device] // shape.vocab, 1), s.scored_tokens)
     logits = FP32 + (s.itemsize if _narrow(s) else 0)
     hidden = s.scored_tokens * (FP32 + 2 * s.itemsize) + chunk * s.itemsize
     return chunk * shape.vocab * logits + hidden * shape.hidden
@@ -311,44 +431,62 @@ def stays(shape: Shape, s: Settings) -> dict[str, int]:
 
 def phases(shape: Shape, s: Settings) -> Iterator[tuple[str, dict[str, int]]]:
     """(phase, its terms at its peak); the phases follow each other, none overlaps."""
-    prompts = min(s.decoded_rows // s.samples, s.problems)
-    yield "E-step", _decoding(shape, s, s.decoded_rows, prompts)
-    if s.evaluates:
-        yield "evaluation", _decoding(shape, s, s.evaluated_rows, s.evaluated_rows)
+    if s.engine == "native":
+        prompts = max(min(s.decoded_rows // s.samples, s.problems), 1)
+        yield "E-step", _decoding(shape, s, s.decoded_rows, prompts, s.samples)
+        if s.evaluates:
+            yield "evaluation", _decoding(shape, s, s.evaluated_rows, s.evaluated_rows, 1)
+    else:
+        yield "E-step", _generating(shape, s, min(s.batch_rows, s.problems * s.samples))
+        if s.evaluates:
+            yield "evaluation", _generating(shape, s, s.batch_rows)
     yield "M-step", _fitting(shape, s)
 
 
 def _fitting(shape: Shape, s: Settings) -> dict[str, int]:
-    """The larger of two moments: the head going backward, or the first block after it."""
-    kept = {
-        "gradient": gradient(shape, s),
-        "activations": activations(shape, s),
-        "mask and angles": attention_mask(shape, s),
-    }
+    """The largest of three moments: making the mask, the head's backward pass, and the first block's after
+    it."""
+    gradients, mask = {"gradient": gradient(shape, s)}, {"mask and angles": attention_mask(shape, s)}
+    kept = {"activations": activations(shape, s)}
+    making = {"mask in the making": mask_in_the_making(shape, s)}
     head = {"head chunk": head_chunk(shape, s)}
     block = {
         "one block again": recomputed_block(shape, s),
         "one block backward": backward_block(shape, s),
-        "one linear dequantised": unpacked_linear(shape, s),
+        "one linear dequantized": unpacked_linear(shape, s),
     }
-    return kept | _larger(head, block)
+    return gradients | mask | _larger(making, kept | head, kept | block)
 
 
-def _decoding(shape: Shape, s: Settings, rows: int, prompts: int) -> dict[str, int]:
+def _decoding(shape: Shape, s: Settings, rows: int, prompts: int, rows_of_each: int) -> dict[str, int]:
     """The largest of five moments: the merged copy written; the prompts' pass; with all places full a layer's
-    attention, a draw, places closed up."""
-    copy = {"merged copy": sampler_copy(shape, s)} if s.merged else {}
+    attention, a draw, places closed up. Captured graphs hold cache and pool through all of them, at the
+    size of the largest decoder."""
+    kept = {"merged copy": sampler_copy(shape, s)} if s.merged else {}
+    cache = {"KV cache": kv_cache(shape, s, most_places(s) if s.captures else rows)}
+    if s.captures:
+        cache["graph pool"] = graph_pool(shape, s, most_places(s))
+        kept |= cache
     writing = {"one linear merged": merged_linear(shape, s)} if s.merged else {}
-    cache = {"KV cache": kv_cache(shape, s, rows)}
-    passing = {"prompts' pass": prompt_pass(shape, s, rows, prompts)}
+    passing = {"prompts' pass": prompt_pass(shape, s, prompts, rows_of_each)}
     if not s.merged:
-        passing["one linear dequantised"] = unpacked_linear(shape, s)
+        passing["one linear dequantized"] = unpacked_linear(shape, s)
     full = {
         "attention": attention_on_cpu(shape, s, rows),
         "draw": drawing(shape, s, rows),
         "closing up": closing_up(shape, s, rows),
     }
-    return copy | _larger(writing, cache | passing, *(cache | {name: size} for name, size in full.items()))
+    return kept | _larger(writing, cache | passing, *(cache | {name: size} for name, size in full.items()))
+
+
+def _generating(shape: Shape, s: Settings, rows: int) -> dict[str, int]:
+    """The largest of three moments: the prompts' pass; at full length a layer's attention, a draw."""
+    linear = {"one linear dequantized": unpacked_linear(shape, s)}
+    cache = {"KV cache": generated_cache(shape, s, rows)}
+    passing = {"prompts' pass": generated_prompts(shape, s, rows)}
+    attention = {"attention": joined_keys(shape, s, rows)}
+    draw = {"draw": generated_draw(shape, s, rows)}
+    return _larger(linear | passing, linear | cache | attention, cache | draw)
 
 
 def _larger(*moments: dict[str, int]) -> dict[str, int]:
