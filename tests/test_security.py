@@ -190,7 +190,8 @@ def on_a_terminal(command: list[str]) -> bytes:
     return written
 
 
-def test_ten_thousand_texts_on_a_terminal(recipe_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("n", [1_500, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_ten_thousand_texts_on_a_terminal(recipe_file: Path, tmp_path: Path, n: int) -> None:
     """Completions, questions and golds of a stored step, by ``inspect``, on a pty and as JSON."""
     from dataclasses import replace
 
@@ -198,7 +199,7 @@ def test_ten_thousand_texts_on_a_terminal(recipe_file: Path, tmp_path: Path) -> 
     train(load_recipe(str(recipe_file), ["run.steps=1", "run.eval_every=0"]), run)
     file = run / "rollouts" / "step-000001.jsonl"
     segment = read_rollouts(file)[0]
-    texts = hostile_texts(10_000)
+    texts = hostile_texts(n)
     rows = [
         replace(
             segment.rationales[i % 24], completion=text, question=text, gold=text[:5] or "1", extracted=text
@@ -208,8 +209,8 @@ def test_ten_thousand_texts_on_a_terminal(recipe_file: Path, tmp_path: Path) -> 
     data = encode_rollouts(segment.header, rows)
     file.write_bytes(data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass"))
     for options in ([], ["--json"]):
-        written = on_a_terminal(["inspect", str(file), "--limit", "10000", *options])
-        assert len(written) > 100_000
+        written = on_a_terminal(["inspect", str(file), "--limit", str(n), *options])
+        assert len(written) > 10 * n
         shown = written.decode("utf-8", "replace")
         found = {hex(c) for c in FORBIDDEN if chr(c) in shown}
         assert found == set(), found
@@ -275,10 +276,11 @@ print(json.dumps([refused, seen]))
 """
 
 
-def test_a_thousand_names_write_nothing_outside_and_start_no_shell(tmp_path: Path) -> None:
+@pytest.mark.parametrize("n", [150, pytest.param(1_000, marks=pytest.mark.slow)])
+def test_a_thousand_names_write_nothing_outside_and_start_no_shell(tmp_path: Path, n: int) -> None:
     rng = random.Random(0)
     names = NAMES + [
-        "".join(rng.choice([*NAMES, "/", "..", "a"]) for _ in range(3))[:400] for _ in range(976)
+        "".join(rng.choice([*NAMES, "/", "..", "a"]) for _ in range(3))[:400] for _ in range(n - len(NAMES))
     ]
     names = [n.replace("\0", "") for n in names]
 
