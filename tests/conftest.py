@@ -17,6 +17,7 @@ import pytest
 if TYPE_CHECKING:
     from crash_harness import Ended, Plant
 
+    from empg_lite.policy.policy import Policy
     from empg_lite.recipe import Recipe
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -125,8 +126,6 @@ def load_fixture_policy(
     model_dir: Path, *, perturb: bool = True, load_in_4bit: bool = False, prompt: str = "plain"
 ):
     """A fresh policy over the fixture model; ``perturb`` moves LoRA B off zero: the adapter matters."""
-    import torch
-
     from empg_lite.policy import load_policy
     from empg_lite.recipe import ModelSection
 
@@ -140,11 +139,18 @@ def load_fixture_policy(
     )
     loaded = load_policy(section, prompt, seed=0)
     if perturb:
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in loaded.trainable().values():
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        perturb_adapter(loaded)
     return loaded
+
+
+def perturb_adapter(policy: Policy) -> None:
+    """Move every LoRA weight by 0.1 times a normal number, from a fixed seed."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 @pytest.fixture(scope="session")

@@ -18,14 +18,18 @@ needs_unsloth = pytest.mark.skipif(
 
 def run_probe(backend: str, model: Path, four_bit: bool, *counts: int, cwd: Path) -> dict:  # type: ignore[type-arg]
     """What ``backend_probe.py`` finds."""
-    script = Path(__file__).with_name("backend_probe.py")
-    arguments = [backend, str(model), str(int(four_bit)), *map(str, counts)]
+    return run_script("backend_probe.py", backend, str(model), str(int(four_bit)), *map(str, counts), cwd=cwd)
+
+
+def run_script(name: str, *arguments: str, cwd: Path, env: dict[str, str] | None = None) -> dict:  # type: ignore[type-arg]
+    """The JSON object that a script beside the tests prints last, run in a process of its own."""
+    script = Path(__file__).with_name(name)
     done = subprocess.run(
         [sys.executable, str(script), *arguments],
         capture_output=True,
         text=True,
         cwd=cwd,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**(env or os.environ), "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
