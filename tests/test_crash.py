@@ -118,7 +118,7 @@ def test_killed_at_random(plant: Plant, straight_child: tuple[Ended, str], kills
     seen: Counter[str] = Counter()
     runs = 0
     while seen.total() < kills:
-        seeds = range(runs, runs + kills // 10)
+        seeds = range(runs, runs + min(20, kills // 10))
         for phases, found in side_by_side(lambda s=s: killed_at_random(plant, s, seconds) for s in seeds):
             seen.update(phases)
             mismatches += found != straight_child[1]

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_fixture_policy
+from conftest import load_fixture_policy, perturb_adapter
 from test_sampler import ids_of, prompts_of, same_but_for_rounding
 from torch import Tensor
 
 from empg_lite.errors import OutOfMemory
 from empg_lite.policy import load_policy
+from empg_lite.policy.kernels import dequantize
 from empg_lite.policy.merged import MergedCopy, merged_weight
 from empg_lite.policy.network import live_network
 from empg_lite.policy.policy import Policy
@@ -287,6 +288,30 @@ def test_memory_that_runs_out_in_a_capture_is_out_of_memory(monkeypatch: pytest.
     with pytest.raises(OutOfMemory, match="8 rows of"):
         sampler.sample(prompts_of(policy, 6, 4), Decoding(20))
     assert sampler.graph_failure is None
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_a_merged_copy_is_rounded_once(model_dir: Path, four_bit: bool) -> None:
+    """W + scale B A in float32, then 16 bits; sampling runs under autocast, which would round B A before."""
+    section = ModelSection(
+        name=str(model_dir), backend="transformers", dtype="bfloat16", load_in_4bit=four_bit, lora_r=4
+    )
+    policy = load_policy(section, "plain", seed=0)
+    perturb_adapter(policy)
+    with policy.sampling():
+        copy = MergedCopy(policy.causal, policy.dtype)
+        layer = policy.causal.model.layers[1]
+        linear, found = layer.mlp.down_proj, copy._fused[1].down
+        product = linear.lora_B["default"].weight @ linear.lora_A["default"].weight
+        assert product.dtype == torch.bfloat16  # autocast is on
+    base = linear.base_layer.weight
+    if four_bit:
+        base = dequantize(base.data, base.quant_state)
+    b, a = linear.lora_B["default"].weight.double(), linear.lora_A["default"].weight.double()
+    exact = base.double() + linear.scaling["default"] * (b @ a)
+    # at most half a step of bfloat16 from the exact value; float32's own error is far below
+    step = 2.0 ** (torch.floor(torch.log2(exact.abs())) - 7)
+    assert ((found.double() - exact).abs() <= 0.5001 * step).all()
 
 
 def test_without_graphs_no_copy_outlives_its_call(policy) -> None:  # type: ignore[no-untyped-def]

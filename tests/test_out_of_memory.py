@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
+import sys
+import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -206,6 +210,110 @@ def test_where_one_row_does_not_fit_the_run_ends_with_a_checkpoint(
     newest = [list_checkpoints(r)[-1] / "adapter_model.safetensors" for r in (run, straight)]
     one, other = (load_file(p) for p in newest)
     assert all(torch.allclose(one[name], other[name], rtol=1e-4, atol=1e-6) for name in other)
+
+
+def test_what_did_not_fit_is_free_before_the_retry(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that is held holds its frames, and they the activations: the retry would run out again."""
+    policy = load_fixture_policy(model_dir)
+    real, tried, alive = Policy.completion_loss, list[Any](), list[bool]()
+
+    def loss(self: Policy, pairs: Any, reduce: Any) -> Any:
+        alive.append(any(reference() is not None for reference in tried))
+        activations = real(self, pairs, reduce)  # and all that its graph keeps
+        if len(tried) < 2:
+            tried.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("pretended")
+        return activations
+
+    monkeypatch.setattr(Policy, "completion_loss", loss)
+    gc.disable()  # reference counts alone must free it: nobody waits for a collection
+    try:
+        stats = mstep.m_step(policy, sgd(policy), many(), SETTINGS)
+    finally:
+        gc.enable()
+    assert len(tried) == 2 and not any(alive)
+    assert stats.micro_batch_tokens == SETTINGS.micro_batch_tokens // 4  # halved once for each refusal
+
+
+@pytest.mark.parametrize("engine", ["native", "generate"])
+def test_a_decoder_that_did_not_fit_is_free_before_fewer_rows_are_tried(
+    policy,  # type: ignore[no-untyped-def]
+    monkeypatch: pytest.MonkeyPatch,
+    engine: str,
+) -> None:
+    """And before the card's cache is emptied, which cannot give back what is still alive."""
+    from empg_lite.sampler.base import Engine
+
+    tried: list[Any] = []
+    emptied: list[bool] = []
+    shrink = Engine._shrink
+
+    def watched(self: Engine, *rest: Any) -> None:
+        emptied.append(any(reference() is not None for reference in tried))
+        shrink(self, *rest)
+
+    def draw(self: Engine, *_: Any) -> None:
+        if len(tried) < 2:
+            held = torch.zeros(8)
+            tried.append(weakref.ref(held))
+            raise torch.OutOfMemoryError("pretended")
+        return real(self, *_)
+
+    sampler = make_sampler(policy, engine, 64)
+    real = type(sampler).draw
+    monkeypatch.setattr(type(sampler), "draw", draw)
+    monkeypatch.setattr(Engine, "_shrink", watched)
+    gc.disable()
+    try:
+        sampler.sample(prompts_of(policy, 8, 8), Decoding(4))
+    finally:
+        gc.enable()
+    assert emptied == [False, False] and sampler.batch_rows == 16
+
+
+@pytest.mark.slow
+def test_with_a_real_shape_the_retry_begins_with_the_memory_that_was_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen2.5-0.5B in NF4 with random weights, by the log of torch's CPU allocator."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from empg_lite.policy import load_policy
+    from empg_lite.recipe import ModelSection
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    from shapes import SHAPES, write_model
+
+    folder = write_model(tmp_path / "model", SHAPES["0.5B"], dtype=torch.bfloat16)
+    section = ModelSection(name=str(folder), backend="transformers", dtype="bfloat16", load_in_4bit=True)
+    policy = load_policy(section, "plain", seed=0, gradient_checkpointing=False)
+    rows = [
+        rationale(prompt_ids=(1, 2, 3), completion_ids=(*range(i, i + 40), 256), sample_index=i, weight=1.0)
+        for i in range(4)
+    ]
+    given = dataclasses.replace(SETTINGS, micro_batch_tokens=256)
+    real, moments = Policy.completion_loss, list[int]()
+
+    def loss(self: Policy, pairs: Any, reduce: Any) -> Any:
+        moments.append(time.time_ns())
+        found = real(self, pairs, reduce)
+        if len(moments) == 1:
+            raise torch.OutOfMemoryError("pretended")
+        return found
+
+    monkeypatch.setattr(Policy, "completion_loss", loss)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as log:
+        stats = mstep.m_step(policy, sgd(policy), rows, given)
+    events = [e for e in log.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    first, second = (sum(e.nbytes() for e in events if e.start_ns() < at) for at in moments[:2])
+    peak, now = 0, 0
+    for e in sorted(events, key=lambda e: e.start_ns()):
+        now += e.nbytes() if e.start_ns() < moments[1] else 0
+        peak = max(peak, now)
+    print(f"\nalive before the first try {first:,} B, before the retry {second:,} B; the try took {peak:,} B")
+    assert peak > 50_000_000, "the try was large enough to be seen"
+    assert abs(second - first) < 100_000
+    assert stats.micro_batch_tokens == 128
 
 
 # --- out of memory in the E-step ---------------------------------------------------------------------------

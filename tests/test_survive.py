@@ -83,6 +83,74 @@ def test_a_step_that_is_no_number_moves_nothing(
     no_nan_on_disk(run)
 
 
+def overflow_above(most: float) -> Callable[..., Any]:
+    """``_backward`` where 16-bit gradients overflow if the loss is scaled by more than ``most``."""
+    real = mstep._Fitter._backward
+
+    def backward(self: Any, weights: Any) -> Any:
+        found = real(self, weights)
+        if self.scaler is not None and self.scaler.get_scale() > most:
+            next(p for p in self.policy.trainable().values() if p.grad is not None).grad[0, 0] = math.inf
+        return found
+
+    return backward
+
+
+def with_scaler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give runs the loss scaler of float16, in float32: powers of two change no digit."""
+    from empg_lite import session
+
+    real = session.build_learner
+
+    def build(*given: Any, **options: Any) -> Any:
+        learner = real(*given, **options)
+        learner.scaler = torch.amp.GradScaler("cpu")
+        return learner
+
+    monkeypatch.setattr(session, "build_learner", build)
+
+
+def test_a_loss_scale_that_is_too_large_is_halved_on_the_same_samples(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten times in a row from 65,536: the run goes on, draws what it would have drawn, and says how often."""
+    straight, run, stopped = tmp_path / "straight", tmp_path / "run", tmp_path / "stopped"
+    recipe = quick_recipe(tmp_path, model_dir, "run.steps=4")
+    train(recipe, straight)
+    with_scaler(monkeypatch)
+    monkeypatch.setattr(mstep._Fitter, "_backward", overflow_above(64.0))
+    train(recipe, run)
+    records = read_metrics(run / "metrics.jsonl")
+    assert [r["em/loss_scale_halvings"] for r in records] == [10, 0, 0, 0]
+    assert [r["em/loss_scale"] for r in records] == [64.0] * 4
+    assert [r["em/updates"] for r in records] == [1] * 4
+    assert not any(r["em/skipped_nonfinite"] for r in records)
+    halved = [(e["step"], e["times"], e["scale"]) for e in events(run) if e["event"] == "loss_scale_halved"]
+    assert halved == [(1, 10, 64.0)]
+    rollouts = [
+        [(r / "rollouts" / f"step-{step:06d}.jsonl").read_bytes() for step in range(1, 5)]
+        for r in (run, straight)
+    ]
+    assert rollouts[0] == rollouts[1]
+    assert files_of(list_checkpoints(run)[-1]) == files_of(list_checkpoints(straight)[-1])
+
+    # one that overflows at every scale is the gradient's fault: three steps in a row end the run
+    monkeypatch.undo()
+    with_scaler(monkeypatch)
+    monkeypatch.setattr(mstep._Fitter, "_backward", overflow_above(0.0))
+    with pytest.raises(NumericalStop, match="3 in a row"):
+        train(recipe, stopped, TrainOptions(force=True))
+
+
+def test_a_run_in_float16(tmp_path: Path, model_dir: Path) -> None:
+    """The real type, with its real scaler, as on a T4: three steps that all move something."""
+    recipe, run = quick_recipe(tmp_path, model_dir, "model.dtype=float16"), tmp_path / "run"
+    train(recipe, run)
+    records = read_metrics(run / "metrics.jsonl")
+    assert [r["em/updates"] for r in records] == [1, 1, 1] and all(r["em/loss_scale"] >= 1 for r in records)
+    no_nan_on_disk(run)
+
+
 def test_three_in_a_row_end_the_run_as_it_was_before_them(
     tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

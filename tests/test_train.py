@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_recipe
+from conftest import events, write_recipe
 
 from empg_lite.checkpoint import list_checkpoints
 from empg_lite.errors import (
@@ -94,6 +94,54 @@ def test_a_run_directory(straight: Path) -> None:
             p.name for p in folder.iterdir()
         }
     assert json.loads((run / "adapter" / "generation_config.json").read_text())["eos_token_id"] == [256, 258]
+
+
+def test_a_run_says_what_it_computed_with(straight: Path) -> None:
+    """Engine, kernels, attention, graphs: in ``environment.json`` and in each step's record."""
+    run = straight / "run"
+    facts = json.loads((run / "environment.json").read_text())["engine"]
+    assert (facts["engine"], facts["backend"], facts["fit"]) == ("native", "transformers", "packed")
+    assert facts["kernels"] == ["plain torch"] and facts["notes"] == []
+    assert facts["attention"].keys() == {"prompts", "decoding", "fitting"}
+    for record in read_metrics(run / "metrics.jsonl")[1:]:
+        assert (record["engine"], record["kernels"]) == ("native", "plain torch")
+        assert record["attention"].startswith("prompts ") and "decoding two products" in record["attention"]
+        graphs = [record[f"time/{name}"] for name in ("graphs_captured", "graphs_replayed", "eager_steps")]
+        assert graphs == [0, 0, 0]  # of a GPU
+
+
+def test_graphs_are_counted_and_a_capture_that_fails_is_an_event(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from empg_lite.sampler import NativeSampler
+    from empg_lite.sampler.graphs import Graphs
+
+    class Replayed:
+        def __init__(self, graphs: Graphs, work: Any) -> None:
+            self.replay = work
+
+    recipe = load_recipe(str(recipe_file), ["run.eval_every=0"])
+    monkeypatch.setattr(NativeSampler, "_captures", True)
+    monkeypatch.setattr(Graphs, "_capture", lambda self, work: Replayed(self, work))
+    train(recipe, tmp_path / "run")
+    for step, record in enumerate(read_metrics(tmp_path / "run" / "metrics.jsonl"), 1):
+        (segment,) = read_rollouts(tmp_path / "run" / "rollouts" / f"step-{step:06d}.jsonl")
+        longest = max(len(r.completion_ids) for r in segment.rationales)
+        assert record["time/graphs_replayed"] == 2 * (
+            longest - 1
+        )  # network and draw; the prompts' is no step
+        assert record["time/graphs_captured"] == record["time/eager_steps"] == 0  # all by the preflight
+
+    def refused(self: Graphs, work: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(Graphs, "_capture", refused)
+    with pytest.warns(match="cannot be captured"):
+        train(recipe, tmp_path / "eager")
+    (said,) = [e for e in events(tmp_path / "eager") if e["event"] == "graphs_not_captured"]
+    assert said["why"] == "operation not permitted when stream is capturing"
+    for record in read_metrics(tmp_path / "eager" / "metrics.jsonl"):
+        assert record["time/graphs_replayed"] == 0 < record["time/eager_steps"]
 
 
 def test_metrics_of_every_step(straight: Path) -> None:
