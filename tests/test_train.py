@@ -28,6 +28,7 @@ from empg_lite.errors import (
     UsageError,
 )
 from empg_lite.metrics import read_metrics, stable
+from empg_lite.plan import Plan
 from empg_lite.rationale import read_rollouts
 from empg_lite.recipe_file import load_recipe
 from empg_lite.rewards import Verdict
@@ -121,16 +122,20 @@ def test_graphs_are_counted_and_a_capture_that_fails_is_an_event(
             self.replay = work
 
     recipe = load_recipe(str(recipe_file), ["run.eval_every=0"])
+    monkeypatch.setattr(Plan, "keeps_sampler", True)
     monkeypatch.setattr(NativeSampler, "_captures", True)
     monkeypatch.setattr(Graphs, "_capture", lambda self, work: Replayed(self, work))
     train(recipe, tmp_path / "run")
     for step, record in enumerate(read_metrics(tmp_path / "run" / "metrics.jsonl"), 1):
         (segment,) = read_rollouts(tmp_path / "run" / "rollouts" / f"step-{step:06d}.jsonl")
         longest = max(len(r.completion_ids) for r in segment.rationales)
-        assert record["time/graphs_replayed"] == 2 * (
-            longest - 1
-        )  # network and draw; the prompts' is no step
+        assert record["time/graphs_replayed"] == 2 * (longest - 1)  # the prompts' pass draws the first
         assert record["time/graphs_captured"] == record["time/eager_steps"] == 0  # all by the preflight
+
+    monkeypatch.setattr(Plan, "keeps_sampler", False)
+    train(recipe, tmp_path / "released")
+    records = read_metrics(tmp_path / "released" / "metrics.jsonl")
+    assert all(r["time/graphs_captured"] >= 4 for r in records)  # anew in each step
 
     def refused(self: Graphs, work: Any) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
