@@ -130,7 +130,8 @@ def test_graphs_are_counted_and_a_capture_that_fails_is_an_event(
         (segment,) = read_rollouts(tmp_path / "run" / "rollouts" / f"step-{step:06d}.jsonl")
         longest = max(len(r.completion_ids) for r in segment.rationales)
         assert record["time/graphs_replayed"] == 2 * (longest - 1)  # the prompts' pass draws the first
-        assert record["time/graphs_captured"] == record["time/eager_steps"] == 0  # all by the preflight
+        assert record["time/eager_steps"] == 0
+        assert step == 1 or record["time/graphs_captured"] == 0  # a size is captured once
 
     monkeypatch.setattr(Plan, "keeps_sampler", False)
     train(recipe, tmp_path / "released")
