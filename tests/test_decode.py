@@ -243,7 +243,9 @@ def test_graphs_are_kept_from_call_to_call(
     assert graphs.decoder is decoder and before < kept == set(graphs._graphs)
     kinds = {key[0] for key in kept}
     assert kinds == {"network", "draw"}
-    assert len({key[-1] for key in kept if key[0] == "network"}) == (1 if merged else 2)
+    networks = [key for key in kept if key[0] == "network"]
+    assert len({key[-1] for key in networks}) == (1 if merged else 2)  # adapter on, off
+    assert len(networks) == len({(*key[1:3], key[-1]) for key in networks}), "T=1 and greedy share them"
     work = sampler.work
     assert work.eager_steps == 0 and work.graphs_replayed > work.graphs_captured >= len(kept)
     sampler.release()

@@ -17,7 +17,7 @@ from empg_lite.policy import backends, kernels
 from empg_lite.policy.kernels import PLAIN, Kernels, proven
 from empg_lite.policy.packing import pack
 from empg_lite.policy.shared_prefix import check_pairs, stream
-from empg_lite.sampler import Decoding
+from empg_lite.sampler import Decoding, make_sampler
 from empg_lite.sampler.native import NativeSampler
 
 NAMES = ("add_norm", "rotate", "swiglu", "dequantize")
@@ -223,3 +223,23 @@ def test_wide_is_float32_or_better() -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         assert kernels.wide(torch.zeros(1, dtype=dtype)).dtype == torch.float32
     assert kernels.wide(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
+
+
+# --- what `auto` is -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["unsloth", "transformers"])
+def test_auto_is_our_engine_over_either_backend(
+    policy, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:  # type: ignore[no-untyped-def]
+    """On a card too, where the fast code of this project is."""
+    monkeypatch.setattr(policy, "backend", backend)
+    monkeypatch.setattr(policy, "device", torch.device("cuda"))
+    sampler = make_sampler(policy)
+    assert isinstance(sampler, NativeSampler) and sampler.merged and sampler._captures
+
+
+def test_unmerged_weights_are_captured_too(policy, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """Small cards have no room for a merged copy, and most users have small cards."""
+    monkeypatch.setattr(policy, "device", torch.device("cuda"))
+    assert NativeSampler(policy, merged=False)._captures
