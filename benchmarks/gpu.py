@@ -1,12 +1,12 @@
-"""Everything that is to be measured on a GPU, in one command; random weights, nothing is downloaded.
+"""Everything that wants a GPU in one command: does it run, on which kernels, how fast, does it learn.
 
-    python benchmarks/gpu.py [--out gpu.json] [--parts decode,m-step,...] [--shapes 0.5B,1.5B] [--minutes 9]
-    python benchmarks/gpu.py --rehearse       the same code on a CPU, with a small shape
+    python benchmarks/gpu.py [--out FOLDER] [--parts runs,profile,...] [--minutes 9]
+    python benchmarks/gpu.py --rehearse      the same code on a CPU, with small models
 
-Models of Qwen2.5's shapes, NF4 with a LoRA of rank 16, prompts of 150 tokens, completion lengths from a
-table (lognormal, mean 180, at most 512), 16 problems x 8 rows. Every rival has a process of its own. What
-fails reports its error in its row, and the rest goes on; what the time does not allow is named. The JSON is
-written anew after each process, so that a killed run leaves what it had.
+Nine minutes at most, offline, the most valuable parts first. Every job has a process and a time limit of its
+own; one that hangs is killed with everything it started, and the next one runs. FOLDER (``$OUT``, else
+``gpu-results``) gets ``results.json`` and ``results.txt``, rewritten as figures arrive, and ``log.txt``.
+benchmarks/README.md says what to carry to a machine without a network, and how to read the results.
 """
 
 from __future__ import annotations
@@ -14,286 +14,305 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from statistics import fmean
-from typing import Any
+from typing import IO, Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from gpu_parts import PARTS, TOTAL, Job, chosen
+from gpu_report import checks, report
 
-from forced import draw_lengths
-from gpu_work import Job, work, write
-from shapes import SHAPES, Shape
-from timing import circumstances, table
-
-PARTS = ("floor", "decode", "m-step", "step", "logprobs", "caps")
-#: Which figures belong to whom; the order is that of importance.
-RIVALS = {
-    "empg": ("decode", "m-step", "step", "logprobs"),
-    "hf": ("decode", "m-step"),
-    "unsloth": ("decode", "m-step", "step", "logprobs"),
-    "trl": ("m-step", "step"),
-    "unsloth-trl": ("step",),
-}
-#: Card (GB, 1e9) and the shapes that have to run a whole step in it.
-CAPS = ((8.0, ("0.5B", "1.5B", "3B")), (12.0, ("3B", "7B")), (16.0, ("7B",)), (24.0, ("7B",)))
+ROOT = Path(__file__).resolve().parents[1]
+#: Seconds between two looks at a job's rows.
+LOOK = 0.1
+#: Seconds below which a job is not begun: libraries alone take longer.
+LEAST = 5.0
+#: A job may take time that others saved: up to twice its limit, or this.
+MOST = 60.0
 Row = dict[str, Any]
-
-
-def jobs(parts: Sequence[str], shapes: Sequence[str], small: bool) -> Iterator[Job]:
-    """The processes to start, the most wanted first."""
-    measured = [p for p in parts if p not in ("floor", "caps")]
-    if "floor" in parts:
-        yield Job("device", shapes[0], "", ("floor",))
-    for n, shape in enumerate(shapes):
-        for rival, able in RIVALS.items():
-            figures = tuple(f for f in able if f in measured and (n == 0 or f in ("decode", "step")))
-            if figures:
-                yield Job(rival, shape, "", figures)
-    if "caps" in parts:
-        caps = ((8.0, (shapes[0],)),) if small else CAPS
-        for gigabytes, fitting in caps:
-            for shape in fitting:
-                yield Job("empg", shape, "", ("step",), problems=(16,), repeats=1, cap_gb=gigabytes)
-
-
-def shortened(job: Job) -> Job:
-    """The same for a CPU: few and short rows."""
-    sizes = tuple(n // 4 for n in job.problems)
-    return replace(job, problems=sizes, samples=2, prompt=40, mean=8.0, cap=12, repeats=1)
 
 
 # --- processes ---------------------------------------------------------------------------------------
 
 
-def run(job: Job, timeout: float) -> list[Row]:
-    """The rows that a job's process told, and one for how it ended where that was not well."""
-    command = [sys.executable, __file__, "--job", json.dumps(asdict(job))]
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        try:
-            code = subprocess.run(command, stdout=out, stderr=err, timeout=timeout, check=False).returncode
-            why = f"exit code {code}"
-        except subprocess.TimeoutExpired:
-            code, why = -1, f"stopped after {timeout:.0f} s"
-        out.seek(0)
-        err.seek(0)
-        rows = told(out.read())
-        if code:
-            last = ([line for line in err.read().splitlines() if line.strip()] or [""])[-1]
-            rows += unheard(job, rows, f"{why}: {last[:300]}")
-    return rows
+class Child:
+    """A job's process. It loads its libraries while the job before it still runs, then waits for ``begin``.
+
+    It leads a session of its own, so that a signal at the keyboard reaches the parent only.
+    """
+
+    def __init__(self, job: Job, folder: Path, number: int) -> None:
+        self.job = job
+        self.rows, self.log = folder / f"{number}.jsonl", folder / f"{number}.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, "--job", job.dump(), str(folder), str(self.rows)],
+                stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True, env=environment(job),
+            )  # fmt: skip
+
+    def begin(self, seconds: float) -> None:
+        """Let it work; it says where it stands shortly before it is out of time."""
+        assert self.process.stdin is not None
+        with suppress(OSError):  # it may have died over its libraries
+            self.process.stdin.write(f"{seconds}\n".encode())
+            self.process.stdin.close()
+
+    def wait(self, seconds: float, look: Callable[[], None]) -> str | None:
+        """Until it ends, or is killed when the time is over; why it did not end well."""
+        until = time.monotonic() + seconds
+        while self.process.poll() is None and time.monotonic() < until:
+            look()
+            time.sleep(LOOK)
+        code = self.process.poll()
+        self.kill()
+        look()
+        if code is None:
+            return f"killed after {seconds:.0f} s"
+        return f"exit code {code}: {last_line(self.log)}" if code else None
+
+    def kill(self) -> None:
+        """End it and everything that it started, sessions of their own included."""
+        doomed = [self.process.pid, *descendants(self.process.pid)]
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        for pid in doomed if self.process.poll() is None or len(doomed) > 1 else ():
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
 
 
-def told(text: str) -> list[Row]:
-    """The lines that are rows; libraries print too."""
-    rows = []
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "figure" in row:
-            rows.append(row)
-    return rows
+def environment(job: Job) -> dict[str, str]:
+    """For a job's process: the checkout's package, no network, no GPU in a rehearsal."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    fixed = {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "UNSLOTH_DISABLE_STATISTICS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return {**os.environ, **fixed, **({"CUDA_VISIBLE_DEVICES": ""} if job.small else {})}
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process has started, and they theirs (Linux; elsewhere none are found)."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, ValueError, IndexError):
+            parent = int(stat.read_text("utf-8", "replace").rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    found, todo = list[int](), [pid]
+    while todo:
+        todo = [child for parent in todo for child in children.get(parent, [])]
+        found += todo
+    return found
+
+
+def last_line(log: Path) -> str:
+    """What a process said last."""
+    lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+    return lines[-1].strip()[:300] if lines else ""
+
+
+def told(file: Path) -> list[Row]:
+    """The rows in a job's file; the last one of each figure counts."""
+    rows: dict[Any, Row] = {}
+    with suppress(OSError):
+        for line in file.read_text("utf-8", "replace").splitlines():
+            with suppress(ValueError):  # cut off in the middle
+                row = json.loads(line)
+                rows[row["figure"], row.get("rows")] = row
+    return list(rows.values())
 
 
 def unheard(job: Job, rows: Sequence[Row], why: str) -> list[Row]:
     """A row with an error for each figure that a job has not told."""
     heard = {row["figure"] for row in rows}
-    facts = {"rival": job.rival, "shape": job.shape, "cap_gb": job.cap_gb, "error": why}
+    facts = {"part": job.part, "rival": job.rival, "shape": job.shape, "cap_gb": job.cap_gb, "error": why}
     return [{**facts, "figure": figure} for figure in job.figures if figure not in heard]
 
 
-# --- what the device could do ------------------------------------------------------------------------
+# --- all jobs ----------------------------------------------------------------------------------------
 
 
-def decode_floor(shape: Shape, lengths: Sequence[int], prompt: int, bandwidth: float, matmul: float) -> float:
-    """Seconds that decoding needs at the least: rows leave when they are done, weights are 16 bits.
+class Results:
+    """What was found so far, and its files."""
 
-    For every token position the greater of two times: reading all linears, the head and the caches of the
-    living rows at ``bandwidth`` (bytes/s), and their products at ``matmul`` (FLOP/s). The prompts' own
-    forward pass is left out.
-    """
-    weights = shape.linear_parameters + shape.head_parameters
-    total = 0.0
-    for position in range(max(lengths)):
-        alive = sum(length > position for length in lengths)
-        cache = alive * (prompt + position) * shape.cache_bytes(2)
-        total += max((2 * weights + cache) / bandwidth, 2 * weights * alive / matmul)
-    return total
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.done: list[Row] = []
+        self.now: list[Row] = []  # of the job at work
+        self.jobs: list[Row] = []
+        self._log: IO[bytes] = (folder / "log.txt").open("wb")
+        self._copied = 0
 
+    @property
+    def rows(self) -> list[Row]:
+        """All rows."""
+        return [*self.done, *self.now]
 
-def fit_flops(shape: Shape, lengths: Sequence[int], prompt: int, samples: int) -> float:
-    """FLOP that an M-step needs: forward, and as much backward, because only LoRA has a gradient of its own.
+    def look(self, child: Child) -> None:
+        """Take over what a job has told since the last look."""
+        self._copy(child.log)
+        rows = told(child.rows)
+        if rows != self.now:
+            self.now = rows
+            self.write()
 
-    Each prompt once for its ``samples`` rows, the head at completion tokens only; attention (a few percent)
-    is left out.
-    """
-    tokens = sum(lengths) + prompt * len(lengths) // samples
-    return 2 * 2 * (shape.linear_parameters * tokens + shape.head_parameters * sum(lengths))
+    def end(self, job: Job, seconds: float, why: str | None) -> None:
+        """A job is over, or was not begun."""
+        self.done = [*self.rows, *unheard(job, self.now, why or "not told")]
+        self.now, self._copied = [], 0
+        about = {"part": job.part, "job": job.name, "limit": job.limit, "seconds": seconds, "ended": why}
+        self.jobs.append(about)
+        self.write()
 
+    def write(self) -> None:
+        """Both files anew; whoever reads them meanwhile sees the old ones or the new ones."""
+        self._put("results.json", json.dumps({"jobs": self.jobs, "rows": self.rows}, indent=1))
+        self._put("results.txt", self.text())
 
-def against_floor(rows: Sequence[Row], small: bool) -> None:
-    """Add to each row what share of the device it used: ``of_floor``."""
-    floor = next((r for r in rows if r["figure"] == "floor" and "bandwidth" in r), None)
-    for row in rows:
-        if floor is None or "error" in row or row["figure"] not in ("decode", "m-step") or row["cap_gb"]:
-            continue
-        job = Job(row["rival"], row["shape"], "", ())
-        job = shortened(job) if small else job
-        shape = SHAPES[row["shape"]]
-        lengths = draw_lengths(row["rows"], mean=job.mean, cap=job.cap)
-        if row["figure"] == "decode":
-            least = decode_floor(shape, lengths, job.prompt, floor["bandwidth"], floor["matmul"])
-        else:
-            least = fit_flops(shape, lengths, job.prompt, job.samples) / floor["matmul"]
-        row["of_floor"] = least / row["seconds"]
+    def text(self) -> str:
+        """What a person reads. A row that it trips over must not cost the ones to come."""
+        try:
+            return report(self.rows, self.jobs)
+        except Exception as error:
+            return f"results.json has the figures, this text failed: {type(error).__name__}: {error}\n"
 
+    def _put(self, name: str, text: str) -> None:
+        part = self.folder / f"{name}.part"
+        part.write_text(text, "utf-8")
+        os.replace(part, self.folder / name)
 
-# --- log-probabilities -------------------------------------------------------------------------------
+    def say(self, text: str) -> None:
+        """A line for whoever watches, and for the log."""
+        print(text, flush=True)
+        self._log.write(f"=== {text}\n".encode())
+        self._log.flush()
 
-
-def agreement(rows: Sequence[Row]) -> list[Row]:
-    """How far log-probabilities lie apart (nats): each path against the plain one's rows taken one by one."""
-    scored = {r["rival"]: r for r in rows if r["figure"] == "logprobs" and "alone" in r}
-    plain = scored.get("empg")
-    found = []
-    for rival, row in scored.items() if plain else ():
-        for way in ("right", "left", "alone"):
-            pairs = zip(_flat(row[way]), _flat(plain["alone"]), strict=True)
-            off = [abs(a - b) for a, b in pairs]
-            found.append({"path": rival, "padding": way, "mean": fmean(off), "most": max(off)})
-    return found
-
-
-def _flat(rows: Sequence[Sequence[float]]) -> list[float]:
-    return [x for row in rows for x in row]
-
-
-# --- the table ---------------------------------------------------------------------------------------
-
-
-def show(rows: Sequence[Row]) -> str:
-    """What was timed, ratios to ours beside it."""
-    head = ("figure", "shape", "rows", "rival", "seconds", "tok/s", "of floor", "ours is", "peak GB")
-    ours = {_kind(r): r["seconds"] for r in rows if r["rival"] == "empg" and "seconds" in r}
-    lines = []
-    for r in rows:
-        if "seconds" not in r:
-            continue
-        faster = r["seconds"] / ours[_kind(r)] if _kind(r) in ours and r["rival"] != "empg" else 0.0
-        lines.append(
-            (
-                r["figure"] + (f" in {r['cap_gb']:g} GB" if r["cap_gb"] else ""),
-                r["shape"],
-                str(r.get("rows", "")),
-                r["rival"],
-                f"{r['seconds']:.3f} ({r['least']:.3f}-{r['most']:.3f})",
-                f"{r['tokens_per_second']:.0f}" if "tokens_per_second" in r else "",
-                f"{r['of_floor']:.1%}" if "of_floor" in r else "",
-                f"{faster:.2f}x" if faster else "",
-                f"{r['peak_gb']:.2f}" if "peak_gb" in r else "",
-            )
-        )
-    return table(head, lines)
+    def _copy(self, log: Path) -> None:
+        with log.open("rb") as file:
+            file.seek(self._copied)
+            new = file.read()
+        self._copied += len(new)
+        self._log.write(new)
+        self._log.flush()
 
 
-def _what(row: Row) -> str:
-    card = f"in {row['cap_gb']:g} GB" if row["cap_gb"] else ""
-    words = ("not measured:", row["rival"], row["shape"], row["figure"], str(row.get("rows", "")), card)
-    return " ".join(filter(None, words))
+def allowed(job: Job, spare: float, scale: float) -> float:
+    """Seconds that a job may take where earlier ones have left ``spare``."""
+    return min(job.limit + spare, max(2 * job.limit, MOST * scale))
 
 
-def _kind(row: Row) -> tuple[Any, ...]:
-    return row["figure"], row["shape"], row.get("rows"), row["cap_gb"]
-
-
-def report(rows: Sequence[Row]) -> str:
-    """What a person reads."""
-    floor = next((r for r in rows if r["figure"] == "floor" and "bandwidth" in r), None)
-    lines = [show(rows)]
-    if floor:
-        measured = (
-            f"{floor['bandwidth'] / 1e9:.0f} GB/s copied, {floor['matmul'] / 1e12:.2f} TFLOP/s multiplied"
-        )
-        lines.insert(0, f"{floor['device']}: {measured}")
-    apart = agreement(rows)
-    if apart:
-        head = ("log-probs of", "padding", "mean |difference|", "most")
-        cells = [(r["path"], r["padding"], f"{r['mean']:.2e}", f"{r['most']:.2e}") for r in apart]
-        lines.append("Against the plain path, rows one by one, in nats:\n" + table(head, cells))
-    lines += [f"{_what(r)}: {r['error']}" for r in rows if "error" in r]
-    return "\n\n".join(lines)
+def measure(jobs: Sequence[Job], results: Results, scale: float = 1.0) -> None:
+    """Do the jobs in order. Time that a job does not use is left to later ones, beyond their own limits."""
+    spare, following = 0.0, None
+    with tempfile.TemporaryDirectory(prefix="empg-gpu-", ignore_cleanup_errors=True) as work:
+        try:
+            for n, job in enumerate(jobs):
+                seconds = allowed(job, spare, scale)
+                child, following = following or Child(job, Path(work), n), None
+                if seconds < LEAST * scale:
+                    child.kill()
+                    results.end(job, 0.0, f"not begun: {seconds:.0f} s left")
+                    spare += job.limit
+                    continue
+                results.say(f"[{n + 1}/{len(jobs)}] {job.name}: {', '.join(job.figures)} ({seconds:.0f} s)")
+                started = time.monotonic()
+                child.begin(seconds)
+                following = Child(jobs[n + 1], Path(work), n + 1) if n + 1 < len(jobs) else None
+                why = child.wait(seconds, lambda c=child: results.look(c))
+                took = time.monotonic() - started
+                spare += job.limit - took
+                results.end(job, took, why)
+                if why:
+                    results.say(f"    {why}")
+        finally:
+            for left in (following, locals().get("child")):
+                if left is not None:
+                    left.kill()
 
 
 # --- the command -------------------------------------------------------------------------------------
 
 
-def measure(todo: Sequence[Job], small: bool, minutes: float, out: Path, where: dict[str, Any]) -> list[Row]:
-    """Do the jobs in order while there is time; ``out`` is written anew after each."""
-    rows: list[Row] = []
-    ends = time.monotonic() + 60 * minutes
-    with tempfile.TemporaryDirectory() as work_folder:
-        for n, job in enumerate(todo, 1):
-            left = ends - time.monotonic()
-            if left < 5:
-                rows += unheard(job, (), "not begun: out of time")
-                continue
-            print(f"[{n}/{len(todo)}] {job.name}: {', '.join(job.figures)}", file=sys.stderr, flush=True)
-            folder = Path(work_folder) / job.shape
-            rows += run(replace(shortened(job) if small else job, folder=str(folder)), left)
-            against_floor(rows, small)
-            whole = {"machine": where, "rows": rows, "logprobs": agreement(rows)}
-            out.write_text(json.dumps(whole, indent=1), "utf-8")
-    return rows
-
-
-def child(text: str) -> None:
+def child(text: str, folder: str, rows: str) -> None:
     """One job, in this process."""
-    fields = json.loads(text)
-    job = Job(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-    if not Path(job.folder).exists() and "floor" not in job.figures:
-        if job.rival.startswith("unsloth"):  # it has to come before transformers
-            from empg_lite.policy.backends import choose_backend, import_unsloth
+    import faulthandler
 
-            choose_backend("unsloth")
-            import_unsloth()
-        write(Path(job.folder), job.shape)
-    work(job)
+    faulthandler.enable()
+    job = Job.load(text)
+    prepare(job)
+    line = sys.stdin.readline()
+    if not line:  # nobody wants it any more
+        return
+    # A job that hangs says where: the stack of every thread, a moment before it is killed.
+    faulthandler.dump_traceback_later(max(float(line) - 1.5, 0.5))
+    from gpu_work import Work
+
+    Work(job, Path(folder), Path(rows)).do()
+    faulthandler.cancel_dump_traceback_later()
 
 
-def main() -> None:
+def prepare(job: Job) -> None:
+    """Load what the job needs. Unsloth comes before what it patches."""
+    if job.rival == "pytest":
+        return
+    if "unsloth" in job.rival:
+        from empg_lite.policy.backends import choose_backend, import_unsloth
+
+        choose_backend("unsloth")
+        import_unsloth()
+    import peft  # noqa: F401
+    import transformers  # noqa: F401
+
+    import empg_lite.train  # noqa: F401
+
+
+def plan_text(jobs: Sequence[Job]) -> str:
+    """The parts and their limits."""
+    limits = {part: sum(job.limit for job in jobs if job.part == part) for part in PARTS}
+    lines = [f"{part:8s} {limit:5.0f} s" for part, limit in limits.items() if limit]
+    return "\n".join([*lines, f"{'all':8s} {sum(limits.values()):5.0f} s"])
+
+
+def main() -> int:
+    """The exit code: 1 where a check failed or could not be made, 0 otherwise."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="file of the figures (gpu.json)")
+    parser.add_argument("--out", type=Path, help="folder of the results ($OUT, else gpu-results)")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
-    parser.add_argument("--shapes", help=f"some of {','.join(SHAPES)}; 0.5B,1.5B if left out")
-    parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing after so long (9)")
-    parser.add_argument("--rehearse", action="store_true", help="a small shape and few short rows, on a CPU")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.add_argument("--minutes", type=float, help="time for all limits together (9; rehearsal: 27)")
+    parser.add_argument("--rehearse", action="store_true", help="small models and few rows, on a CPU")
+    parser.add_argument("--job", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.job:
-        child(arguments.job)
-        return
-    small = arguments.rehearse
-    if small:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        child(*arguments.job)
+        return 0
     parts = arguments.parts.split(",")
-    shapes = (arguments.shapes or ("tiny" if small else "0.5B,1.5B")).split(",")
-    for known, given in ((PARTS, parts), (tuple(SHAPES), shapes)):
-        if odd := [name for name in given if name not in known]:
-            parser.error(f"unknown: {', '.join(odd)} (there are {', '.join(known)})")
-    where = circumstances("transformers", "peft", "trl", "bitsandbytes", "unsloth")
-    todo = list(jobs(parts, shapes, small))
-    rows = measure(todo, small, arguments.minutes, arguments.out, where)
-    print(" · ".join(f"{name} {value}" for name, value in where.items()))
-    print(report(rows))
+    if odd := [name for name in parts if name not in PARTS]:
+        parser.error(f"unknown: {', '.join(odd)} (there are {', '.join(PARTS)})")
+    minutes = arguments.minutes or (27.0 if arguments.rehearse else TOTAL / 60)
+    jobs = chosen(parts, minutes, arguments.rehearse)
+    print(plan_text(jobs), flush=True)
+    results = Results(arguments.out or Path(os.environ.get("OUT") or "gpu-results"))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: children are killed
+    try:
+        measure(jobs, results, 60 * minutes / TOTAL)
+    except KeyboardInterrupt:
+        results.say("interrupted")
+    results.write()
+    print("\n" + results.text())
+    good = all(holds for _, _, holds in checks(results.rows))
+    whole = len(results.jobs) == len(jobs) and not any("error" in row for row in results.rows)
+    return 0 if good and whole else 1
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

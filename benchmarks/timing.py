@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 from machine import machine
+from tables import table
+
+__all__ = ["Spent", "Spread", "circumstances", "in_turn", "ratios", "spend", "table"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +96,3 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "absent"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown, its columns aligned."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
-
-    return "\n".join([line(head), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)])

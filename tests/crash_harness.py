@@ -22,6 +22,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -342,6 +343,8 @@ def side_by_side(jobs: Iterable[Callable[[], Any]], processes: int = 2) -> list[
                     try:
                         Path(file).write_text(json.dumps(job()), "utf-8")
                         code = 0
+                    except BaseException:
+                        traceback.print_exc()
                     finally:
                         os._exit(code)
                 running[pid] = number, file

@@ -88,10 +88,10 @@ def killed_at_random(plant: Plant, seed: int, seconds: float) -> list[Any]:
         # More patience with each kill: a machine that has become busy would never save the first step.
         time.sleep(rng.uniform(0, 0.8 * seconds * 1.02 ** len(phases)))
         os.kill(pid, signal.SIGKILL)  # one that has ended waits to be asked how
-        code = plant.wait(pid).code
-        if code == 0:
+        ended = plant.wait(pid)
+        if ended.code == 0:
             return [phases, finish(plant, run)]
-        assert code == -signal.SIGKILL, code
+        assert ended.code == -signal.SIGKILL, ended
         phases.append(PHASES[plant.phase[0]])
 
 

@@ -1,7 +1,7 @@
 """Is this card good for training? ``pytest -m gpu`` says so in a minute or two.
 
-Tests that need no GPU kernel also run on a CPU, unmarked: what they compare is the same code. There memory that
-runs out is simulated; on a card it is real.
+Tests that need no GPU kernel also run on a CPU, unmarked: what they compare is the same code. There an
+out-of-memory error is simulated; on a card it is real.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def test_graphs_are_captured_and_replayed(loaded: Any, device: str, merged: bool
 
 @everywhere
 def test_samples_are_those_of_a_cpu(loaded: Any, device: str) -> None:
-    """The same keys draw the same tokens; where samples differ, the random number lies on the edge between two."""
+    """The same keys draw the same tokens, unless the random number lies on the edge between two."""
     plain, decoding = loaded("cpu"), Decoding(16)
     prompts = prompts_of(plain, 6, 16)
     expected = gpu_checks.ids_of(make_sampler(plain, "generate").sample(prompts, decoding))
