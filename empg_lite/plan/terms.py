@@ -224,27 +224,25 @@ def kv_cache(shape: Shape, s: Settings, rows: int) -> int:
 
 
 def prompt_pass(shape: Shape, s: Settings, prompts: int, rows_of_each: int) -> int:
-    """One piece of the prompts on its way through the network, in the largest of three moments.
+    """One piece of the prompts on its way through the network, in the larger of two moments.
 
-    In the MLP: the residual, its two addends and both normed; queries, keys and values by rows; attention's
-    output by rows and packed; silu(gate), and of up the base's product and that with LoRA's, or, over the
-    merged copy, gate, up, silu(gate) and the product. In attention, where keys are written out for each query
-    head; and where they are copied for each row that continues the prompt. For all layers the rotary angles,
-    and (integers) where each key of each row comes from and goes.
+    In the MLP, with queries, keys, values and attention's output by rows beside it. Where keys are copied for
+    each row that continues the prompt, or written out for each query head (below sm80): seldom more, and
+    never of Qwen2.5. For all layers the rotary angles, and (integers) where each key of each row comes from
+    and goes.
     """
     tokens = max(min(PREFILL_TOKENS[s.device], prompts * s.prompt_tokens), s.prompt_tokens)
-    attended = 3 * shape.hidden + 2 * shape.queries + 2 * shape.keys
-    written_out = attended + (2 * shape.queries if s.expands_keys else 0)
-    copied = attended + (1 + rows_of_each) * shape.keys
-    token = max(_through_mlp(shape, s), written_out, copied) + 2 * shape.head_dim
+    copied = 3 * shape.hidden + 2 * shape.queries + (3 + rows_of_each) * shape.keys
+    by_rows = 2 * shape.queries + 2 * shape.keys
+    token = max(_through_mlp(shape) + by_rows, copied) + 2 * shape.head_dim
     places = rows_of_each * (17 + 8 * shape.kv_heads) + 16
     return tokens * (token * s.itemsize + places)
 
 
-def _through_mlp(shape: Shape, s: Settings) -> int:
-    """Elements of a token in the MLP of a pass without gradients."""
-    mlp = 4 * shape.intermediate if s.merged else 3 * shape.intermediate + s.lora_r
-    return 5 * shape.hidden + 3 * shape.queries + 2 * shape.keys + mlp
+def _through_mlp(shape: Shape) -> int:
+    """Elements of a token in the MLP of a pass without gradients: the residual, its two addends and both
+    normed; attention's output; gate, up, silu(gate) and the product."""
+    return 5 * shape.hidden + shape.queries + 4 * shape.intermediate
 
 
 def attention_on_cpu(shape: Shape, s: Settings, rows: int) -> int:
@@ -259,6 +257,12 @@ def attention_on_cpu(shape: Shape, s: Settings, rows: int) -> int:
     seen = shape.heads * s.itemsize + beside + s.itemsize + 1
     vectors = shape.hidden + 2 * shape.queries + 3 * shape.keys
     return rows * (s.row_tokens * seen + vectors * s.itemsize)
+
+
+def decoding_step(shape: Shape, s: Settings, rows: int) -> int:
+    """One token of each row in the MLP, and what its attention may see, as it was and as it is added."""
+    token = _through_mlp(shape) + 2 * shape.head_dim
+    return rows * (token * s.itemsize + s.room * (s.itemsize + 1))
 
 
 def drawing(shape: Shape, s: Settings, rows: int) -> int:
@@ -281,10 +285,8 @@ def graph_pool(shape: Shape, s: Settings, rows: int) -> int:
     """
     if not s.captures:
         return 0
-    token = (_through_mlp(shape, s) + 2 * shape.head_dim) * s.itemsize
-    mask = s.room * (s.itemsize + 1)
-    step = rows * (token + mask) + (0 if s.merged else unpacked_linear(shape, s))
-    return drawing(shape, s, rows) + step + GRAPH_WORKSPACE
+    linear = 0 if s.merged else unpacked_linear(shape, s)
+    return drawing(shape, s, rows) + decoding_step(shape, s, rows) + linear + GRAPH_WORKSPACE
 
 
 def most_places(s: Settings) -> int:
@@ -317,26 +319,26 @@ def generated_cache(shape: Shape, s: Settings, rows: int) -> int:
 
 
 def generated_prompts(shape: Shape, s: Settings, rows: int) -> int:
-    """The prompts, written out for every row, inside one MLP, with their own keys and values: the residual
-    and normed, silu(gate), and of up the product, LoRA's and their sum; a mask of each row as it came and as
-    it is added."""
-    token = 2 * shape.hidden + 4 * shape.intermediate + 2 * shape.head_dim
-    mask = s.prompt_tokens * (s.itemsize + 1)
+    """The prompts, repeated for every row, inside one MLP, with their own keys and values: the residual,
+    normed, and in 16 bit that in fp32, which LoRA reads; silu(gate), and of up the base's product, LoRA's and
+    their sum; a mask of one byte for each pair of tokens."""
+    token = (5 if _narrow(s) else 3) * shape.hidden + 4 * shape.intermediate + 2 * shape.head_dim
     kept = cache_bytes_per_token(shape, s.itemsize)
-    return rows * s.prompt_tokens * (token * s.itemsize + mask + kept)
+    return rows * s.prompt_tokens * (token * s.itemsize + s.prompt_tokens + kept)
 
 
 def joined_keys(shape: Shape, s: Settings, rows: int) -> int:
     """One layer at the last token: keys and values written out for each query head, by Unsloth's masked
-    attention in fp32; or, what is less, the keys once more while a token is appended."""
+    attention in fp32 (more than the keys once more, while a token is appended); and the logits of the step
+    before, in fp32 as they came and with all tokens but one masked."""
     wide = FP32 if s.engine == "unsloth" else s.itemsize
-    return rows * s.row_tokens * max(2 * shape.queries * wide, shape.keys * s.itemsize)
+    return rows * (s.row_tokens * 2 * shape.queries * wide + shape.vocab * 2 * FP32)
 
 
 def generated_draw(shape: Shape, s: Settings, rows: int) -> int:
-    """A draw for all rows at once: the model's logits, their copy in fp32, and two more of that size to let
-    only the drawn token through; the probabilities are gone by then."""
-    return rows * shape.vocab * (s.itemsize + 3 * FP32)
+    """A draw for all rows at once: the model's logits, their copy in fp32, two more of that size to let only
+    the drawn token through, and what the step before let through; the probabilities are gone by then."""
+    return rows * shape.vocab * (s.itemsize + 4 * FP32)
 
 
 # --- M-step ---------------------------------------------------------------------------------------
@@ -459,24 +461,25 @@ def _fitting(shape: Shape, s: Settings) -> dict[str, int]:
 
 
 def _decoding(shape: Shape, s: Settings, rows: int, prompts: int, rows_of_each: int) -> dict[str, int]:
-    """The largest of five moments: the merged copy written; the prompts' pass; with all places full a layer's
-    attention, a draw, places closed up. Captured graphs hold cache and pool through all of them, at the
-    size of the largest decoder."""
+    """The largest of six moments: the merged copy written; the prompts' pass; with all places full a step's
+    MLP, a layer's attention, a draw, places closed up. Captured graphs hold cache and pool through all of
+    them, at the size of the largest decoder."""
     kept = {"merged copy": sampler_copy(shape, s)} if s.merged else {}
     cache = {"KV cache": kv_cache(shape, s, most_places(s) if s.captures else rows)}
     if s.captures:
         cache["graph pool"] = graph_pool(shape, s, most_places(s))
         kept |= cache
     writing = {"one linear merged": merged_linear(shape, s)} if s.merged else {}
-    passing = {"prompts' pass": prompt_pass(shape, s, prompts, rows_of_each)}
-    if not s.merged:
-        passing["one linear dequantized"] = unpacked_linear(shape, s)
+    linear = {} if s.merged else {"one linear dequantized": unpacked_linear(shape, s)}
+    passing = linear | {"prompts' pass": prompt_pass(shape, s, prompts, rows_of_each)}
+    stepping = linear | {"decoding step": decoding_step(shape, s, rows)}
     full = {
         "attention": attention_on_cpu(shape, s, rows),
         "draw": drawing(shape, s, rows),
         "closing up": closing_up(shape, s, rows),
     }
-    return kept | _larger(writing, cache | passing, *(cache | {name: size} for name, size in full.items()))
+    moments = [passing, stepping, *({name: size} for name, size in full.items())]
+    return kept | _larger(writing, *(cache | moment for moment in moments))
 
 
 def _generating(shape: Shape, s: Settings, rows: int) -> dict[str, int]:
@@ -484,7 +487,7 @@ def _generating(shape: Shape, s: Settings, rows: int) -> dict[str, int]:
     linear = {"one linear dequantized": unpacked_linear(shape, s)}
     cache = {"KV cache": generated_cache(shape, s, rows)}
     passing = {"prompts' pass": generated_prompts(shape, s, rows)}
-    attention = {"attention": joined_keys(shape, s, rows)}
+    attention = {"attention and last draw": joined_keys(shape, s, rows)}
     draw = {"draw": generated_draw(shape, s, rows)}
     return _larger(linear | passing, linear | cache | attention, cache | draw)
 
