@@ -61,6 +61,11 @@ class Learner:
         engine, merged = self.recipe.sampler.engine, self.recipe.sampler.merged
         return make_sampler(self.policy, engine, int(rows), bool(merged))
 
+    def make_room(self, sampler: Sampler) -> None:
+        """Before fitting: free what the sampler keeps between draws, unless the plan has room for both."""
+        if not self.planned.keeps_sampler:
+            sampler.release()
+
     def engine_facts(self) -> dict[str, Any]:
         """What samples and what fits: engine, backend, borrowed kernels, attention, what is left out."""
         return {"engine": self.recipe.sampler.engine, **self.policy.facts()}

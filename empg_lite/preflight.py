@@ -125,6 +125,7 @@ def preflight(
             error or "try one of them: empg-lite grade",
         )
     rows = flatten(groups)
+    learner.make_room(sampler)
     step = (seconds + _seconds_to_fit(learner, rows) * recipe.em.passes) * wanted / len(problems)
     return Preflight(
         problems=len(problems),

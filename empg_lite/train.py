@@ -116,8 +116,7 @@ def train(
             session.watch()
             if not state.pending:  # else the run was stopped while this step was validated
                 groups, times, extra = e_step(session, sampler, grader, stream)  # z ~ pi(z|x), R(x, z), w
-                if not learner.planned.keeps_sampler:
-                    sampler.release()
+                learner.make_room(sampler)
                 state.pending = session.fit_groups(  # raise sum of w log pi
                     groups,
                     reward=str(recipe.data.reward),

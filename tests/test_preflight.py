@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from empg_lite.checkpoint import list_checkpoints
 from empg_lite.metrics import read_metrics
 from empg_lite.preflight import preflight_recipe
@@ -105,3 +107,33 @@ def test_check_can_fly_too(cli: Any, recipe_file: Path) -> None:
     )
     code, out, _ = cli("check", "-r", recipe_file, "--preflight", "--set", NEVER)
     assert code == 1 and "none of 128 rationales earned anything" in out
+
+
+def test_what_the_sampler_keeps_is_freed_before_any_fit_that_has_no_room_for_it(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The preflight fits too: on a small card it would run out of memory where training would not."""
+    from empg_lite import learner, preflight
+    from empg_lite.plan import Plan
+    from empg_lite.sampler import NativeSampler
+    from empg_lite.train import train
+
+    order: list[str] = []
+
+    def noted(owner: Any, name: str, what: str) -> None:
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, **k: order.append(what) or real(*a, **k))
+
+    noted(learner, "m_step", "fit")
+    noted(preflight, "m_step", "fit")
+    noted(NativeSampler, "draw", "draw")
+    noted(learner.Learner, "make_room", "room")
+    recipe = load_recipe(str(recipe_file), ["run.eval_every=0", "run.steps=2", "data.reward='regex:[a-m]'"])
+    train(recipe, tmp_path / "run")
+    assert order == ["draw", "room", "fit"] * 3  # the preflight and two steps
+    noted(NativeSampler, "release", "release")
+    built, order[:] = learner.build_learner(recipe), []
+    for keeps in (True, False):
+        monkeypatch.setattr(Plan, "keeps_sampler", keeps)
+        built.make_room(built.sampler())
+    assert order == ["room", "room", "release"]

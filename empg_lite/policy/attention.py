@@ -23,7 +23,7 @@ def attention_kernels(network: Network, dtype: torch.dtype, device: torch.device
     """The kernel of each place where tokens attend: the prompts' pass, a decoding step, a fit.
 
     Names are ``torch.nn.attention.SDPBackend``'s in lower case: ``flash_attention``, ``efficient_attention``,
-    ``cudnn_attention``, ``math``.
+    ``cudnn_attention``, ``math``; ``unknown`` where this torch cannot be asked.
     """
     h, g, d = network.heads, network.kv_heads, network.head_dim
 
@@ -32,7 +32,10 @@ def attention_kernels(network: Network, dtype: torch.dtype, device: torch.device
 
     def chosen(q: Tensor, k: Tensor, mask: Tensor | None = None) -> str:
         gqa = q.shape[1] != k.shape[1]
-        number = torch._fused_sdp_choice(q, k, k, mask, is_causal=mask is None, enable_gqa=gqa)
+        try:  # private, and there is no public way to ask
+            number = torch._fused_sdp_choice(q, k, k, mask, is_causal=mask is None, enable_gqa=gqa)
+        except (AttributeError, TypeError, RuntimeError):
+            return "unknown"
         return SDPBackend(number).name.lower()
 
     def mask(rows: int, queries: int, keys: int) -> Tensor:
