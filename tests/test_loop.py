@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,13 +40,24 @@ def finish(*arguments: object) -> dict[str, object]:
 def kill(began: Callable[[int], bool], *arguments: object) -> None:
     """Start a command and end it with SIGKILL as soon as ``began``, which is asked with its process id."""
     process, deadline = start(arguments), time.monotonic() + PATIENCE
-    while not began(process.pid):
-        assert process.poll() is None, f"{arguments} ended before it was killed: {process.communicate()[1]}"
+    while not began(process.pid) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.0005)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    _, err = process.communicate()
+    assert process.returncode in (0, -signal.SIGKILL), err
+
+
+def cut_short(
+    began: Callable[[int], bool], short: Callable[[], bool], undo: Callable[[], object], *arguments: object
+) -> None:
+    """``kill`` until it was in time: where the machine is busy, this process may look too late."""
+    for _ in range(20):
+        kill(began, *arguments)
+        if short():
+            return
+        undo()
+    raise AssertionError(f"{arguments} always ended before it was killed")
 
 
 def has_child(pid: int) -> bool:
@@ -82,27 +94,27 @@ def killed_round(
     n: int,
     do: Callable[..., object],
     fit_kill: Callable[[Path], Callable[[int], bool]],
-) -> list[bool]:
-    """The n-th round; each of its commands is killed once, then repeated by ``do``. Which were cut short?"""
+) -> None:
+    """The n-th round; each of its commands is cut short by a kill, then repeated by ``do``."""
     before, run, file = folder / f"fit-{n - 1}", folder / f"fit-{n}", folder / f"r-{n}.jsonl"
     source = [before] if n > 1 else []
     sample = ("sample", *source, "--recipe", recipe, *NO_EVAL, "--problems", 3, "--out", file)
-    kill(lambda pid: file.exists() and file.stat().st_size > 0, *sample)
-    short = [sum(len(s.rationales) for s in read_rollouts(file, torn_tail=True)) < 24]
+
+    def incomplete() -> bool:
+        return sum(len(s.rationales) for s in read_rollouts(file, torn_tail=True)) < 24
+
+    cut_short(lambda pid: file.exists() and file.stat().st_size > 0, incomplete, file.unlink, *sample)
     do(*sample)
     assert len(read_rollouts(file)[0].rationales) == 24
 
     score, unscored = ("score", file, "--reward", REWARD), file.read_bytes()
-    kill(has_child, *score)
-    short.append(file.read_bytes() == unscored)
+    cut_short(has_child, lambda: file.read_bytes() == unscored, lambda: file.write_bytes(unscored), *score)
     do(*score)
 
     source = ["--from", before] if n > 1 else []
     fit = ("fit", file, "--recipe", recipe, *NO_EVAL, *source, "--output-dir", run, "--resume")
-    kill(fit_kill(run), *fit)
-    short.append(not (run / "adapter").exists())
+    cut_short(fit_kill(run), lambda: not (run / "adapter").exists(), lambda: shutil.rmtree(run), *fit)
     do(*fit)
-    return short
 
 
 @pytest.mark.slow
@@ -120,7 +132,7 @@ def test_a_round_whose_commands_are_killed_is_a_step_of_train(
     here(
         "train", "--recipe", recipe_file, *NO_EVAL, "--set", "run.steps=1", "--output-dir", tmp_path / "train"
     )
-    assert any(killed_round(tmp_path, recipe_file, 1, here, FIT_KILLS[1]))
+    killed_round(tmp_path, recipe_file, 1, here, FIT_KILLS[1])
     assert adapter(tmp_path / "fit-1") == adapter(tmp_path / "train")
     assert optimizer(tmp_path / "fit-1") == optimizer(tmp_path / "train")
 
@@ -130,10 +142,8 @@ def test_three_rounds_of_killed_processes_are_three_steps_of_train(recipe_file: 
     train = ("train", "--recipe", recipe_file, *NO_EVAL, "--output-dir")
     finish(*train, tmp_path / "train")
     finish(*train, tmp_path / "other", "--seed", 1)
-    rounds = [killed_round(tmp_path, recipe_file, n, finish, FIT_KILLS[n - 1]) for n in (1, 2, 3)]
-    assert all(
-        any(cut_short) for cut_short in zip(*rounds, strict=True)
-    )  # each of the commands, once at least
+    for n in (1, 2, 3):
+        killed_round(tmp_path, recipe_file, n, finish, FIT_KILLS[n - 1])
     assert adapter(tmp_path / "fit-3") == adapter(tmp_path / "train") != adapter(tmp_path / "other")
     assert optimizer(tmp_path / "fit-3") == optimizer(tmp_path / "train") != optimizer(tmp_path / "other")
     ours, theirs = (read_metrics(tmp_path / run / "metrics.jsonl")[-1] for run in ("fit-3", "train"))

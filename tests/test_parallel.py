@@ -333,7 +333,7 @@ def test_a_launched_run_ends_and_goes_on(model_dir: Path, tmp_path: Path, signum
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     launched = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while len(list_checkpoints(run)) < 2:
         assert launched.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)

@@ -9,14 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import events, write_recipe
+from conftest import events, wait_until, write_recipe
 
 from empg_lite.checkpoint import list_checkpoints
 from empg_lite.errors import (
@@ -304,13 +303,14 @@ def test_kill_9_and_resumed_equals_straight(straight: Path) -> None:
         "6",
     ]
     command += ["--output-dir", str(run), "--resume", "--json"]
-    victim = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while len(read_metrics(run / "metrics.jsonl")) < 4:  # before training, and three steps
-        assert victim.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    victim.kill()
-    victim.wait()
+    for _ in range(20):  # a busy machine may look too late
+        victim = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_until(lambda: len(read_metrics(run / "metrics.jsonl")) >= 4)  # before training, and three steps
+        victim.kill()
+        victim.wait()
+        if len(read_metrics(run / "metrics.jsonl")) < 7:
+            break
+        shutil.rmtree(run)
     assert len(read_metrics(run / "metrics.jsonl")) < 7, "killed before the end"
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     result = json.loads(done.stdout.splitlines()[-1])
