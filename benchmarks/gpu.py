@@ -28,8 +28,8 @@ from gpu_parts import PARTS, TOTAL, Job, chosen
 from gpu_report import checks, report
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Seconds between two looks at a job's rows.
-LOOK = 0.1
+#: Seconds between two looks at a job's rows, and those for a job to say where it hangs.
+LOOK, LAST_WORDS = 0.1, 0.5
 #: Seconds below which a job is not begun: libraries alone take longer.
 LEAST = 5.0
 #: A job may take time that others saved: up to twice its limit, or this.
@@ -55,11 +55,11 @@ class Child:
                 stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True, env=environment(job),
             )  # fmt: skip
 
-    def begin(self, seconds: float) -> None:
-        """Let it work; it says where it stands shortly before it is out of time."""
+    def begin(self) -> None:
+        """Let it work."""
         assert self.process.stdin is not None
         with suppress(OSError):  # it may have died over its libraries
-            self.process.stdin.write(f"{seconds}\n".encode())
+            self.process.stdin.write(b"begin\n")
             self.process.stdin.close()
 
     def wait(self, seconds: float, look: Callable[[], None]) -> str | None:
@@ -69,18 +69,26 @@ class Child:
             look()
             time.sleep(LOOK)
         code = self.process.poll()
-        self.kill()
+        self.kill(last_words=True)
         look()
         if code is None:
             return f"killed after {seconds:.0f} s"
         return f"exit code {code}: {last_line(self.log)}" if code else None
 
-    def kill(self) -> None:
-        """End it and everything that it started, sessions of their own included."""
-        doomed = [self.process.pid, *descendants(self.process.pid)]
+    def kill(self, last_words: bool = False) -> None:
+        """End it and everything that it started, sessions of their own included.
+
+        Args:
+            last_words: a process that still runs first writes the stack of every thread into its log.
+        """
+        running = self.process.poll() is None
+        doomed = [self.process.pid, *descendants(self.process.pid)] if running else []
+        if running and last_words:
+            self.process.send_signal(signal.SIGUSR1)
+            time.sleep(LAST_WORDS)
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        for pid in doomed if self.process.poll() is None or len(doomed) > 1 else ():
+        for pid in doomed:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
@@ -226,7 +234,7 @@ def measure(jobs: Sequence[Job], results: Results, scale: float = 1.0) -> None:
                     continue
                 results.say(f"[{n + 1}/{len(jobs)}] {job.name}: {', '.join(job.figures)} ({seconds:.0f} s)")
                 started = time.monotonic()
-                child.begin(seconds)
+                child.begin()
                 following = Child(jobs[n + 1], Path(work), n + 1) if n + 1 < len(jobs) else None
                 why = child.wait(seconds, lambda c=child: results.look(c))
                 took = time.monotonic() - started
@@ -248,17 +256,14 @@ def child(text: str, folder: str, rows: str) -> None:
     import faulthandler
 
     faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)
     job = Job.load(text)
     prepare(job)
-    line = sys.stdin.readline()
-    if not line:  # nobody wants it any more
+    if not sys.stdin.readline():  # the parent has gone
         return
-    # A job that hangs says where: the stack of every thread, a moment before it is killed.
-    faulthandler.dump_traceback_later(max(float(line) - 1.5, 0.5))
     from gpu_work import Work
 
     Work(job, Path(folder), Path(rows)).do()
-    faulthandler.cancel_dump_traceback_later()
 
 
 def prepare(job: Job) -> None:

@@ -80,7 +80,7 @@ def _jobs() -> list[Job]:
         Job("learn", "learn", ("learn",), 25, shape="tiny"),
         Job("learn", "learn", ("learn",), 35, shape="real"),
         # The rivals' whole step beside ours, on shorter completions.
-        Job("rivals", "empg", ("step",), 15, **short),
+        Job("rivals", "empg", ("decode", "step"), 15, **short),
         Job("rivals", "unsloth-generate", ("decode",), 20, **short),
         Job("rivals", "trl", ("step",), 25, **short),
         Job("rivals", "unsloth-trl", ("step",), 25, **short),

@@ -235,6 +235,7 @@ def test_results_of_pytest_are_counted() -> None:
     assert ended == {"test_a": "passed", "test_c": "skipped", "test_b[x y]": "failed"}
     found = gpu_work.counted(ended)
     assert found["failures"] == ["test_b[x y]"] and found["checks"] == {"tests marked gpu": False}
+    assert (found["passed"], found["failed"], found["skipped"]) == (1, 1, 1) and "error" not in found
 
 
 # --- the work of a step --------------------------------------------------------------------------------
@@ -480,12 +481,13 @@ def test_the_report_names_what_failed_and_what_was_not_measured() -> None:
         {**common, **timed, "figure": "decode", "rival": "hf", "seconds": 4.0, "repeats": 0},
         {**common, "figure": "m-step", "rival": "hf", "error": "killed after 9 s"},
         {**common, "figure": "kernels", "rival": "empg", "checks": {"graphs are replayed": False}},
+        {**common, "figure": "tests", "rival": "pytest", **gpu_work.counted({"a": "passed"}), "skipped": 2},
     ]
     text = gpu_report.report(rows, [])
-    assert "4.00x" in text and "first run only" in text
+    assert "4.00x" in text and "first run only" in text and "1 passed, 2 skipped" in text
     assert "rates: hf 0.5B 128 rows, m-step: killed after 9 s" in text
     assert "| FAILED | empg 0.5B 128 rows | graphs are replayed |" in text
-    assert [holds for _, _, holds in gpu_report.checks(rows)] == [True, False]
+    assert [holds for _, _, holds in gpu_report.checks(rows)] == [True, False, True]
 
 
 @pytest.fixture

@@ -209,7 +209,7 @@ def test_graphs_survive_what_happens_in_a_run(
 def nearly(policy: Policy, prompts: list[Prompt], ours: Any, theirs: Any, decoding: Decoding) -> None:
     """The same samples but for rounding."""
     parted = gpu_checks.partings(prompts, ours, theirs)
-    assert len(parted) <= 3
+    assert len(parted) <= 3 + sum(len(p.keys) for p in prompts) // 20
     assert all(gpu_checks.edge_distance(policy, p, decoding) < 1e-4 for p in parted)
 
 
@@ -259,7 +259,7 @@ def run_job(job: gpu_parts.Job, folder: Path) -> list[dict[str, Any]]:
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--job", job.dump(), str(folder), str(rows)]
     paths = os.pathsep.join([str(BENCHMARKS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        command, input="600\n", capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}
+        command, input="begin\n", capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}
     )
     assert done.returncode == 0, done.stderr[-3000:]
     last = {(row["figure"], row.get("rows")): row for row in map(json.loads, rows.read_text().splitlines())}
@@ -273,7 +273,7 @@ def small_job(rival: str, *figures: str) -> gpu_parts.Job:
 
 
 @with_unsloth
-def test_unsloth_beside_plain_transformers(tmp_path: Path, device: str) -> None:
+def test_unsloth_beside_plain_transformers_in_a_process(tmp_path: Path, device: str) -> None:
     """Tokens by graphs, step by step and by ``generate``; log-probabilities of every path."""
     figures = ("train", "greedy", "logprobs")
     jobs = [small_job(rival, *figures) for rival in ("empg", "empg-unsloth")]
@@ -284,7 +284,7 @@ def test_unsloth_beside_plain_transformers(tmp_path: Path, device: str) -> None:
 
 
 @with_unsloth
-def test_the_kernels_that_are_said_to_run_do_run(tmp_path: Path, device: str) -> None:
+def test_the_kernels_that_are_said_to_run_do_run_in_a_process(tmp_path: Path, device: str) -> None:
     """By torch's profiler: RMSNorm, RoPE, SwiGLU and NF4 of Unsloth, a fused attention, graphs."""
     (row,) = run_job(small_job("empg-unsloth", "kernels"), tmp_path)
     assert row["sampling"]["top"] and row["fitting"]["top"]
@@ -293,7 +293,7 @@ def test_the_kernels_that_are_said_to_run_do_run(tmp_path: Path, device: str) ->
 
 
 @everywhere
-def test_the_profile_of_plain_transformers(tmp_path: Path, device: str) -> None:
+def test_the_profile_of_plain_transformers_in_a_process(tmp_path: Path, device: str) -> None:
     """The same without Unsloth: what it would be said to lend is not found."""
     (row,) = run_job(small_job("empg", "kernels"), tmp_path)
     assert row["policy"]["kernels"] == ["plain torch"]
