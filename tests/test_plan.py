@@ -564,6 +564,17 @@ def test_more_work_never_takes_less(shape: Shape, s: Settings) -> None:
     assert predict(replace(shape, layers=shape.layers + 1), s, CPU).peak > peak
 
 
+def test_a_merged_copy_is_written_beside_the_graphs() -> None:
+    """Cache and pool are there then, on a GPU. (The larger moment is chosen with them on both sides.)"""
+    s = replace(BASE, itemsize=2, merged=True, evaluates=True, device="cuda")
+    for rows in (8, 56, 112, 224):
+        terms = dict(t.phases(KNOWN["7B"], replace(s, batch_rows=rows)))["evaluation"]
+        assert {"KV cache", "graph pool", "merged copy"} < set(terms)
+        assert sum(terms.values()) >= t.held_by_sampler(KNOWN["7B"], replace(s, batch_rows=rows)) + max(
+            t.merged_linear(KNOWN["7B"], s), t.drawing(KNOWN["7B"], s, rows)
+        )
+
+
 @given(SHAPES, SETTINGS)
 @settings(max_examples=60, deadline=None)
 def test_a_peak_is_what_stays_and_the_largest_phase(shape: Shape, s: Settings) -> None:
@@ -659,6 +670,16 @@ def test_the_sampler_stays_where_the_m_step_fits_beside_it(merged: bool) -> None
     assert not predict(shape, other, Machine("cuda", 10**12)).keeps_sampler
 
 
+def test_rows_beyond_a_step_are_given_up_to_keep_activations() -> None:
+    """They would serve the evaluation only."""
+    recipe, machine = load_recipe("gsm8k-0.5b"), card("16GB")
+    s = plan_recipe(recipe, KNOWN["0.5B"], machine).settings
+    assert s.batch_rows == s.problems * s.samples == 256 and not s.checkpointing
+    more = load_recipe("gsm8k-0.5b", ["sampler.batch_rows=512"])
+    plan = plan_recipe(more, KNOWN["0.5B"], machine)
+    assert plan.keeps_sampler and plan.settings.checkpointing
+
+
 @pytest.mark.parametrize("name", ["gsm8k-0.5b", "gsm8k-1.5b", "gsm8k-3b", "gsm8k-7b", "math-hard-3b"])
 def test_auto_prefers_sizes_with_which_the_sampler_stays(name: str) -> None:
     """On all cards where it can at half of the rows or more; there micro-batches are large enough all the
@@ -700,7 +721,7 @@ def test_a_t4_writes_keys_out() -> None:
     old, new = (Machine("cuda", 10**10, sm80) for sm80 in (False, True))
     assert expands("auto", old) and expands("float32", old)
     assert not expands("float16", new) and not expands("float16", CPU)
-    s = replace(BASE, device="cuda", itemsize=2, prompt_tokens=512)
+    s = replace(BASE, device="cuda", itemsize=2, prompt_tokens=512, micro_batch_tokens=4096)
     wide, shape = replace(s, expands_keys=True), KNOWN["0.5B"]
     assert t.kept_block(shape, wide) - t.kept_block(shape, s) == 4 * 512 * 2 * (896 - 128) * 2
 

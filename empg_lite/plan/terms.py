@@ -129,8 +129,8 @@ class Settings:
 
     @property
     def padded_prompts(self) -> int:
-        """Those of prompts, at most."""
-        return min(self.padded_tokens, self.problems * self.prompt_tokens)
+        """Those of prompts: with completions behind them, at most all tokens without padding."""
+        return min(self.fitted_tokens, self.problems * self.prompt_tokens)
 
     @property
     def padded_completions(self) -> int:
@@ -464,12 +464,12 @@ def _decoding(shape: Shape, s: Settings, rows: int, prompts: int, rows_of_each: 
     """The largest of six moments: the merged copy written; the prompts' pass; with all places full a step's
     MLP, a layer's attention, a draw, places closed up. Captured graphs hold cache and pool through all of
     them, at the size of the largest decoder."""
-    kept = {"merged copy": sampler_copy(shape, s)} if s.merged else {}
+    copy = {"merged copy": sampler_copy(shape, s)} if s.merged else {}
     cache = {"KV cache": kv_cache(shape, s, most_places(s) if s.captures else rows)}
+    writing = {"one linear merged": merged_linear(shape, s)} if s.merged else {}
     if s.captures:
         cache["graph pool"] = graph_pool(shape, s, most_places(s))
-        kept |= cache
-    writing = {"one linear merged": merged_linear(shape, s)} if s.merged else {}
+        writing = cache | writing
     linear = {} if s.merged else {"one linear dequantized": unpacked_linear(shape, s)}
     passing = linear | {"prompts' pass": prompt_pass(shape, s, prompts, rows_of_each)}
     stepping = linear | {"decoding step": decoding_step(shape, s, rows)}
@@ -479,7 +479,7 @@ def _decoding(shape: Shape, s: Settings, rows: int, prompts: int, rows_of_each: 
         "closing up": closing_up(shape, s, rows),
     }
     moments = [passing, stepping, *({name: size} for name, size in full.items())]
-    return kept | _larger(writing, *(cache | moment for moment in moments))
+    return copy | _larger(writing, *(cache | moment for moment in moments))
 
 
 def _generating(shape: Shape, s: Settings, rows: int) -> dict[str, int]:
