@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,7 +85,11 @@ def table_on(device: torch.device) -> Table:
 
 @contextmanager
 def forced_draws(
-    ends: dict[int, int], stop_id: int, plain_id: int, device: torch.device | str = "cpu"
+    ends: dict[int, int],
+    stop_id: int,
+    plain_id: int,
+    device: torch.device | str = "cpu",
+    others: Collection[int] = (),
 ) -> Iterator[None]:
     """Within this, the package's engines end the row of random key ``key`` after ``ends[key]`` tokens.
 
@@ -96,6 +100,7 @@ def forced_draws(
         stop_id: the token that ends a row.
         plain_id: what stands in for it where it is drawn too early.
         device: where the engines draw.
+        others: further tokens that would end a row: never drawn.
     """
     from empg_lite.sampler import draw as home
 
@@ -107,7 +112,7 @@ def forced_draws(
         logits: Tensor, row_keys: Tensor, position: Any, *rest: Any, **more: Any
     ) -> tuple[Tensor, Tensor]:
         tokens, logprobs = right(logits, row_keys, position, *rest, **more)
-        early = tokens.masked_fill(tokens == stop_id, plain_id)
+        early = without(tokens, (stop_id, *others), plain_id)
         return early.masked_fill(table.ended(row_keys, position), stop_id), logprobs
 
     users = [
@@ -124,8 +129,24 @@ def forced_draws(
             module.draw = right  # type: ignore[attr-defined]
 
 
-def end_rows(completions: Tensor, lengths: Sequence[int], stop_id: int, plain_id: int) -> Tensor:
+def without(tokens: Tensor, stops: Collection[int], plain_id: int) -> Tensor:
+    """The tokens with ``plain_id`` in the place of each that would end a row."""
+    for stop in sorted(set(stops)):
+        tokens = tokens.masked_fill(tokens == stop, plain_id)
+    return tokens
+
+
+def end_rows(
+    completions: Tensor,
+    lengths: Sequence[int],
+    stop_id: int,
+    plain_id: int,
+    others: Collection[int] = (),
+) -> Tensor:
     """``(B, T)`` tokens ended by the table: the stop token once a row, at its end, and from there on.
+
+    Args:
+        others: further tokens that would end a row: taken out.
 
     Raises:
         AssertionError: a row has not been drawn to its end.
@@ -133,12 +154,16 @@ def end_rows(completions: Tensor, lengths: Sequence[int], stop_id: int, plain_id
     assert completions.shape == (len(lengths), max(lengths)), (tuple(completions.shape), max(lengths))
     at = torch.arange(completions.shape[1], device=completions.device)
     last = torch.tensor(lengths, device=completions.device)[:, None] - 1
-    early = torch.where(completions == stop_id, plain_id, completions)
+    early = without(completions, (stop_id, *others), plain_id)
     return torch.where(at >= last, stop_id, early)
 
 
 def forced_generate(
-    generate: Callable[..., Tensor], lengths: Sequence[int], stop_id: int, plain_id: int
+    generate: Callable[..., Tensor],
+    lengths: Sequence[int],
+    stop_id: int,
+    plain_id: int,
+    others: Collection[int] = (),
 ) -> Callable[..., Tensor]:
     """``model.generate`` with row ``i`` ended after ``lengths[i]`` tokens; end tokens do nothing else.
 
@@ -164,7 +189,7 @@ def forced_generate(
         else:
             config.update(**never)
         out = generate(input_ids=input_ids, stopping_criteria=StoppingCriteriaList([over]), **options)
-        done = end_rows(out[:, width:], lengths, stop_id, plain_id)
+        done = end_rows(out[:, width:], lengths, stop_id, plain_id, others)
         return torch.cat([out[:, :width], done], dim=-1)
 
     return forced

@@ -272,7 +272,9 @@ class Work:
         stop, plain = policy.tokenizer.eos_token_id, policy.model.generate
 
         def run() -> None:
-            policy.model.generate = forced_generate(plain, setting.lengths, stop, setting.plain_id)
+            policy.model.generate = forced_generate(
+                plain, setting.lengths, stop, setting.plain_id, policy.stop_ids
+            )
             try:
                 rows = generate(
                     policy, prompts, do_sample=True, temperature=1.0, top_p=1.0, top_k=0,
@@ -607,8 +609,12 @@ def plan_facts(learner: Any) -> Facts:
     }
 
 
+#: What Unsloth lends, by the package's name for it, and the kind of kernel that has to be seen then.
+LENT = {"add_norm": "RMSNorm", "rotate": "RoPE", "swiglu": "SwiGLU"}
+
+
 def kernel_checks(found: Mapping[str, Any], *, unsloth: bool) -> dict[str, bool]:
-    """What has to be seen in a profile: the kernels that are said to be used, graphs, a fused attention."""
+    """What has to be seen in a profile: the kernels that the policy names, graphs, a fused attention."""
     sampling, fitting = found["sampling"], found["fitting"]
     replayed = found["engine"]["graphs_replayed"] - found["replayed_before"]["graphs_replayed"]
     checks = {
@@ -620,8 +626,12 @@ def kernel_checks(found: Mapping[str, Any], *, unsloth: bool) -> dict[str, bool]
         checks[f"attention of {name} is fused"] = bool({"flash", "efficient", "flex"} & seen)
         checks[f"no unfused attention in {name}"] = "math" not in seen
         checks[f"no cuDNN attention in {name}"] = "cudnn" not in seen
-    for kind in ("RMSNorm", "RoPE", "SwiGLU") if unsloth else ():
-        checks[f"Unsloth's {kind} in sampling"] = kind in sampling["kinds"]
+    said = found["policy"]
+    if unsloth:
+        checks["nothing of Unsloth's is left out"] = not said["notes"]
+    for name in set(said["kernels"]) & set(LENT):
+        checks[f"Unsloth's {LENT[name]} in sampling"] = LENT[name] in sampling["kinds"]
+    for kind in LENT.values() if said["fit"].startswith("unsloth") else ():
         checks[f"Unsloth's {kind} in fitting"] = kind in fitting["kinds"]
     return checks
 

@@ -104,7 +104,8 @@ def sample(learner: Learner, sampler: Sampler, setting: Setting, step: int = 1) 
     """One E-step's rationales, their lengths forced; in the order of ``setting.lengths``."""
     policy = learner.policy
     ends = ends_of(prompts_of(policy, setting, step), setting)
-    with forced_draws(ends, policy.tokenizer.eos_token_id, setting.plain_id, policy.device):
+    stop, others = policy.tokenizer.eos_token_id, policy.stop_ids
+    with forced_draws(ends, stop, setting.plain_id, policy.device, others):
         drawn = sample_rationales(
             policy, sampler, setting.problems, learner.decoding,
             samples=setting.samples, seed=0, step=step, policy_step=0,

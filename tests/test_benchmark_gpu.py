@@ -274,6 +274,17 @@ def test_forced_lengths_lie_where_a_captured_graph_finds_them(monkeypatch: pytes
     assert len(tables) == 1 and decoder_module.draw is right
 
 
+def test_no_other_stop_token_ends_a_row_early() -> None:
+    """A model has several: Qwen2.5's end of text and end of turn. One in a thousand rows would be short."""
+    logits, keys = torch.full((2, 6), -1.0), torch.tensor([7, 5])
+    logits[:, 3] = 5.0
+    with forced.forced_draws({5: 1, 7: 2}, 4, 0, others=(3, 4)):
+        drawn = [decoder_module.draw(logits, keys, at, Decoding(9, 0.0))[0].tolist() for at in range(2)]
+    assert drawn == [[0, 4], [4, 0]]
+    rows = torch.tensor([[3, 3, 1], [2, 4, 3]])
+    assert forced.end_rows(rows, [2, 3], 4, 0, (3,)).tolist() == [[0, 4, 4], [2, 0, 4]]
+
+
 def test_a_key_that_has_no_length_is_never_ended() -> None:
     """An idle place of a decoder keeps a key of before: no index is beyond the table's end."""
     table = forced.Table(torch.device("cpu"))
@@ -424,7 +435,9 @@ def test_what_a_profile_has_to_show() -> None:
         return {"kinds": list(kinds), "attention": list(attention)}
 
     counts = {"engine": {"graphs_replayed": 9}, "replayed_before": {"graphs_replayed": 4}}
+    said = {"kernels": ["add_norm", "rotate", "swiglu", "dequantize"], "fit": "unsloth, shared prefix"}
     good = {**counts, "sampling": half("flash", "efficient"), "fitting": half("flex")}
+    good["policy"] = {**said, "notes": []}
     assert all(gpu_work.kernel_checks(good, unsloth=True).values())
 
     def failed(**changed: Any) -> set[str]:
@@ -438,12 +451,11 @@ def test_what_a_profile_has_to_show() -> None:
         "no unfused attention in fitting",
     }
     assert failed(sampling=half("flash", kinds=("RMSNorm", "RoPE"))) == {"Unsloth's SwiGLU in sampling"}
-    assert not failed(replayed_before={"graphs_replayed": 0})
-    plain = {
-        **good,
-        "sampling": half("flash", kinds=("NF4 dequantisation",)),
-        "fitting": half("flash", kinds=()),
-    }
+    assert failed(fitting=half("flex", kinds=("RoPE", "SwiGLU"))) == {"Unsloth's RMSNorm in fitting"}
+    left_out = {"kernels": ["rotate", "swiglu"], "fit": "packed", "notes": ["add_norm: differs"]}
+    assert failed(policy=left_out, fitting=half("flash", kinds=())) == {"nothing of Unsloth's is left out"}
+    plain = {**good, "policy": {"kernels": ["plain torch"], "fit": "packed", "notes": []}}
+    plain |= {"sampling": half("flash", kinds=("NF4 dequantisation",)), "fitting": half("flash", kinds=())}
     assert all(gpu_work.kernel_checks(plain, unsloth=False).values())
 
 
