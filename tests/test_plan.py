@@ -190,9 +190,15 @@ def pairs_of(s: Settings) -> Pairs:
     return [(prompt, (2,) * s.new_tokens) for prompt in prompts for _ in range(s.samples)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("four_bit", [False, True])
-@pytest.mark.parametrize("problems, samples, new_tokens", [(4, 4, 24), (6, 1, 9)])
+@pytest.mark.parametrize(
+    "dtype, four_bit, problems, samples, new_tokens",
+    [
+        ("float32", False, 4, 4, 24),
+        ("bfloat16", True, 4, 4, 24),
+        ("float32", True, 6, 1, 9),
+        ("bfloat16", False, 6, 1, 9),
+    ],
+)
 def test_a_block_keeps_what_autograd_saves(
     model_dir: Path, dtype: str, four_bit: bool, problems: int, samples: int, new_tokens: int
 ) -> None:
@@ -298,11 +304,12 @@ WHOLE_STEP = 10**6
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"new_tokens": 200}, {"samples": 1, "problems": 16}, {"prompt_tokens": 200, "new_tokens": 4}],
+    [{}, {"new_tokens": 100}, {"samples": 1, "problems": 16}, {"prompt_tokens": 200, "new_tokens": 4}],
     ids=["plain", "long", "one", "prompts"],
 )
-@pytest.mark.parametrize("itemsize", [4, 2], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "again"])
+@pytest.mark.parametrize(
+    "itemsize, checkpointing", [(4, False), (2, False), (2, True)], ids=["fp32", "bf16", "again"]
+)
 def test_an_m_step_allocates_what_the_plan_says(
     wide_mlp: Path, change: dict[str, int], itemsize: int, checkpointing: bool
 ) -> None:
@@ -311,7 +318,7 @@ def test_an_m_step_allocates_what_the_plan_says(
     assert predicted == pytest.approx(found, rel=0.03)
 
 
-@pytest.mark.parametrize("change", [{}, {"checkpointing": True}, {"itemsize": 2}, {"new_tokens": 400}])
+@pytest.mark.parametrize("change", [{}, {"checkpointing": True}, {"itemsize": 2}, {"new_tokens": 200}])
 def test_an_m_step_with_a_narrow_mlp(model_dir: Path, change: dict[str, Any]) -> None:
     """Twice the width of a token: there the forward pass comes near to what going back takes."""
     predicted, found = m_step_beside_plan(model_dir, replace(BASE, micro_batch_tokens=WHOLE_STEP, **change))
@@ -395,31 +402,30 @@ def sample_beside_plan(model: Path, s: Settings) -> tuple[dict[str, int], int]:
 
 
 @pytest.mark.parametrize(
-    "change, vocab, terms",
+    "change, terms",
     [
         (
             {"problems": 8, "batch_rows": 32, "prompt_tokens": 2, "new_tokens": 20},
-            259,
             "decoding step",
         ),
-        ({"problems": 16, "batch_rows": 64, "prompt_tokens": 2, "new_tokens": 4}, 8000, "draw"),
-        ({"samples": 1, "problems": 16, "prompt_tokens": 200, "new_tokens": 4}, 259, "prompts' pass"),
-        ({"samples": 4, "problems": 16, "prompt_tokens": 300, "new_tokens": 4}, 259, "prompts' pass"),
+        ({"problems": 16, "batch_rows": 64, "prompt_tokens": 2, "new_tokens": 4}, "draw"),
+        ({"samples": 1, "problems": 16, "prompt_tokens": 200, "new_tokens": 4}, "prompts' pass"),
+        ({"samples": 4, "problems": 16, "prompt_tokens": 300, "new_tokens": 4}, "prompts' pass"),
         (
-            {"problems": 8, "batch_rows": 32, "prompt_tokens": 2, "new_tokens": 90},
-            259,
+            {"problems": 8, "batch_rows": 32, "prompt_tokens": 2, "new_tokens": 40},
             "attention, closing up",
         ),
     ],
     ids=["step", "draw", "prompts", "pieces", "layer"],
 )
-@pytest.mark.parametrize("itemsize", [4, 2], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("merged", [False, True], ids=["live", "merged"])
+@pytest.mark.parametrize(
+    "itemsize, merged", [(4, False), (4, True), (2, False)], ids=["fp32", "merged", "bf16"]
+)
 def test_an_e_step_takes_what_the_plan_says(
+    model_dir: Path,
     wide_mlp: Path,
     large_vocab: Path,
     change: dict[str, Any],
-    vocab: int,
     terms: str,
     itemsize: int,
     merged: bool,
@@ -430,7 +436,8 @@ def test_an_e_step_takes_what_the_plan_says(
     if change["prompt_tokens"] == 300:
         monkeypatch.setitem(sizes.PREFILL_TOKENS, "cpu", 900)
     s = replace(BASE, itemsize=itemsize, merged=merged, **change)
-    plan, found = sample_beside_plan(large_vocab if vocab > 259 else wide_mlp, s)
+    model = {"draw": large_vocab, "attention, closing up": model_dir}.get(terms, wide_mlp)
+    plan, found = sample_beside_plan(model, s)
     assert set(terms.split(", ")) & set(plan)
     assert 0.96 * found <= sum(plan.values()) <= (1.04 if itemsize == 4 else 1.1) * found
 
@@ -686,7 +693,7 @@ def test_auto_prefers_sizes_with_which_the_sampler_stays(name: str) -> None:
     same."""
     recipe = load_recipe(name)
     shape, needed, kept = read_shape(recipe.model.name), 256, set[bool]()
-    for size in range(5, 81):
+    for size in range(5, 81, 3):
         plan = plan_recipe(recipe, shape, card(f"{size}GB"))
         s = plan.settings
         if plan.fits:
