@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -65,5 +66,6 @@ def code_commit(code: Path, *folders: str) -> str | None:
         command = ["git", "-C", str(code), *words, "--", *folders]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
-    commit = git("log", "-1", "--format=%h") if (code / ".git").exists() else ""
+    checkout = (code / ".git").exists() and shutil.which("git") is not None
+    commit = git("log", "-1", "--format=%h") if checkout else ""
     return commit + ("-dirty" if git("status", "--porcelain") else "") if commit else None

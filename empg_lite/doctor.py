@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import re
+import tomllib
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
@@ -31,7 +33,7 @@ class Finding:
 def packages() -> list[Finding]:
     """The package's own requirements against what is installed; extras are optional."""
     findings = []
-    for text in requires("empg-lite") or []:
+    for text in _requirements():
         requirement = Requirement(text)
         extra = re.search(r"extra == ['\"](\w+)['\"]", text)
         if extra and extra.group(1) in ("dev", "docs", "browser"):
@@ -42,6 +44,19 @@ def packages() -> list[Finding]:
             installed = None
         findings.append(Finding(requirement.name, installed, str(requirement.specifier), extra is not None))
     return findings
+
+
+def _requirements() -> list[str]:
+    """As the installed package states them; a checkout that is not installed has its ``pyproject.toml``."""
+    try:
+        return requires("empg-lite") or []
+    except PackageNotFoundError:
+        source = Path(__file__).resolve().parent.parent / "pyproject.toml"
+        if not source.is_file():
+            return []
+    project = tomllib.loads(source.read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"].items()
+    return [*project["dependencies"], *(f"{t.split(';')[0]}; extra == '{x}'" for x, ts in extras for t in ts)]
 
 
 def device() -> dict[str, Any]:

@@ -150,8 +150,9 @@ class SamplerSection(Section):
     """How rationales are drawn in the E-step."""
 
     engine: Literal["auto", "native", "generate", "unsloth"] = key(
-        "auto", "native: our own, with Unsloth's kernels where they prove right; generate: the backend's; "
-        "unsloth: Unsloth's"
+        "auto",
+        "native: our own, with Unsloth's kernels where they prove right; generate: the backend's; "
+        "unsloth: Unsloth's",
     )
     problems_per_step: Annotated[int, Field(ge=1, le=65_536)] = key(32, "P: problems of one step")
     samples_per_problem: Annotated[int, Field(ge=1, le=4096)] = key(8, "K: rationales drawn for each problem")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -257,7 +258,7 @@ def environment() -> dict[str, Any]:
 def _commit() -> str | None:
     """Commit of this package's own checkout, where it runs from one."""
     source = Path(__file__).resolve().parent.parent
-    if not (source / ".git").exists():
+    if not (source / ".git").exists() or shutil.which("git") is None:
         return None
     found = subprocess.run(
         ["git", "-C", str(source), "rev-parse", "HEAD"],

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.utils import canonicalize_name
 from test_broken_inputs import BROKEN, write_case
 
 COMMANDS = (
@@ -219,6 +220,24 @@ def test_recipes_and_doctor(cli, tmp_path: Path) -> None:  # type: ignore[no-unt
     code, out, _ = cli("doctor", "--json")
     found = last(out)
     assert found["packages"]["torch"]["installed"].startswith("2.") and found["device"]
+
+
+def test_a_checkout_that_is_not_installed_has_a_doctor_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine where the package is put on the path: requirements come from the project's own file."""
+    from empg_lite import doctor
+
+    def names() -> set[tuple[str, bool]]:
+        return {(canonicalize_name(f.name), f.optional) for f in doctor.packages()}
+
+    installed = names()
+
+    def absent(name: str) -> list[str]:
+        raise doctor.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor, "requires", absent)
+    assert names() == installed >= {("torch", False), ("unsloth", True)}
+    (torch,) = [f for f in doctor.packages() if f.name == "torch"]
+    assert torch.ok and torch.wanted == "<2.15,>=2.10"
 
 
 def test_check_says_no_with_exit_1(cli, recipe_file: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
