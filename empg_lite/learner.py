@@ -20,6 +20,7 @@ from empg_lite.parallel import ALONE, Team
 from empg_lite.policy import load_policy
 from empg_lite.policy.adam import make_adamw
 from empg_lite.policy.integrity import check_config, resolve_model
+from empg_lite.policy.packing import shares_keys
 from empg_lite.policy.policy import Policy
 from empg_lite.rationale import Problem, Rationale, RolloutHeader
 from empg_lite.recipe import Recipe
@@ -216,7 +217,8 @@ def plan_here(recipe: Recipe, *, refuse: bool, team: Team = ALONE) -> tuple[plan
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     held = 0 if device.type == "cuda" else plan.resident_memory()
     free = min(team.gather(plan.free_memory(device)))
-    found = plan.plan_recipe(recipe, shape, plan.Machine(device.type, free))
+    sm80 = shares_keys(device) if device.type == "cuda" else None
+    found = plan.plan_recipe(recipe, shape, plan.Machine(device.type, free, sm80))
     if refuse:
         plan.refuse_unfit(found)
     return found, held

@@ -37,6 +37,7 @@ class Graphs:
         self.captured = self.replayed = self.eager = 0
         self.failure: str | None = None
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._aside: torch.cuda.Stream | None = None  # one for all captures: each has memory of its own
 
     def fits(self, rows: int, room: int) -> bool:
         """Whether the decoder will do for so many rows of that length."""
@@ -80,7 +81,7 @@ class Graphs:
         moving = (decoder.tokens, decoder.lengths, decoder.drawn, decoder.logprobs)
         before = [tensor.clone() for tensor in moving]
         # Once outside of a graph, for libraries to set up; the cache gets what the first replay writes again.
-        aside = torch.cuda.Stream()
+        aside = self._aside = self._aside or torch.cuda.Stream()
         aside.wait_stream(stream)
         with torch.cuda.stream(aside):
             work()
