@@ -151,8 +151,7 @@ class SamplerSection(Section):
 
     engine: Literal["auto", "native", "generate", "unsloth"] = key(
         "auto",
-        "native: our own, with Unsloth's kernels where they prove right; generate: the backend's; "
-        "unsloth: Unsloth's",
+        "native: ours, with Unsloth's kernels where they prove right; generate, unsloth: the backend's own",
     )
     problems_per_step: Annotated[int, Field(ge=1, le=65_536)] = key(32, "P: problems of one step")
     samples_per_problem: Annotated[int, Field(ge=1, le=4096)] = key(8, "K: rationales drawn for each problem")
