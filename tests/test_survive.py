@@ -240,16 +240,20 @@ def test_rewards_that_say_nothing(
     assert any(bool(t.any()) for n, t in moved.items() if "lora_B" in n) is (updates > 0)
 
 
-@pytest.mark.parametrize(("broken", "code"), [(10, 69), (6, 69), (4, 0)])
+@pytest.mark.parametrize(("broken", "code"), [(10, 69), (7, 69), (3, 0)])
 def test_a_grader_that_fails_stops_the_run_after_two_steps(
     tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, broken: int, code: int
 ) -> None:
-    """No verdict on ``broken`` tenths of the answers: noise above a half, a warning below."""
+    """No verdict on ``broken`` tenths of the answers: noise above a half, a warning below.
+
+    The two workers count in one file: which of them is asked more depends on the machine.
+    """
     from empg_lite import preflight as module
 
     mine, spec = tmp_path / "mine.py", f"python:{tmp_path / 'mine.py'}"
     mine.write_text(
-        "n = 0\ndef reward(completion, gold, question, meta):\n    global n\n    n += 1\n"
+        f"asked = open({str(tmp_path / 'asked')!r}, 'ab', 0)\n"
+        "def reward(completion, gold, question, meta):\n    asked.write(b'.')\n    n = asked.tell()\n"
         f"    if n % 10 < {broken}:\n        raise ValueError('a bad day')\n    return n % 2\n",
         "utf-8",
     )
