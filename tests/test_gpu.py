@@ -292,7 +292,7 @@ def test_the_kernels_that_are_said_to_run_do_run_in_a_process(tmp_path: Path, de
     assert not [what for what, holds in row["checks"].items() if not holds], row
 
 
-@everywhere
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), GPU])
 def test_the_profile_of_plain_transformers_in_a_process(tmp_path: Path, device: str) -> None:
     """The same without Unsloth: what it would be said to lend is not found."""
     (row,) = run_job(small_job("empg", "kernels"), tmp_path)

@@ -125,7 +125,9 @@ def test_every_command_in_it_is_one_of_ours(name: str) -> None:
         assert set(re.findall(r"(?<=\s)--[a-z-]+", rest)) <= known, (verb, rest)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n == "your_own_data" else []) for n in NAMES]
+)
 def test_three_steps(name: str, kernel_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     startup = kernel_home.parent / "ipython" / "profile_default" / "startup"
     startup.mkdir(parents=True)
