@@ -123,6 +123,7 @@ def test_grading_planning_and_problems(trained: tuple[api.Run, Path, Watcher]) -
     assert len(api.load_problems("tiny")) == 500
 
 
+@pytest.mark.slow
 def test_report_and_export(trained: tuple[api.Run, Path, Watcher], tmp_path: Path) -> None:
     run = trained[0]
     made = api.write_report(run, tmp_path / "r.html")

@@ -331,6 +331,7 @@ def test_a_smaller_card_is_what_the_plan_sees(learner: Any, monkeypatch: pytest.
     assert small.settings != large.settings and small.peak < large.peak
 
 
+@pytest.mark.slow
 def test_a_model_with_random_weights_writes_text(tmp_path: Path) -> None:
     """Else every reward of the two training steps would be 0, and nothing would be fitted."""
     job = gpu_parts.cut(Job("runs", "empg", ("train",), 60.0))

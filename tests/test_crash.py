@@ -66,7 +66,7 @@ def killed_at(plant: Plant, at: int, saved_by: int) -> list[Any]:
     return [ended.code, whole, finish(plant, run)]
 
 
-@pytest.mark.parametrize("every", [9, pytest.param(1, marks=slow)])
+@pytest.mark.parametrize("every", [13, pytest.param(1, marks=slow)])
 def test_killed_at_every_change_to_the_disk(
     plant: Plant, straight_child: tuple[Ended, str], every: int
 ) -> None:
@@ -103,7 +103,7 @@ def killed_within(plant: Plant, phase: str, calls: int) -> list[Any]:
     return [[PHASES[plant.phase[0]]], finish(plant, run)]
 
 
-@pytest.mark.parametrize("kills", [40, pytest.param(3000, marks=slow)])
+@pytest.mark.parametrize("kills", [25, pytest.param(3000, marks=slow)])
 def test_killed_at_random(plant: Plant, straight_child: tuple[Ended, str], kills: int) -> None:
     """At random times, and a twentieth as often in each phase: times alone need not meet the short ones."""
     started = time.perf_counter()
@@ -313,7 +313,7 @@ def fail_everywhere(plant: Plant, straight_child: tuple[Ended, str], cases: list
     assert wrong == []
 
 
-@pytest.mark.parametrize("every", [9, pytest.param(1, marks=slow)])
+@pytest.mark.parametrize("every", [13, pytest.param(1, marks=slow)])
 def test_a_full_disk_at_every_call(plant: Plant, straight_child: tuple[Ended, str], every: int) -> None:
     """ENOSPC at each call, quick at every fifth and one of each kind; the other errors take turns."""
     calls, others = failing(plant, straight_child), ("EDQUOT", "EIO", "EROFS", "EFBIG")

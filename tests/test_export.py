@@ -113,7 +113,7 @@ def strangers_logits(
     return [found[str(i)] for i in range(len(found))], done.stdout.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize("kind", ["adapter", "merged"])
+@pytest.mark.parametrize("kind", ["adapter", pytest.param("merged", marks=pytest.mark.slow)])
 def test_it_loads_where_this_package_is_not(
     cli, run: Path, model_dir: Path, tmp_path: Path, kind: str
 ) -> None:  # type: ignore[no-untyped-def]

@@ -126,7 +126,7 @@ def test_every_command_in_it_is_one_of_ours(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n == "your_own_data" else []) for n in NAMES]
+    "name", [pytest.param(n, marks=[] if n == "tiny_cpu" else [pytest.mark.slow]) for n in NAMES]
 )
 def test_three_steps(name: str, kernel_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     startup = kernel_home.parent / "ipython" / "profile_default" / "startup"

@@ -72,7 +72,7 @@ def drawn(run: Path) -> Iterator[tuple[dict[str, object], list[list[Rationale]]]
         yield record, [list(rows[i : i + 2]) for i in range(0, len(rows), 2)]
 
 
-@pytest.mark.parametrize("refill", [0, 4, 100])
+@pytest.mark.parametrize("refill", [0, pytest.param(4, marks=pytest.mark.slow), 100])
 def test_refill_draws_until_enough_teach_or_the_cap_is_reached(
     recipe_file: Path, tmp_path: Path, refill: int
 ) -> None:

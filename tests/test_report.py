@@ -148,6 +148,7 @@ def test_the_choice_is_fair_and_fits() -> None:
     assert choose(rows, 0) == []
 
 
+@pytest.mark.slow
 def test_an_enormous_run_still_makes_a_small_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("empg_lite.report.build.ROOM_SAMPLES", 100_000)
 
