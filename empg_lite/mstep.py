@@ -151,11 +151,11 @@ class _Fitter:
         self.first = self.first or ((loss, norm) if finite else None)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate
-        if self.scaler is None:
-            if finite:
-                self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)  # leaves the weights alone where it saw an infinity
+        if finite and self.scaler is not None:
+            self.scaler.step(self.optimizer)
+        elif finite:
+            self.optimizer.step()
+        if self.scaler is not None:
             self.scaler.update(None if finite else self.scaler.get_scale())
         self.updates += finite
         self.nonfinite += not finite

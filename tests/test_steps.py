@@ -10,6 +10,7 @@ import torch
 from conftest import load_fixture_policy
 from test_rationale import rationale
 
+from empg_lite import mstep
 from empg_lite.errors import OutOfMemory
 from empg_lite.estep import estep_metrics, mixture_metrics, reward_matrix, sample_rationales, weigh
 from empg_lite.mstep import FitSettings, m_step
@@ -255,6 +256,23 @@ def test_float16_scaling_changes_no_gradient(model_dir: Path) -> None:
     assert stats.updates == 1
     _, skipped = step_of(model_dir, rows([float("inf")] + WEIGHTS[1:]), scaler=scaler)
     assert skipped.updates == 0 and skipped.skipped_nonfinite == 1 and scaler.get_scale() == 1024.0
+
+
+def test_a_loss_that_is_no_number_moves_nothing_in_float16_either(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scaler looks at gradients alone; here they are finite and the loss is not."""
+    real = mstep._Fitter._backward
+
+    def backward(self, weights):  # type: ignore[no-untyped-def]
+        _, *sizes = real(self, weights)
+        return (float("nan"), *sizes)
+
+    monkeypatch.setattr(mstep._Fitter, "_backward", backward)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    moved, stats = step_of(model_dir, rows(), scaler=scaler)
+    assert stats.updates == 0 and stats.skipped_nonfinite == 1 and not moved.any()
+    assert scaler.get_scale() == 1024.0 and stats.scale_halvings == 0
 
 
 # --- E-step -------------------------------------------------------------------------------------------

@@ -78,10 +78,10 @@ class Network:
 
     def after(self, layer: Layer, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
         """What the layer gives, x and update ``(N, D)`` to be added, after attention's ``(N, H d)``."""
-        x, normed = self.normed(x, layer.out(attended), layer.mlp_norm)
+        x, normed = self.add_norm(x, layer.out(attended), layer.mlp_norm)
         return x, layer.mlp(normed)
 
-    def normed(self, x: Tensor, update: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def add_norm(self, x: Tensor, update: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of ``(N, D)`` and its update, and the sum's RMSNorm; both inputs may be overwritten."""
         return self.kernels.add_norm(x, update, weight, self.eps)
 

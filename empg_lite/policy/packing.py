@@ -129,7 +129,7 @@ def packed_hidden(network: Network, packed: Pack, *, checkpointing: bool = False
     angles, mask = network.angles(packed.positions), _mask(packed, network, x.dtype)
 
     def through(layer: Layer, x: Tensor) -> Tensor:
-        x, normed = network.normed(x, None, layer.norm)
+        x, normed = network.add_norm(x, None, layer.norm)
         queries, keys, values = network.heads_of(layer, normed, angles)
         x, update = network.after(layer, x, _attend(packed, mask, queries, keys, values))
         return x + update
@@ -139,7 +139,7 @@ def packed_hidden(network: Network, packed: Pack, *, checkpointing: bool = False
             x = checkpoint(through, layer, x, use_reentrant=False)
         else:
             x = through(layer, x)
-    return network.normed(x.index_select(0, packed.scored), None, network.norm)[1]
+    return network.add_norm(x.index_select(0, packed.scored), None, network.norm)[1]
 
 
 def _mask(packed: Pack, network: Network, dtype: torch.dtype) -> Tensor:

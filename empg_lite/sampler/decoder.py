@@ -53,9 +53,8 @@ class Decoder:
             torch.zeros(rows, dtype=torch.long, device=device) for _ in range(4)
         )
         self.logprobs = torch.zeros(rows, device=device)
-        self._hidden = torch.zeros(
-            rows, head.shape[1], dtype=dtype, device=device
-        )  # what the next draw reads
+        # (B, D), written by ``advance`` and read by ``choose``
+        self._hidden = torch.zeros(rows, head.shape[1], dtype=dtype, device=device)
         heads = torch.arange(rows * network.kv_heads, device=device).view(rows, -1)
         self._starts = heads * room  # (B, G) index of a row's first token among all B G S
 
@@ -109,7 +108,7 @@ class Decoder:
         x: Tensor = network.embed(torch.tensor(packed, device=device))
         update = None
         for layer, (cached_keys, cached_values) in zip(network.layers, self._cache, strict=True):
-            x, normed = network.normed(x, update, layer.norm)
+            x, normed = network.add_norm(x, update, layer.norm)
             q, k, v = network.heads_of(layer, normed, angles)
             self._write(cached_keys, target, k[source])
             self._write(cached_values, target, v[source])
@@ -118,7 +117,7 @@ class Decoder:
             x, update = network.after(layer, x, rows.unpad(out.transpose(1, 2)).flatten(1))
         ends = rows.lengths.cumsum(0) - 1
         assert update is not None
-        return network.normed(x[ends], update[ends], network.norm)[1]
+        return network.add_norm(x[ends], update[ends], network.norm)[1]
 
     def step(self, n: int, seen: int) -> None:
         """Put the first n places' tokens into the cache and draw their next ones; see ``advance``."""
@@ -140,10 +139,10 @@ class Decoder:
         x: Tensor = network.embed(tokens)
         update = None
         for number, layer in enumerate(network.layers):
-            x, normed = network.normed(x, update, layer.norm)
+            x, normed = network.add_norm(x, update, layer.norm)
             x, update = network.after(layer, x, self._attend(number, layer, normed, angles, target, mask))
         lengths.add_(1).clamp_(max=self.room - 1)  # one that has ended goes on in vain, at its own place
-        self._hidden[:n] = network.normed(x, update, network.norm)[1]
+        self._hidden[:n] = network.add_norm(x, update, network.norm)[1]
 
     def choose(self, n: int) -> None:
         """Draw the next tokens of the first n places, after ``advance``."""
