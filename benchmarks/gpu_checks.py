@@ -140,6 +140,7 @@ def logprob_ways(policy: Policy, pairs: Pairs) -> dict[str, list[list[float]]]:
     ``alone``: one row at a time through the backend's forward pass; ``left``, ``right``: all rows, padded on
     that side; ``packed``: this package's packed pass; ``fit``: what the M-step takes, if that is another.
     """
+    policy.prepare_fit()
     with policy.training(), torch.no_grad():
         logprobs, mask = policy.token_logprobs(collate(pairs, policy.pad_id, policy.device))
         found = {

@@ -69,6 +69,7 @@ class Learner:
 
     def engine_facts(self) -> dict[str, Any]:
         """What samples and what fits: engine, backend, borrowed kernels, attention, what is left out."""
+        self.policy.prepare_fit()
         return {"engine": self.recipe.sampler.engine, **self.policy.facts()}
 
     def short_enough(self, problems: Sequence[Problem]) -> tuple[list[Problem], int]:

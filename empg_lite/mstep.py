@@ -104,6 +104,7 @@ def m_step(
         # Not even an empty optimiser step: Adam's momentum would move the weights.
         return fitter.stats(Drift() if measure_kl else None)
 
+    policy.prepare_fit()
     reuse = settings.passes > 1
     with policy.training():
         old = fitter.logprobs() if reuse or measure_kl else None

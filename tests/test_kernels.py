@@ -12,7 +12,9 @@ import torch
 from conftest import load_fixture_policy
 from test_backends import needs_unsloth, run_script
 from test_sampler import ids_of, prompts_of
+from test_steps import SETTINGS, rationale, sgd
 
+from empg_lite.mstep import m_step
 from empg_lite.policy import backends, kernels
 from empg_lite.policy.kernels import PLAIN, Kernels, proven
 from empg_lite.policy.packing import pack
@@ -140,21 +142,40 @@ def test_stream_and_pack_score_the_same_tokens() -> None:
     assert [laid.positions[p] for p in laid.scored] == packed.positions[packed.scored].tolist()
 
 
+@pytest.mark.parametrize("why", [None, "log-probabilities differ from the packed pass's by 2.0e+00 nats"])
 def test_a_pass_that_agrees_is_used_and_one_that_does_not_is_noted(
-    nf4: Any, monkeypatch: pytest.MonkeyPatch
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, why: str | None
 ) -> None:
-    """As on a card, where everything is tried once when the model is loaded."""
+    """Tried once, before the first fit: who only samples does not wait for it."""
+    from empg_lite.policy import policy as home
+
+    tried: list[Any] = []
+    monkeypatch.setattr(home, "disagreement", lambda policy: tried.append(policy) or why)
+    policy = load_fixture_policy(model_dir)
+    given = [rationale(prompt_ids=(1, 2), completion_ids=(3, 256), weight=1.0)]
+    m_step(policy, sgd(policy), given, SETTINGS)
+    assert not tried and policy.shared_prefix is False  # nothing to try without Unsloth on a card
+
+    policy.shared_prefix = None
+    make_sampler(policy, "native").sample(prompts_of(policy, 2, 2), Decoding(4))
+    assert not tried
+    monkeypatch.setattr(home, "shared_prefix_hidden", lambda policy, pairs: policy._scored(pairs, False))
+    monkeypatch.setattr(home, "forget_masks", lambda: None)
+    for _ in range(2):
+        m_step(policy, sgd(policy), given, SETTINGS)
+    assert tried == [policy] and policy.shared_prefix is (why is None)
+    assert policy.facts()["fit"] == ("packed" if why else "unsloth, shared prefix")
+    assert policy.notes == ((f"shared prefix: {why}",) if why else ())
+
+
+def test_what_a_card_borrows(nf4: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the model is loaded: each kernel is tried, the pass that fits is left for later."""
     card = SimpleNamespace(device=SimpleNamespace(type="cuda"), notes=(), causal=nf4.causal, dtype=nf4.dtype)
     monkeypatch.setattr(backends, "future_leak", lambda policy: 0.0)
     monkeypatch.setattr(backends, "unsloth_kernels", lambda: borrowed(swiglu=off_by(1.0, "swiglu")))
-    for why in (None, "log-probabilities differ from the packed pass's by 2.0e+00 nats"):
-        monkeypatch.setattr(backends, "agrees", lambda policy, why=why: why)
-        card.notes = ()
-        backends.borrow_from_unsloth(card)  # type: ignore[arg-type]
-        assert card.shared_prefix is (why is None)
-        assert card.kernels.borrowed == ("add_norm", "rotate", "dequantize")
-        assert [n.split(":")[0] for n in card.notes] == ["swiglu"] + ["shared prefix"] * (why is not None)
-        assert why is None or why in card.notes[-1]
+    backends.borrow_from_unsloth(card)  # type: ignore[arg-type]
+    assert card.shared_prefix is None and card.kernels.borrowed == ("add_norm", "rotate", "dequantize")
+    assert [note.split(":")[0] for note in card.notes] == ["swiglu"]
 
     def moved() -> Kernels:
         raise ImportError("cannot import name 'swiglu_fg_kernel'")

@@ -41,10 +41,10 @@ def prefix(model: str) -> dict[str, Any]:
     facts: dict[str, Any] = {"facts": policy.facts(), "leak": future_leak(policy)}
     import unsloth.models.llama  # noqa: F401  a GPU has imported it by now
 
-    facts["without its attention"] = shared_prefix.agrees(policy)
+    facts["without its attention"] = shared_prefix.disagreement(policy)
     attend_by_segments(policy)
     before = {name: p.detach().clone() for name, p in policy.trainable().items()}
-    facts["with it"] = shared_prefix.agrees(policy)
+    facts["with it"] = shared_prefix.disagreement(policy)
     facts["adapter as before"] = all(torch.equal(before[n], p) for n, p in policy.trainable().items())
     facts["no gradient left"] = all(p.grad is None for p in policy.trainable().values())
 
@@ -61,7 +61,7 @@ def prefix(model: str) -> dict[str, Any]:
         return laid
 
     shared_prefix.stream = shifted
-    facts["with positions that are off"] = shared_prefix.agrees(policy)
+    facts["with positions that are off"] = shared_prefix.disagreement(policy)
     shared_prefix.stream = real
 
     attention = policy.causal.model.layers[0].self_attn

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from empg_lite.policy.templates import TEMPLATES, Template, load_template
 
 if TYPE_CHECKING:
+    from empg_lite.policy.backends import Loading
     from empg_lite.policy.policy import Policy
 
 __all__ = ["TEMPLATES", "Template", "load_policy", "load_template", "load_tokenizer", "resolve_dtype"]
@@ -72,46 +73,48 @@ def load_policy(model: Any, prompt: str, *, seed: int, gradient_checkpointing: b
     backend = backends.choose_backend(model.backend)
     if backend == "unsloth":
         backends.import_unsloth()  # before transformers and peft, which it patches
-    import torch
-
-    from empg_lite.policy.adapter import load_adapter, read_adapter_config
+    from empg_lite.policy.adapter import load_adapter
     from empg_lite.policy.attention import avoid_cudnn
     from empg_lite.policy.integrity import check_config, check_weights, resolve_model
     from empg_lite.policy.policy import Policy
 
     quiet()
-    adapter = Path(model.adapter) if model.adapter else None
-    shape = (
-        read_adapter_config(adapter) if adapter else {"lora_r": model.lora_r, "lora_alpha": model.lora_alpha}
-    )
     folder, revision = resolve_model(model.name, model.revision)
     check_config(folder)
     check_weights(folder)
     tokenizer = load_tokenizer(folder)
-    dtype = resolve_dtype(model.dtype)
-    checkpointing = (
-        torch.cuda.is_available() if gradient_checkpointing == "auto" else bool(gradient_checkpointing)
-    )
-    load = backends.load_unsloth if backend == "unsloth" else backends.load_transformers
-    how = backends.Loading(
-        dtype, model.load_in_4bit, shape["lora_r"], shape["lora_alpha"], checkpointing, seed
-    )
+    how = _loading(model, seed, gradient_checkpointing)
     avoid_cudnn()
-    loaded = load(folder, how)
+    loaded = (backends.load_unsloth if backend == "unsloth" else backends.load_transformers)(folder, how)
     policy = Policy(
         loaded.model,
         tokenizer,
         template,
-        dtype=dtype,
+        dtype=how.dtype,
         backend=backend,
         name=model.name,
         revision=revision,
-        checkpointing=checkpointing,
+        checkpointing=how.checkpointing,
         set_mode=loaded.set_mode,
         free_buffers=loaded.free_buffers,
     )
-    if adapter:
-        load_adapter(policy, adapter)
+    if model.adapter:
+        load_adapter(policy, Path(model.adapter))
     if backend == "unsloth":
         backends.borrow_from_unsloth(policy)
     return policy
+
+
+def _loading(model: Any, seed: int, gradient_checkpointing: bool | str) -> Loading:
+    """How base and adapter are held, every ``auto`` settled; see ``load_policy``."""
+    import torch
+
+    from empg_lite.policy.adapter import read_adapter_config
+    from empg_lite.policy.backends import Loading
+
+    rank, alpha = model.lora_r, model.lora_alpha
+    if model.adapter:
+        stored = read_adapter_config(Path(model.adapter))
+        rank, alpha = stored["lora_r"], stored["lora_alpha"]
+    on = torch.cuda.is_available() if gradient_checkpointing == "auto" else bool(gradient_checkpointing)
+    return Loading(resolve_dtype(model.dtype), model.load_in_4bit, rank, alpha, on, seed)

@@ -23,7 +23,6 @@ import torch
 from empg_lite.errors import ModelUnusable, UsageError
 from empg_lite.policy.kernels import proven, unsloth_kernels
 from empg_lite.policy.policy import Policy, collate
-from empg_lite.policy.shared_prefix import agrees
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -159,7 +158,7 @@ def free_decode_buffers(model: Any) -> None:
 
 
 def borrow_from_unsloth(policy: Policy) -> None:
-    """Put what of Unsloth's code proves right on this device into a policy, and notes about the rest.
+    """Give a policy those of Unsloth's kernels that prove right on this device, and notes about the rest.
 
     Raises:
         ModelUnusable: a token changes log-probabilities before it.
@@ -177,10 +176,7 @@ def borrow_from_unsloth(policy: Policy) -> None:
         policy.notes += policy.kernels.notes
     except ImportError as error:
         policy.notes += (f"kernels: {error}",)
-    why = agrees(policy)
-    policy.shared_prefix = why is None
-    if why:
-        policy.notes += (f"shared prefix: {why}",)
+    policy.shared_prefix = None  # ``prepare_fit`` tries it
 
 
 #: Nats by which a token may move log-probabilities before it: the rounding of another batch, not knowledge.

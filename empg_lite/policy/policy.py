@@ -22,7 +22,7 @@ from empg_lite.policy.kernels import PLAIN
 from empg_lite.policy.logprobs import chosen_logprobs, head_loss
 from empg_lite.policy.network import Network, live_network
 from empg_lite.policy.packing import Ids, pack, packed_hidden
-from empg_lite.policy.shared_prefix import forget_masks, shared_prefix_hidden
+from empg_lite.policy.shared_prefix import disagreement, forget_masks, shared_prefix_hidden
 from empg_lite.policy.templates import Template
 
 #: (row of each token ``(n,)``, its log-prob ``(n,)``) -> scalar, a sum over tokens.
@@ -72,7 +72,8 @@ class Policy:
         checkpointing: whether fitting computes activations again rather than keep them.
         revision: commit of the base model on the hub, or None.
         kernels: the pointwise work of sampling.
-        shared_prefix: fit through Unsloth's own forward pass; False: through the packed one.
+        shared_prefix: whether fits go through Unsloth's own forward pass instead of the packed one. None: it
+            is there and has not been tried (``prepare_fit``).
         notes: what of the backend is left out, and why.
     """
 
@@ -98,7 +99,8 @@ class Policy:
         self.pad_id = int(
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self.stop_ids)
         )
-        self.kernels, self.shared_prefix, self.notes = PLAIN, False, tuple[str, ...]()
+        self.kernels, self.notes = PLAIN, tuple[str, ...]()
+        self.shared_prefix: bool | None = False
         self._set_mode = set_mode or (lambda model, training: model.train(training))
         self._free_buffers = free_buffers
 
@@ -155,6 +157,16 @@ class Policy:
     def decoding_network(self) -> Network:
         """The same without gradients, by borrowed kernels."""
         return live_network(self.causal, self.kernels)
+
+    def prepare_fit(self) -> None:
+        """Before the first fit: see whether Unsloth's own pass computes what the packed one does.
+
+        Not when the model is loaded: it has to be compiled, and sampling alone has no use for it.
+        """
+        if self.shared_prefix is None:
+            why = disagreement(self)
+            self.shared_prefix = why is None
+            self.notes += () if why is None else (f"shared prefix: {why}",)
 
     def autocast(self, cache: bool = True) -> AbstractContextManager[Any]:
         """16-bit compute over fp32 adapters: PEFT keeps them in fp32 and would upcast every product.

@@ -3,7 +3,7 @@
 Unsloth's Llama and Qwen2 layers take a stream of tokens in which each prompt is followed by its completions,
 and a table that says which token belongs to what; attention (FlexAttention) then lets a completion see its
 prompt and itself. Its RMSNorm, RoPE and LoRA kernels and its offloading checkpoints come with it. It computes
-what ``packing`` computes, which stays the fallback and the check: see ``agrees``.
+what ``packing`` computes, which stays the fallback and the check: see ``disagreement``.
 
 Shapes: N tokens of the stream, M scored tokens, D hidden.
 """
@@ -122,7 +122,7 @@ def check_pairs(vocab: int) -> list[tuple[Ids, Ids]]:
     return [(first, some(1)), (second, some(64)), (first, some(150)), (first, some(20)), (second, some(2))]
 
 
-def agrees(policy: Policy) -> str | None:
+def disagreement(policy: Policy) -> str | None:
     """Why Unsloth's pass may not be used for this policy: None where it computes what the packed one does.
 
     Compares log-probabilities of made-up rows, and the gradient of a weighted sum of them. The adapter's B
