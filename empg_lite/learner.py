@@ -17,7 +17,7 @@ from empg_lite.checkpoint import TrainState
 from empg_lite.errors import DataError
 from empg_lite.mstep import FitSettings, FitStats, m_step
 from empg_lite.parallel import ALONE, Team
-from empg_lite.policy import load_policy
+from empg_lite.policy import import_libraries, load_policy
 from empg_lite.policy.adam import make_adamw
 from empg_lite.policy.integrity import check_config, resolve_model
 from empg_lite.policy.packing import shares_keys
@@ -187,10 +187,12 @@ def build_learner(recipe: Recipe, team: Team = ALONE, *, refuse: bool = False) -
         what ``load_policy`` raises.
     """
     recipe = recipe.resolved()
-    planned, held = plan_here(recipe, refuse=refuse, team=team)
+    planned = plan_here(recipe, refuse=refuse, team=team)
     recipe = plan.with_sizes(recipe, planned.settings)
     if planned.is_large:
         plan.return_freed_blocks()
+    import_libraries(recipe.model.backend)  # a quarter of a gigabyte that no plan of a model has
+    held = 0 if planned.machine.device == "cuda" else plan.resident_memory()
     policy = load_policy(
         recipe.model,
         str(recipe.data.prompt),
@@ -204,8 +206,8 @@ def build_learner(recipe: Recipe, team: Team = ALONE, *, refuse: bool = False) -
     return Learner(recipe, policy, optimizer, scaler, TrainState(), planned, held, team)
 
 
-def plan_here(recipe: Recipe, *, refuse: bool, team: Team = ALONE) -> tuple[plan.Plan, int]:
-    """The recipe's plan on this machine as it is, and what the process holds already (0 with a GPU).
+def plan_here(recipe: Recipe, *, refuse: bool, team: Team = ALONE) -> plan.Plan:
+    """The recipe's plan on this machine as it is.
 
     Processes plan alike: by the one with the least free memory.
 
@@ -216,13 +218,12 @@ def plan_here(recipe: Recipe, *, refuse: bool, team: Team = ALONE) -> tuple[plan
     folder, _ = resolve_model(recipe.model.name, recipe.model.revision, weights=False)
     shape = plan.shape_of(check_config(folder), str(folder))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    held = 0 if device.type == "cuda" else plan.resident_memory()
     free = min(team.gather(plan.free_memory(device)))
     sm80 = shares_keys(device) if device.type == "cuda" else None
     found = plan.plan_recipe(recipe, shape, plan.Machine(device.type, free, sm80))
     if refuse:
         plan.refuse_unfit(found)
-    return found, held
+    return found
 
 
 def settle_names(recipe: Recipe, policy: Policy) -> Recipe:

@@ -325,9 +325,9 @@ def test_a_smaller_card_is_what_the_plan_sees(learner: Any, monkeypatch: pytest.
         update={"sampler": learner.recipe.sampler.model_copy(update={"batch_rows": "auto"})}
     )
     gpu_checks.shrink(8.0)
-    large, _ = plan_here(recipe, refuse=False)
+    large = plan_here(recipe, refuse=False)
     gpu_checks.shrink(0.66)
-    small, _ = plan_here(recipe, refuse=False)
+    small = plan_here(recipe, refuse=False)
     assert small.settings != large.settings and small.peak < large.peak
 
 

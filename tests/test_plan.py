@@ -793,6 +793,23 @@ def test_plan_and_run_agree(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) 
     assert tight == [4 * 10**6, 12 * 10**6]  # where the peak is more than half of what is free
 
 
+def test_the_libraries_are_held_before_the_model(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``memory/predicted_mb`` is the plan and what the process held: without them it was below every peak."""
+    from empg_lite import learner
+
+    order: list[str] = []
+
+    def noted(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, **k: order.append(name) or real(*a, **k))
+
+    noted(learner, "import_libraries")
+    noted(learner.plan, "resident_memory")
+    noted(learner, "load_policy")
+    learner.build_learner(load_recipe(str(recipe_file)))
+    assert order == ["import_libraries", "resident_memory", "load_policy"]
+
+
 def test_memory_is_kept_to_where_it_is_scarce_or_much() -> None:
     plan = plan_recipe(load_recipe("tiny", ["sampler.batch_rows=8"]), read_shape("tiny"), CPU)
 

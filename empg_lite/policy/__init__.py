@@ -12,7 +12,15 @@ if TYPE_CHECKING:
     from empg_lite.policy.backends import Loading
     from empg_lite.policy.policy import Policy
 
-__all__ = ["TEMPLATES", "Template", "load_policy", "load_template", "load_tokenizer", "resolve_dtype"]
+__all__ = [
+    "TEMPLATES",
+    "Template",
+    "import_libraries",
+    "load_policy",
+    "load_template",
+    "load_tokenizer",
+    "resolve_dtype",
+]
 
 
 def resolve_dtype(asked: str) -> Any:
@@ -52,6 +60,20 @@ def quiet() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
+def import_libraries(backend: str) -> None:
+    """Import what a backend loads models with; Unsloth first, for it patches the others.
+
+    Raises:
+        UsageError: the backend is not installed, or Unsloth comes too late.
+    """
+    from empg_lite.policy import backends
+
+    if backends.choose_backend(backend) == "unsloth":
+        backends.import_unsloth()
+    from peft import get_peft_model  # noqa: F401
+    from transformers import AutoModelForCausalLM  # noqa: F401
+
+
 def load_policy(model: Any, prompt: str, *, seed: int, gradient_checkpointing: bool | str = "auto") -> Policy:
     """Load base and adapter as a recipe's ``model`` section says.
 
@@ -71,8 +93,7 @@ def load_policy(model: Any, prompt: str, *, seed: int, gradient_checkpointing: b
 
     template = load_template(prompt)
     backend = backends.choose_backend(model.backend)
-    if backend == "unsloth":
-        backends.import_unsloth()  # before transformers and peft, which it patches
+    import_libraries(backend)
     from empg_lite.policy.adapter import load_adapter
     from empg_lite.policy.attention import avoid_cudnn
     from empg_lite.policy.integrity import check_config, check_weights, resolve_model
