@@ -66,7 +66,7 @@ def device() -> dict[str, Any]:
     from empg_lite.plan import free_memory
     from empg_lite.policy import resolve_dtype
     from empg_lite.policy.backends import choose_backend
-    from empg_lite.sampler import choose_engine
+    from empg_lite.recipe import choose_engine
 
     cuda = torch.cuda.is_available()
     where = torch.device("cuda" if cuda else "cpu")

@@ -23,8 +23,8 @@ from empg_lite.policy.integrity import check_config, resolve_model
 from empg_lite.policy.packing import shares_keys
 from empg_lite.policy.policy import Policy
 from empg_lite.rationale import Problem, Rationale, RolloutHeader
-from empg_lite.recipe import Recipe
-from empg_lite.sampler import Decoding, Sampler, choose_engine, make_sampler
+from empg_lite.recipe import Recipe, choose_engine
+from empg_lite.sampler import Decoding, Sampler, make_sampler
 
 #: The best learning rate falls by about this factor for each doubling of passes (measured on a toy task).
 RATE_PER_DOUBLING = 0.6

@@ -146,6 +146,14 @@ class DataSection(Section):
         return reward
 
 
+def choose_engine(asked: str) -> str:
+    """``sampler.engine``: ``auto`` is our own, over either backend and on every device.
+
+    Measured on a CPU (``benchmarks/speed.py``), not yet on a GPU.
+    """
+    return "native" if asked == "auto" else asked
+
+
 class SamplerSection(Section):
     """How rationales are drawn in the E-step."""
 

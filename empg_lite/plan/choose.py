@@ -16,7 +16,7 @@ from empg_lite.plan.machine import Machine
 from empg_lite.plan.shape import Shape
 from empg_lite.plan.terms import FP32, Settings, held_by_sampler, phases, stays
 from empg_lite.policy.adapter import read_adapter_config
-from empg_lite.recipe import Recipe
+from empg_lite.recipe import Recipe, choose_engine
 
 #: Share of the free memory that is planned with: the allocator's rounding and fragments need the rest.
 SHARE = 0.9
@@ -280,21 +280,16 @@ def _auto_fields(recipe: Recipe) -> set[str]:
         "micro_batch_tokens": recipe.optim.micro_batch_tokens,
         "checkpointing": recipe.optim.gradient_checkpointing,
     }
-    if engine_of(recipe) != "native":
+    if choose_engine(recipe.sampler.engine) != "native":
         del given["merged"]
     return {name for name, value in given.items() if value == "auto"}
-
-
-def engine_of(recipe: Recipe) -> str:
-    """The sampling engine, ``auto`` resolved; ``sampler.choose_engine`` says the same."""
-    return "native" if recipe.sampler.engine == "auto" else recipe.sampler.engine
 
 
 def _least(recipe: Recipe, machine: Machine) -> Settings:
     """The recipe's settings, with the smallest value that each ``auto`` may become."""
     model, sampler, optim = recipe.model, recipe.sampler, recipe.optim
     auto = _auto_fields(recipe)
-    cuda, engine = machine.device == "cuda", engine_of(recipe)
+    cuda, engine = machine.device == "cuda", choose_engine(recipe.sampler.engine)
     dtype = model.dtype if model.dtype != "auto" else "bfloat16" if cuda else "float32"
     rank = read_adapter_config(Path(model.adapter))["lora_r"] if model.adapter else model.lora_r
     return Settings(

@@ -1,6 +1,6 @@
 """Bytes, term by term: what each tensor that is alive at the peak takes.
 
-Nothing here is fitted to a measurement. Each count says which tensors it counts; ``tests/test_plan.py``
+Nothing here is fitted to a measurement. Each count says which tensors it counts; ``tests/test_plan_terms.py``
 checks them against what autograd saves, what the allocator hands out and the weights of loaded models,
 ``benchmarks/plan_check.py`` against the resident memory of real steps. Sizes are for the longest rows that
 the recipe lets through. Unsloth's own M-step (prompts shared, flex attention, checkpoints offloaded to the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from empg_lite.errors import UsageError
 from empg_lite.policy.policy import Policy
+from empg_lite.recipe import choose_engine
 from empg_lite.sampler.base import Completion, OnCompletion, OnToken, Prompt, Sampler, SampleWork
 from empg_lite.sampler.draw import Decoding, sample_key
 from empg_lite.sampler.generate import GenerateSampler
@@ -20,18 +21,9 @@ __all__ = [
     "Sampler",
     "StopRule",
     "TextStream",
-    "choose_engine",
     "make_sampler",
     "sample_key",
 ]
-
-
-def choose_engine(asked: str) -> str:
-    """``auto`` is our own engine, over either backend: over Unsloth's it takes Unsloth's kernels.
-
-    Measured on a CPU (``benchmarks/speed.py``), not yet on a GPU.
-    """
-    return "native" if asked == "auto" else asked
 
 
 def make_sampler(
