@@ -293,7 +293,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder of the results ($OUT, else gpu-results)")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
-    parser.add_argument("--minutes", type=float, help="time for all limits together (9; rehearsal: 27)")
+    parser.add_argument("--minutes", type=float, help="time for all limits together (9)")
     parser.add_argument("--rehearse", action="store_true", help="small models and few rows, on a CPU")
     parser.add_argument("--job", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -303,7 +303,7 @@ def main() -> int:
     parts = arguments.parts.split(",")
     if odd := [name for name in parts if name not in PARTS]:
         parser.error(f"unknown: {', '.join(odd)} (there are {', '.join(PARTS)})")
-    minutes = arguments.minutes or (27.0 if arguments.rehearse else TOTAL / 60)
+    minutes = arguments.minutes or TOTAL / 60
     jobs = chosen(parts, minutes, arguments.rehearse)
     print(plan_text(jobs), flush=True)
     results = Results(arguments.out or Path(os.environ.get("OUT") or "gpu-results"))

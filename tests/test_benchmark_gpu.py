@@ -44,6 +44,10 @@ SMALL = Shape(hidden=4, intermediate=6, layers=2, heads=2, kv_heads=1, vocab=10)
 def test_the_parts_are_in_order_of_worth_and_end_within_nine_minutes() -> None:
     assert gpu_parts.PARTS == ("runs", "profile", "tests", "rates", "learn", "rivals", "caps")
     assert sum(job.limit for job in gpu_parts.JOBS) <= 540
+    for small in (False, True):  # what a rehearsal prints is what a card gets
+        *parts, whole = gpu.plan_text(gpu_parts.chosen(gpu_parts.PARTS, 9.0, small)).splitlines()
+        assert [line.split()[0] for line in parts] == list(gpu_parts.PARTS)
+        assert whole.split() == ["all", "540", "s"]
     order = [gpu_parts.PARTS.index(job.part) for job in gpu_parts.JOBS]
     assert order == sorted(order)
     assert {(j.cap_gb, j.shape) for j in gpu_parts.JOBS if j.cap_gb} >= {
@@ -514,6 +518,7 @@ def test_the_rehearsal(tmp_path: Path, no_gpu: None) -> None:
     """Every job on a CPU with small models: all that needs neither a GPU nor Unsloth is measured."""
     out = tmp_path / "out"
     command = [sys.executable, str(FOLDER / "gpu.py"), "--rehearse", "--out", str(out)]
+    command += ["--minutes", "27"]  # three times a card's, for a machine that is busy with other things
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     found = json.loads((out / "results.json").read_text())
     assert len(found["jobs"]) == len(gpu_parts.JOBS), done.stderr
