@@ -21,17 +21,17 @@ from memory import SuccessMemory
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from empg_lite.batching import packed_batches
-from empg_lite.data import ProblemStream, load_splits
-from empg_lite.estep import reward_matrix, sample_rationales, weigh
-from empg_lite.evaluate import Examiner
-from empg_lite.learner import Learner, build_learner
+from empg_lite.core.rationale import Group, Problem, Rationale, flatten, group_rationales
+from empg_lite.core.view import View
+from empg_lite.data.sources import ProblemStream, load_splits
+from empg_lite.loop.batching import packed_batches
+from empg_lite.loop.estep import reward_matrix, sample_rationales, weigh
+from empg_lite.loop.evaluate import Examiner
+from empg_lite.loop.learner import Learner, build_learner
 from empg_lite.policy.policy import Policy
-from empg_lite.rationale import Group, Problem, Rationale, flatten, group_rationales
-from empg_lite.recipe_file import load_recipe
+from empg_lite.recipe.file import load_recipe
 from empg_lite.rewards import Grader
-from empg_lite.scoring import score
-from empg_lite.view import View
+from empg_lite.rewards.scorer import score
 
 #: Arms of EM: name -> what they set in the recipe. Everything else is a baseline of ``baselines.py``.
 EM_ARMS = {

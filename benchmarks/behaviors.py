@@ -8,11 +8,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 from behavior_harness import Labelled, always, keywords, own_sentences, real_sentences, score  # noqa: E402
 
-from empg_lite.behaviors import BEHAVIORS, detect  # noqa: E402
+from empg_lite.core.behaviors import BEHAVIORS, detect  # noqa: E402
 
 
 def main() -> None:

@@ -10,10 +10,10 @@ import torch
 from hand_loop import generate, padded_loss
 from torch import Tensor
 
-from empg_lite.learner import Learner
-from empg_lite.mstep import m_step
+from empg_lite.core.rationale import Rationale
+from empg_lite.loop.learner import Learner
+from empg_lite.loop.mstep import m_step
 from empg_lite.policy.policy import Policy
-from empg_lite.rationale import Rationale
 from empg_lite.sampler import Decoding, Prompt, make_sampler
 
 #: Relative difference allowed between two gradients in float32.

@@ -278,7 +278,7 @@ def prepare(job: Job) -> None:
     import peft  # noqa: F401
     import transformers  # noqa: F401
 
-    import empg_lite.train  # noqa: F401
+    import empg_lite.loop.train  # noqa: F401
 
 
 def plan_text(jobs: Sequence[Job]) -> str:

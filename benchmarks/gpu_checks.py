@@ -16,8 +16,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from empg_lite import plan
-from empg_lite.plan.machine import LIBRARIES
+from empg_lite.policy.memory import machine
+from empg_lite.policy.memory.machine import LIBRARIES
 from empg_lite.policy.policy import Policy, collate
 from empg_lite.sampler import Completion, Decoding, Prompt, Sampler, make_sampler
 from empg_lite.sampler.draw import uniforms
@@ -271,7 +271,7 @@ def shrink(gigabytes: float) -> None:
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         torch.cuda.set_per_process_memory_fraction(usable / total)
-    plan.free_memory = lambda device: usable - _allocated(device)
+    machine.free_memory = lambda device: usable - _allocated(device)
 
 
 def _allocated(device: torch.device) -> int:

@@ -17,8 +17,8 @@ from gpu_parts import Job
 from setting import Setting
 from shapes import BYTES, Shape, write_model
 
+from empg_lite.core.rationale import Rationale
 from empg_lite.policy.policy import Policy
-from empg_lite.rationale import Rationale
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Standard deviation of the logits of single-byte tokens in a model with random weights. All others stay near
@@ -135,7 +135,7 @@ def score_rows() -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
 
 def learning_recipe(job: Job) -> tuple[str, list[str]]:
     """The recipe that ``learn`` trains by: a bundled model's, or a real one's where its files are here."""
-    from empg_lite.recipe_file import builtin_recipes
+    from empg_lite.recipe.file import builtin_recipes
 
     name = job.shape
     if name == "real":

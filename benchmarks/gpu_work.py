@@ -49,10 +49,10 @@ from gpu_parts import Job
 from setting import OurStep, Setting, prompts_of, sample, tiny_recipe, weighed
 from shapes import SHAPES, Shape
 
+from empg_lite.core.rationale import Problem
+from empg_lite.core.view import View
 from empg_lite.policy.policy import Policy
-from empg_lite.rationale import Problem
 from empg_lite.sampler import Decoding, Prompt
-from empg_lite.view import View
 
 ROOT = Path(__file__).resolve().parents[1]
 Facts = dict[str, Any]
@@ -147,7 +147,7 @@ class Work:
 
     def learner(self) -> Any:
         """A learner over the job's model, NF4, its LoRA of rank 16 filled from a fixed seed; loaded once."""
-        from empg_lite.learner import build_learner
+        from empg_lite.loop.learner import build_learner
 
         if self._learner is None:
             self._learner = build_learner(tiny_recipe(*self.overrides(), "data.prompt=plain"))
@@ -181,8 +181,8 @@ class Work:
 
     def train(self) -> Facts:
         """Two steps of ``train`` with the package's own settings, from an empty run directory."""
-        from empg_lite.recipe_file import load_recipe
-        from empg_lite.train import TrainOptions, train
+        from empg_lite.loop.train import TrainOptions, train
+        from empg_lite.recipe.file import load_recipe
 
         home = self.folder / f"{self.job.rival}-{self.job.shape}"
         home.mkdir()
@@ -377,8 +377,8 @@ class Work:
 
     def learn(self) -> Facts:
         """A training run to its end, evaluated before and after; the rewards so far where it is cut off."""
-        from empg_lite.recipe_file import load_recipe
-        from empg_lite.train import TrainOptions, train
+        from empg_lite.loop.train import TrainOptions, train
+        from empg_lite.recipe.file import load_recipe
 
         name, settings = learning_recipe(self.job)
         run = self.folder / f"learn-{name}"

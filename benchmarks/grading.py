@@ -22,7 +22,7 @@ from pathlib import Path
 from machine import machine
 from rivals import last_box, math_verify, naive
 
-from empg_lite.errors import GraderUnusable
+from empg_lite.core.errors import GraderUnusable
 from empg_lite.rewards import Grader
 
 ROOT = Path(__file__).resolve().parents[1]

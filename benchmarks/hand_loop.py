@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from empg_lite.core.rationale import Rationale
 from empg_lite.policy.policy import Policy
-from empg_lite.rationale import Rationale
 
 #: (prompt ids, completion ids) of a row.
 Row = tuple[tuple[int, ...], tuple[int, ...]]

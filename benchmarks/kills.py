@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from empg_lite.checkpoint import list_checkpoints
-from empg_lite.metrics import read_metrics, stable
+from empg_lite.run.checkpoint import list_checkpoints
+from empg_lite.run.journal import read_metrics, stable
 
 SETTINGS = (
     "sampler.problems_per_step=4",

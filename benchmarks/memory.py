@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from empg_lite.rationale import Group, Rationale, group_rationales
+from empg_lite.core.rationale import Group, Rationale, group_rationales
 
 
 class SuccessMemory:

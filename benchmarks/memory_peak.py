@@ -57,7 +57,7 @@ def measure(rival: str, folder: Path) -> float:
     import torch
     from hand_loop import padded_step
 
-    from empg_lite.mstep import m_step
+    from empg_lite.loop.mstep import m_step
 
     torch.set_num_threads(1)
     learner, rationales = prepared(folder)
@@ -76,8 +76,8 @@ def prepared(folder: Path) -> tuple[Any, list[Any]]:
 
     from setting import tiny_recipe
 
-    from empg_lite.learner import build_learner
-    from empg_lite.rationale import Rationale
+    from empg_lite.core.rationale import Rationale
+    from empg_lite.loop.learner import build_learner
 
     r = random.Random(0)
     learner = build_learner(tiny_recipe(f"model.name={folder}"))

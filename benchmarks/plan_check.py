@@ -122,7 +122,7 @@ def build(case: Case, folder: Path) -> None:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from empg_lite.tiny import model_path
+    from empg_lite.core.bundled import model_path
 
     for file in model_path("tiny").iterdir():
         if file.name not in ("config.json", "model.safetensors"):
@@ -153,20 +153,22 @@ def measure(case: Case, folder: Path, keep: bool) -> dict[str, Any]:
     import peft  # noqa: F401
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
-    from empg_lite import plan
-    from empg_lite.learner import build_learner
-    from empg_lite.recipe import Recipe
+    from empg_lite.loop import plan
+    from empg_lite.loop.learner import build_learner
+    from empg_lite.policy.memory import machine
+    from empg_lite.policy.memory.shape import read_shape
+    from empg_lite.recipe.schema import Recipe
     from empg_lite.sampler import Prompt
 
     recipe = Recipe.model_validate(_recipe(case, folder)).resolved()
-    shape = plan.read_shape(str(folder))
-    planned = plan.plan_recipe(recipe, shape, plan.Machine("cpu", 10**12))
+    shape = read_shape(str(folder))
+    planned = plan.plan_recipe(recipe, shape, machine.Machine("cpu", 10**12))
     if keep:
-        plan.return_freed_blocks = lambda: None
-    before = plan.resident_memory()
+        machine.return_freed_blocks = lambda: None
+    before = machine.resident_memory()
     _forget_peak()
     learner = build_learner(recipe)
-    measured = {"loading": _peak() - before, "loaded": plan.resident_memory() - before}
+    measured = {"loading": _peak() - before, "loaded": machine.resident_memory() - before}
     sampler = learner.sampler()
     sampler._stop = _Never()  # type: ignore[attr-defined]
     prompts = [
@@ -224,7 +226,7 @@ def _recipe(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def _rows(case: Case) -> list[Any]:
-    from empg_lite.rationale import Rationale
+    from empg_lite.core.rationale import Rationale
 
     return [
         Rationale(

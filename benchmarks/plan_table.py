@@ -13,8 +13,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from empg_lite.plan import Machine, card, plan_recipe, read_shape
-from empg_lite.recipe_file import load_recipe
+from empg_lite.loop.plan import plan_recipe
+from empg_lite.policy.memory.machine import Machine, card
+from empg_lite.policy.memory.shape import read_shape
+from empg_lite.recipe.file import load_recipe
 
 #: Recipe -> the cards to plan for: those of README, and larger ones to show what `auto` does with them.
 CARDS = {

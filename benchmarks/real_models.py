@@ -27,14 +27,14 @@ from machine import card, code_commit, cpu
 from results_page import add_record, check_page, read_records
 
 import empg_lite
-from empg_lite.errors import DataError, EmpgError, Interrupted, UsageError
-from empg_lite.metrics import read_metrics
-from empg_lite.rationale import read_rollouts
-from empg_lite.recipe import Recipe
-from empg_lite.recipe_file import find_recipe, load_recipe
-from empg_lite.runs import ENVIRONMENT, METRICS
-from empg_lite.store import write_file
-from empg_lite.tiny import BUNDLED
+from empg_lite.core.bundled import BUNDLED
+from empg_lite.core.errors import DataError, EmpgError, Interrupted, UsageError
+from empg_lite.core.rationale import read_rollouts
+from empg_lite.recipe.file import find_recipe, load_recipe
+from empg_lite.recipe.schema import Recipe
+from empg_lite.run.journal import read_metrics
+from empg_lite.run.layout import ENVIRONMENT, METRICS
+from empg_lite.run.store import write_file
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 #: Samples a problem at temperature 1: the columns are pass@8 and maj@8.

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from empg_lite.errors import DataError, MissingInput
-from empg_lite.store import write_file
+from empg_lite.core.errors import DataError, MissingInput
+from empg_lite.run.store import write_file
 
 PAGE, FOLDER = "results.md", "results"
 Record = Mapping[str, Any]

@@ -24,7 +24,7 @@ from setting import sample, tiny_learner, tiny_setting, weighed
 from shapes import SHAPES, wider, write_model
 from timing import Spread, circumstances, in_turn, table
 
-from empg_lite.mstep import m_step
+from empg_lite.loop.mstep import m_step
 from empg_lite.sampler import make_sampler
 
 

@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 import torch
 from forced import draw_lengths, forced_draws
 
-from empg_lite.data import load_splits
-from empg_lite.estep import sample_rationales, weigh
-from empg_lite.learner import Learner, build_learner
+from empg_lite.core.rationale import Problem, Rationale, flatten, group_rationales
+from empg_lite.data.sources import load_splits
+from empg_lite.loop.estep import sample_rationales, weigh
+from empg_lite.loop.learner import Learner, build_learner
 from empg_lite.policy.policy import Policy
-from empg_lite.rationale import Problem, Rationale, flatten, group_rationales
-from empg_lite.recipe_file import load_recipe
+from empg_lite.recipe.file import load_recipe
 from empg_lite.rewards import Grader
+from empg_lite.rewards.scorer import Scorer
 from empg_lite.sampler import Prompt, Sampler, sample_key
-from empg_lite.scoring import Scorer
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,10 @@ from hand_loop import generate, padded_step
 from setting import OurStep, Setting, ends_of, prompts_of, sample, tiny_learner, tiny_setting, weighed
 from timing import Spent, Spread, circumstances, in_turn, ratios, table
 
-from empg_lite.data import load_splits
-from empg_lite.learner import Learner
-from empg_lite.mstep import m_step
-from empg_lite.rationale import Rationale
+from empg_lite.core.rationale import Rationale
+from empg_lite.data.sources import load_splits
+from empg_lite.loop.learner import Learner
+from empg_lite.loop.mstep import m_step
 from empg_lite.rewards import Grader
 from empg_lite.sampler import make_sampler
 

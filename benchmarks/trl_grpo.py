@@ -17,8 +17,8 @@ import torch
 from forced import forced_generate
 from torch.nn.utils.rnn import pad_sequence
 
+from empg_lite.core.rationale import Rationale
 from empg_lite.policy.policy import Policy
-from empg_lite.rationale import Rationale
 
 
 def build(

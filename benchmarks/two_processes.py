@@ -32,17 +32,17 @@ PROBLEMS, SAMPLES = 16, 8
 
 def worker(rounds: int) -> None:
     """One process: the seconds of each round, and what was drawn; the main process prints them."""
-    from empg_lite.data import ProblemStream, load_splits
-    from empg_lite.estep import by_group, sample_rationales
-    from empg_lite.learner import build_learner
-    from empg_lite.parallel import join
-    from empg_lite.rationale import Problem, Rationale, flatten
-    from empg_lite.recipe_file import load_recipe
+    from empg_lite.core.rationale import Problem, Rationale, flatten
+    from empg_lite.data.sources import ProblemStream, load_splits
+    from empg_lite.loop.estep import by_group, sample_rationales
+    from empg_lite.loop.learner import build_learner
+    from empg_lite.recipe.file import load_recipe
     from empg_lite.rewards import Grader
-    from empg_lite.scoring import Scorer
+    from empg_lite.rewards.scorer import Scorer
+    from empg_lite.run.parallel import join
 
-    with join() as team, Grader(workers=1) as grader:
-        learner = build_learner(load_recipe("tiny", []).resolved(), team)
+    with join() as world, Grader(workers=1) as grader:
+        learner = build_learner(load_recipe("tiny", []).resolved(), world)
         recipe, sampler = learner.recipe, learner.sampler()
         stream = ProblemStream(load_splits(recipe).train, recipe.run.seed)
         seconds, cpu, drawn = list[float](), list[float](), list[tuple[int, ...]]()
@@ -63,13 +63,13 @@ def worker(rounds: int) -> None:
                 )
                 return by_group(draw.groups, scorer.scored(flatten(draw.groups)))
 
-            team.gather(None)
+            world.gather(None)
             started, busy = time.perf_counter(), time.process_time()
-            rows = [r for group in team.share(stream.take(step * PROBLEMS, PROBLEMS), ask) for r in group]
+            rows = [r for group in world.share(stream.take(step * PROBLEMS, PROBLEMS), ask) for r in group]
             seconds.append(time.perf_counter() - started)
             cpu.append(time.process_time() - busy)
             drawn += [r.completion_ids for r in rows]
-        if team.main:
+        if world.main:
             print(json.dumps({"seconds": seconds[1:], "cpu": cpu[1:], "drawn": drawn}))
 
 

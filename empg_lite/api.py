@@ -7,7 +7,7 @@
     policy = api.load_policy(run)                    # empg-lite chat
     print(policy.answer("Ben has 3 pens and buys 4. How many has he?").completion)
 
-Nothing is printed unless a ``view`` is given, and errors are exceptions (``empg_lite.errors``) whose text is
+Nothing is printed unless a ``view`` is given. Errors are exceptions (``empg_lite.core.errors``) whose text is
 the line that the command would end with. Every function imports what it needs when it is called.
 """
 
@@ -20,16 +20,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from empg_lite.errors import MissingInput, UsageError
+from empg_lite.core.errors import MissingInput, UsageError
 
 if TYPE_CHECKING:
-    from empg_lite.learner import Learner
-    from empg_lite.plan import Plan
-    from empg_lite.rationale import Group, Problem, Rationale
-    from empg_lite.recipe import Recipe
+    from empg_lite.core.rationale import Group, Problem, Rationale
+    from empg_lite.core.view import View
+    from empg_lite.loop.learner import Learner
+    from empg_lite.loop.plan import Plan
+    from empg_lite.recipe.schema import Recipe
     from empg_lite.rewards import Verdict
-    from empg_lite.target import Target
-    from empg_lite.view import View
+    from empg_lite.run.target import Target
 
 __all__ = [
     "LoadedPolicy",
@@ -69,22 +69,22 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         """Every setting, also what ``auto`` became."""
-        from empg_lite.recipe_file import load_recipe
-        from empg_lite.runs import RECIPE
+        from empg_lite.recipe.file import load_recipe
+        from empg_lite.run.layout import RECIPE
 
         return load_recipe(str(self.path / RECIPE))
 
     def metrics(self) -> list[dict[str, Any]]:
         """One record a step; the names are listed in ``docs/files.md``."""
-        from empg_lite.metrics import read_metrics
-        from empg_lite.runs import METRICS
+        from empg_lite.run.journal import read_metrics
+        from empg_lite.run.layout import METRICS
 
         return read_metrics(self.path / METRICS)
 
     def events(self) -> list[dict[str, Any]]:
         """Resumes, skipped steps, warnings."""
-        from empg_lite.metrics import read_metrics
-        from empg_lite.runs import EVENTS
+        from empg_lite.run.journal import read_metrics
+        from empg_lite.run.layout import EVENTS
 
         return read_metrics(self.path / EVENTS)
 
@@ -94,7 +94,7 @@ class Run:
         Raises:
             MissingInput: nothing is stored for it.
         """
-        from empg_lite.runs import find_rollouts
+        from empg_lite.run.layout import find_rollouts
 
         return find_rollouts(self.path, step)[1]
 
@@ -126,15 +126,15 @@ def run(
     Raises:
         EmpgError: anything expected; its class says what.
     """
-    from empg_lite.runs import next_run_dir
-    from empg_lite.scoring import with_code
-    from empg_lite.train import TrainOptions, train
-    from empg_lite.view import View
+    from empg_lite.core.view import View
+    from empg_lite.loop.train import TrainOptions, train
+    from empg_lite.recipe.reward import pin_reward
+    from empg_lite.run.layout import next_run_dir
 
     settings = _recipe(recipe, overrides, seed)
     name = Path(recipe).stem if isinstance(recipe, Path) else recipe if isinstance(recipe, str) else "run"
     folder = Path(output_dir) if output_dir is not None else next_run_dir(Path(name).name)
-    settings, code = with_code(settings, allow_code)
+    settings, code = pin_reward(settings, allow_code)
     options = TrainOptions(resume, force, max_minutes, code=code)
     with view or View() as shown:
         return Run(folder, train(settings, folder, options, shown))
@@ -142,7 +142,7 @@ def run(
 
 def live_view() -> View:
     """The view that suits where this runs: one display of a notebook, rewritten, or lines on the console."""
-    from empg_lite.view import view_here
+    from empg_lite.core.view import view_here
 
     return view_here()
 
@@ -153,7 +153,7 @@ def load_run(path: str | Path | None = None) -> Run:
     Raises:
         MissingInput: there is none.
     """
-    from empg_lite.runs import is_run, newest_run
+    from empg_lite.run.layout import is_run, newest_run
 
     folder = Path(path) if path is not None else newest_run()
     if not is_run(folder):
@@ -169,7 +169,7 @@ def read_recipe(
     Raises:
         RecipeError, MissingInput: naming ``file:line: field`` or the override.
     """
-    from empg_lite.recipe_file import load_recipe
+    from empg_lite.recipe.file import load_recipe
 
     return load_recipe(str(recipe), _as_text(overrides), seed)
 
@@ -180,7 +180,7 @@ def load_problems(recipe: str | Path | Recipe, split: str | None = None) -> list
     Raises:
         DataError, MissingInput: the data cannot be read.
     """
-    from empg_lite import data
+    from empg_lite.data import sources as data
 
     section = _recipe(recipe, None, None).resolved().data
     return list(data.load_problems(section, split or section.eval_split))
@@ -210,12 +210,12 @@ def evaluate_model(
     """
     from dataclasses import replace
 
-    from empg_lite.evaluate import evaluate_target
+    from empg_lite.loop.evaluate import evaluate_target
+    from empg_lite.recipe.reward import pin_reward
     from empg_lite.rewards import Grader
-    from empg_lite.scoring import with_code
 
     target = _target(model, recipe, overrides)
-    settings, code = with_code(target.recipe, allow_code)
+    settings, code = pin_reward(target.recipe, allow_code)
     with Grader(code=code) as grader:
         target = replace(target, recipe=settings)
         return evaluate_target(target, grader, split=split, limit=limit, k=k, base=base, view=view)
@@ -232,7 +232,7 @@ def load_policy(
     Args:
         model: as for ``evaluate_model``.
     """
-    from empg_lite.learner import build_learner
+    from empg_lite.loop.learner import build_learner
 
     return LoadedPolicy(build_learner(_target(model, recipe, overrides).recipe))
 
@@ -260,10 +260,10 @@ class LoadedPolicy:
         Raises:
             DataError: the prompt and the longest answer do not fit the model's context.
         """
-        from empg_lite import estep
-        from empg_lite.chat import CHAT_STEP
-        from empg_lite.rationale import Problem
+        from empg_lite.core.rationale import Problem
+        from empg_lite.loop import estep
         from empg_lite.sampler import Decoding
+        from empg_lite.tools.chat import CHAT_STEP
 
         if isinstance(question, str):
             question = Problem.asked(question)
@@ -326,7 +326,7 @@ def sample_rationales(
         source: the run or checkpoint whose policy samples; None: the untrained one.
         problems: how many to draw for; None: ``run.steps`` x P, or one step of a run.
     """
-    from empg_lite.offline import SampleOptions, sample
+    from empg_lite.loop.offline import SampleOptions, sample
 
     return sample(_recipe(recipe, overrides, None), _path(source), Path(out), SampleOptions(problems), view)
 
@@ -335,7 +335,7 @@ def score_rationales(
     file: str | Path, reward: str | None = None, *, allow_code: bool = False, view: View | None = None
 ) -> dict[str, Any]:
     """Grade what a rollout file holds, in place, as ``empg-lite score``."""
-    from empg_lite.rescore import score_file
+    from empg_lite.tools.rescore import score_file
 
     return score_file(Path(file), reward, view, allow_code=allow_code)
 
@@ -355,8 +355,8 @@ def fit_rationales(
     Args:
         source: the run to go on from; None: a fresh adapter.
     """
-    from empg_lite.offline import fit
-    from empg_lite.train import TrainOptions
+    from empg_lite.loop.offline import fit
+    from empg_lite.loop.train import TrainOptions
 
     folder, options = Path(output_dir), TrainOptions(resume=resume)
     settings = _recipe(recipe, overrides, None)
@@ -371,7 +371,9 @@ def plan_memory(
     Args:
         gpu_memory: a card's size like ``8GB``; None: this machine as it is.
     """
-    from empg_lite.plan import card, plan_recipe, read_shape, this_machine
+    from empg_lite.loop.plan import plan_recipe
+    from empg_lite.policy.memory.machine import card, this_machine
+    from empg_lite.policy.memory.shape import read_shape
 
     settings = _recipe(recipe, overrides, None)
     machine = card(gpu_memory) if gpu_memory is not None else this_machine()
@@ -380,8 +382,8 @@ def plan_memory(
 
 def write_report(runs: str | Path | Run | Sequence[str | Path | Run], out: str | Path) -> dict[str, Any]:
     """One HTML page of a run, or of several (sweeps too) beside each other, as ``empg-lite report``."""
-    from empg_lite import report
-    from empg_lite.runs import runs_of
+    from empg_lite.run.layout import runs_of
+    from empg_lite.tools import report
 
     several = [runs] if isinstance(runs, str | Path | Run) else list(runs)
     folders = [run.path if isinstance(run, Run) else Path(run) for run in several]
@@ -409,9 +411,9 @@ def export_run(
     """
     from dataclasses import replace
 
-    from empg_lite import export
+    from empg_lite.recipe.reward import pin_reward
     from empg_lite.rewards import Grader
-    from empg_lite.scoring import with_code
+    from empg_lite.tools import export
 
     target = _target(model, None, None)
     if to == "sft-dataset" and target.run is not None:
@@ -419,7 +421,7 @@ def export_run(
     forms = {"adapter": export.export_adapter, "merged": export.export_merged, "gguf": export.export_gguf}
     if to not in forms:
         raise UsageError(f"unknown form {to!r}", "to", f"one of {', '.join([*forms, 'sft-dataset'])}")
-    settings, code = with_code(target.recipe, allow_code)
+    settings, code = pin_reward(target.recipe, allow_code)
     with Grader(code=code) as grader:
         return forms[to](replace(target, recipe=settings), Path(out), grader, view, **options)
 
@@ -445,7 +447,7 @@ def _path(source: str | Path | Run | None) -> Path | None:
 
 
 def _target(model: str | Path | Run | None, recipe: str | Path | None, overrides: Overrides | None) -> Target:
-    from empg_lite.target import resolve_target
+    from empg_lite.run.target import resolve_target
 
     name = _path(model) if not isinstance(model, str) else model
     return resolve_target(

@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from empg_lite.recipe import field_docs, sections
-from empg_lite.recipe_file import builtin_recipes
+from empg_lite.recipe.file import builtin_recipes
+from empg_lite.recipe.schema import field_docs, sections
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
 INTRO = """# Recipes and every key
 
-*Made by `scripts/make_docs.py` from `recipes/` and `empg_lite/recipe.py`: change those.*
+*Made by `scripts/make_docs.py` from `recipes/` and `empg_lite/recipe/schema.py`: change those.*
 
 A recipe is a YAML file in six sections. `empg-lite recipes` lists what ships, `empg-lite recipes show NAME`
 prints one with every key, `--set SECTION.KEY=VALUE` changes a key for one command. Unknown keys, doubles and

@@ -1,7 +1,7 @@
 """Make the bundled models: tokenizer, corpus and pre-training, from one seed.
 
-    python scripts/make_tiny.py                   # writes empg_lite/tiny/model/
-    python scripts/make_tiny.py --name tiny-hard  # writes empg_lite/tiny/model_hard/, from the tiny model on
+    python scripts/make_tiny.py                   # writes empg_lite/data/tiny/model/
+    python scripts/make_tiny.py --name tiny-hard  # writes model_hard/ beside it, from the tiny model
 
 The shipped weights took 24 minutes on one core of a shared 2-core machine (0.5 s a step), with torch 2.13.0.
 Base model on the 500 test problems: greedy 4.0%, mean length 5 tokens; T=1 31%, 17 tokens. ``tiny-hard``: 13
@@ -31,9 +31,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from empg_lite.core.bundled import BUNDLED, model_path
+from empg_lite.data.tiny import DIFFICULTY, TINY, Difficulty, tiny_problems
+from empg_lite.data.tiny.problems import Story, blurted, careful, careless, habitual, stories
 from empg_lite.policy.templates import TEMPLATES
-from empg_lite.tiny import BUNDLED, TINY, Difficulty, model_path, tiny_problems
-from empg_lite.tiny.problems import Story, blurted, careful, careless, habitual, stories
 
 TEMPLATE = TEMPLATES["plain"]
 END, SPECIALS = TEMPLATE.end, ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -270,7 +271,7 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    difficulty, how = BUNDLED[args.name], PRETRAINING[args.name]
+    difficulty, how = DIFFICULTY[args.name], PRETRAINING[args.name]
     out = args.out or model_path(args.name)
     trained = train_tokenizer(tokenizer_texts(args.seed), how.vocab_size)
     model = make_model(trained)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from crash_harness import Ended, Plant
 
     from empg_lite.policy.policy import Policy
-    from empg_lite.recipe import Recipe
+    from empg_lite.recipe.schema import Recipe
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -75,7 +75,7 @@ def write_recipe(tmp_path: Path, model_dir: Path) -> Path:
 
 def quick_recipe(tmp_path: Path, model_dir: Path, *settings: str) -> Recipe:
     """``write_recipe`` read, of eight tokens and without evaluation, with changes of one's own."""
-    from empg_lite.recipe_file import load_recipe
+    from empg_lite.recipe.file import load_recipe
 
     path = write_recipe(tmp_path, model_dir)
     return load_recipe(str(path), ["run.eval_every=0", "sampler.max_new_tokens=8", *settings])
@@ -127,7 +127,7 @@ def load_fixture_policy(
 ):
     """A fresh policy over the fixture model; ``perturb`` moves LoRA B off zero: the adapter matters."""
     from empg_lite.policy import load_policy
-    from empg_lite.recipe import ModelSection
+    from empg_lite.recipe.schema import ModelSection
 
     section = ModelSection(
         name=str(model_dir),

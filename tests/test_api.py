@@ -11,9 +11,9 @@ import pytest
 
 import empg_lite
 from empg_lite import api
-from empg_lite.errors import DataError, EmpgError, MissingInput, RecipeError, UsageError
-from empg_lite.metrics import stable
-from empg_lite.view import View
+from empg_lite.core.errors import DataError, EmpgError, MissingInput, RecipeError, UsageError
+from empg_lite.core.view import View
+from empg_lite.run.journal import stable
 
 
 class Watcher(View):

@@ -25,13 +25,13 @@ from conftest import quick_recipe
 from fixture_model import build_model
 from test_out_of_memory import only, rows_at_once
 
-from empg_lite import mstep
+from empg_lite.core.rationale import Rationale
+from empg_lite.loop import mstep
+from empg_lite.loop.train import train
 from empg_lite.policy.policy import Policy
-from empg_lite.rationale import Rationale
 from empg_lite.sampler import Decoding, Prompt, make_sampler, sample_key
 from empg_lite.sampler.decoder import Decoder
 from empg_lite.sampler.native import NativeSampler
-from empg_lite.train import train
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -59,7 +59,7 @@ with_unsloth = pytest.mark.parametrize(
 def load(folder: Path, device: str, dtype: str = "float32", four_bit: bool = False) -> Policy:
     """A policy on that device, its adapter not zero."""
     from empg_lite.policy import load_policy
-    from empg_lite.recipe import ModelSection
+    from empg_lite.recipe.schema import ModelSection
 
     section = ModelSection(
         name=str(folder), backend="transformers", dtype=dtype, load_in_4bit=four_bit, lora_r=4, lora_alpha=8

@@ -189,9 +189,9 @@ def strip_docstrings(tree: ast.Module) -> ast.Module:
     [
         "empg_lite.cli",
         "empg_lite.plan",
-        "empg_lite.recipe_file",
+        "empg_lite.recipe.file",
         "empg_lite.rewards",
-        "empg_lite.rescore",
+        "empg_lite.tools.rescore",
         "empg_lite.runs_",
     ],
 )

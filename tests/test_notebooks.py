@@ -17,7 +17,7 @@ import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import DeadKernelError
 
-from empg_lite.metrics import read_metrics, stable
+from empg_lite.run.journal import read_metrics, stable
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NAMES = ("tiny_cpu", "your_own_data", "gsm8k_0_5b")

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from empg_lite.metrics import read_metrics
-from empg_lite.rationale import Rationale, read_rollouts
+from empg_lite.core.rationale import Rationale, read_rollouts
+from empg_lite.run.journal import read_metrics
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 Cli = Callable[..., tuple[int, str, str]]

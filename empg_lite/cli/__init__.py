@@ -10,8 +10,8 @@ import typer
 from typer.models import CommandInfo
 
 from empg_lite.cli import chat, export, grade, look, report, work
-from empg_lite.errors import EmpgError, UsageError, explained
-from empg_lite.parallel import GRACE, leave, processes, speaks
+from empg_lite.core.errors import EmpgError, UsageError, explained
+from empg_lite.run.parallel import GRACE, leave, processes, speaks
 
 app = typer.Typer(
     name="empg-lite",
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         if "--debug" in arguments and not isinstance(error, (SystemExit, typer.Exit)):
             import traceback
 
-            from empg_lite.safe_text import safe, without_passwords
+            from empg_lite.core.safe_text import safe, without_passwords
 
             print(without_passwords(safe(traceback.format_exc())), end="", file=sys.stderr)
         code = _report(error)
@@ -96,7 +96,7 @@ def _report(error: BaseException) -> int:
 
 
 def _one_line(error: EmpgError) -> str:
-    from empg_lite.safe_text import safe, without_passwords
+    from empg_lite.core.safe_text import safe, without_passwords
 
     return " ".join(without_passwords(safe(str(error))).split())
 

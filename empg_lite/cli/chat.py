@@ -23,9 +23,9 @@ from empg_lite.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from empg_lite.chat import Chat, OnText, Reply
-    from empg_lite.rationale import Problem, Rationale
+    from empg_lite.core.rationale import Problem, Rationale
     from empg_lite.rewards import Grader
+    from empg_lite.tools.chat import Chat, OnText, Reply
 
 HELP = """\
 a question            is answered; '=> ANSWER' at its end is its gold: the reply is graded
@@ -64,15 +64,15 @@ def chat(
     debug: DebugOption = False,
 ) -> None:
     """Ask a model and see its reasoning, the answer read from it, and its reward. /help lists more."""
-    from empg_lite.scoring import with_code
-    from empg_lite.target import resolve_target
+    from empg_lite.recipe.reward import pin_reward
+    from empg_lite.run.target import resolve_target
 
     out = Output(as_json)
     chosen = resolve_target(target, recipe, overrides or [], seed)
-    plan, code = with_code(chosen.recipe, allow_code)
+    plan, code = pin_reward(chosen.recipe, allow_code)
     chosen = replace(chosen, recipe=plan)
-    from empg_lite.chat import Chat
     from empg_lite.rewards import Grader
+    from empg_lite.tools.chat import Chat
 
     with out.guarded(), Grader(code=code) as grader:
         talk = Chat(chosen, temperature=temperature, max_new_tokens=max_new_tokens)
@@ -126,7 +126,7 @@ class _Conversation:
                 self._say("stopped")
 
     def ask_text(self, question: str, gold: str | None) -> None:
-        from empg_lite.rationale import Problem
+        from empg_lite.core.rationale import Problem
 
         self.ask(Problem.asked(question, gold or ""))
 
@@ -153,7 +153,7 @@ class _Conversation:
             except EOFError:
                 return
             except UnicodeDecodeError as error:
-                from empg_lite.errors import DataError
+                from empg_lite.core.errors import DataError
 
                 raise DataError("it is not UTF-8 text", "stdin", "save it as UTF-8") from error
             except KeyboardInterrupt:
@@ -177,8 +177,8 @@ class _Conversation:
 
         A script also gets an object in the answer's place, and in the end the exit code of the first error.
         """
-        from empg_lite.errors import EmpgError
-        from empg_lite.safe_text import safe
+        from empg_lite.core.errors import EmpgError
+        from empg_lite.core.safe_text import safe
 
         try:
             name, _, rest = line[1:].partition(" ")
@@ -256,7 +256,7 @@ class _Conversation:
     # --- showing ----------------------------------------------------------------------------------
 
     def _say(self, text: str, style: str = "dim") -> None:
-        from empg_lite.safe_text import safe
+        from empg_lite.core.safe_text import safe
 
         self.out.print(safe(text), style=style, markup=False, highlight=False)
 
@@ -269,7 +269,7 @@ class _Conversation:
         from rich.live import Live
         from rich.text import Text
 
-        from empg_lite.safe_text import safe
+        from empg_lite.core.safe_text import safe
 
         texts: dict[str, str] = {}
         room = max(4, self.out.console.height - 4)
@@ -333,7 +333,7 @@ def _line(r: Rationale) -> Any:
     """A sample in one line: verdict, answer, the end of its reasoning."""
     from rich.text import Text
 
-    from empg_lite.safe_text import safe
+    from empg_lite.core.safe_text import safe
 
     answer = "no answer" if r.extracted is None else safe(r.extracted)[:12]
     end = " ".join(safe(r.completion).split())[-60:]
@@ -346,7 +346,7 @@ def _panel(reply: Reply, *, alone: bool) -> Any:
     from rich.text import Text
 
     from empg_lite.cli.marks import legend, marked
-    from empg_lite.safe_text import safe
+    from empg_lite.core.safe_text import safe
 
     r = reply.rationale
     body, found = marked(r.completion, r.extracted)

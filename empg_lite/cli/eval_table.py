@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from empg_lite.cli.options import Output
-from empg_lite.eval_summary import BREAKDOWNS
+from empg_lite.loop.eval_summary import BREAKDOWNS
 
 _LABELS = {
     "pass@1": "greedy accuracy",

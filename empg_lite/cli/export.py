@@ -88,8 +88,8 @@ def export(
     debug: DebugOption = False,
 ) -> None:
     """Write a run's model in another form, load it again and compare. Exit code 1 if it acts otherwise."""
-    from empg_lite.errors import UsageError
-    from empg_lite.target import resolve_target
+    from empg_lite.core.errors import UsageError
+    from empg_lite.run.target import resolve_target
 
     out = Output(as_json)
     if (to is Form.hub) != (repo is not None):
@@ -100,15 +100,15 @@ def export(
     where = out_path or chosen.run / "export" / ("sft.jsonl" if to is Form.sft_dataset else to.value)
     with out.guarded():
         if to is Form.sft_dataset:
-            from empg_lite.export.sft import export_sft
+            from empg_lite.tools.export.sft import export_sft
 
             result = export_sft(chosen.run, where)
         else:
-            from empg_lite import export as exporting
+            from empg_lite.recipe.reward import pin_reward
             from empg_lite.rewards import Grader
-            from empg_lite.scoring import with_code
+            from empg_lite.tools import export as exporting
 
-            plan, code = with_code(chosen.recipe, allow_code)
+            plan, code = pin_reward(chosen.recipe, allow_code)
             chosen = replace(chosen, recipe=plan)
             with Grader(code=code) as grader:
                 if to is Form.adapter:

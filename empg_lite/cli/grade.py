@@ -37,7 +37,7 @@ def grade(
     debug: DebugOption = False,
 ) -> None:
     """Why did this get that reward?"""
-    from empg_lite.errors import UsageError
+    from empg_lite.core.errors import UsageError
     from empg_lite.rewards import Grader
 
     out = Output(as_json)
@@ -73,7 +73,7 @@ def _verdict_record(v: Verdict) -> dict[str, Any]:
 
 def _grade_cases(out: Output, grader: Grader, path: Path, reward: str) -> None:
     """One object a line, in order, no summary: whatever happens to a worker."""
-    from empg_lite.rationale import read_cases
+    from empg_lite.core.rationale import read_cases
 
     for gold, prediction in read_cases(path):
         out.raw(_verdict_record(grader.grade(reward, gold, prediction)))
@@ -94,8 +94,8 @@ _REASONS = {
 
 def _say_verdict(out: Output, v: Verdict, reward: str, text: str, question: str | None) -> None:
     """The headline, then how it came about, step by step."""
+    from empg_lite.core.safe_text import safe
     from empg_lite.rewards.explain import explain
-    from empg_lite.safe_text import safe
 
     read = "nothing" if v.extracted is None else f"{v.extracted} (rule: {v.rule})"
     out.print(

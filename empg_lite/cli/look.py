@@ -19,8 +19,8 @@ from empg_lite.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from empg_lite.check import CheckReport
-    from empg_lite.rationale import Rationale
+    from empg_lite.core.rationale import Rationale
+    from empg_lite.tools.check import CheckReport
 
 
 def register(app: typer.Typer) -> None:
@@ -50,8 +50,8 @@ def inspect(
     debug: DebugOption = False,
 ) -> None:
     """Look through stored rationales."""
-    from empg_lite.rationale import rationale_record
-    from empg_lite.runs import find_rollouts
+    from empg_lite.core.rationale import rationale_record
+    from empg_lite.run.layout import find_rollouts
 
     out = Output(as_json)
     path, rows = find_rollouts(source, step)
@@ -80,7 +80,7 @@ def _show_rationale(out: Output, r: Rationale) -> None:
     from rich.panel import Panel
     from rich.text import Text
 
-    from empg_lite.safe_text import safe
+    from empg_lite.core.safe_text import safe
 
     score = "not graded" if r.reward is None else f"reward {r.reward:g} ({r.reason})"
     weight = "" if r.weight is None else f" · weight {r.weight:.3g}"
@@ -117,7 +117,7 @@ def recipes(
     debug: DebugOption = False,
 ) -> None:
     """The recipes that come with the package, and what may stand in one."""
-    from empg_lite.errors import UsageError
+    from empg_lite.core.errors import UsageError
 
     out = Output(as_json)
     if action == "list" and name is None:
@@ -127,7 +127,7 @@ def recipes(
     elif action == "schema" and name is None:
         import json
 
-        from empg_lite.recipe import recipe_schema
+        from empg_lite.recipe.schema import recipe_schema
 
         schema = recipe_schema()
         out.line(schema)
@@ -138,7 +138,7 @@ def recipes(
 
 
 def _list_recipes(out: Output) -> None:
-    from empg_lite.recipe_file import builtin_recipes, recipe_summary
+    from empg_lite.recipe.file import builtin_recipes, recipe_summary
 
     summaries = {name: recipe_summary(path) for name, path in builtin_recipes().items()}
     if out.as_json:
@@ -150,8 +150,8 @@ def _list_recipes(out: Output) -> None:
 
 
 def _show_recipe(out: Output, name: str) -> None:
-    from empg_lite.recipe import field_docs
-    from empg_lite.recipe_file import find_recipe, load_recipe
+    from empg_lite.recipe.file import find_recipe, load_recipe
+    from empg_lite.recipe.schema import field_docs
 
     recipe = load_recipe(name).resolved()
     docs = field_docs()
@@ -180,21 +180,21 @@ def check(
     """Data, prompts, and every gold answer against its own reward. Exit code 1 if something is wrong."""
     from dataclasses import asdict
 
-    from empg_lite.recipe_file import load_recipe
+    from empg_lite.core.safe_text import safe
+    from empg_lite.recipe.file import load_recipe
+    from empg_lite.recipe.reward import pin_reward
     from empg_lite.rewards import Grader
-    from empg_lite.safe_text import safe
-    from empg_lite.scoring import with_code
 
     out = Output(as_json)
     plan = load_recipe(recipe or "tiny", overrides or [], seed)
-    plan, code = with_code(plan, allow_code)
-    from empg_lite.check import check as run_check
+    plan, code = pin_reward(plan, allow_code)
+    from empg_lite.tools.check import check as run_check
 
     with out.guarded(), Grader(code=code) as grader:
         report = run_check(plan, grader, out.view())
         flight = None
         if preflight:
-            from empg_lite.preflight import preflight_recipe
+            from empg_lite.loop.preflight import preflight_recipe
 
             flight = preflight_recipe(plan, grader, out.view())
         ok = report.ok and not (flight and flight.hopeless)
@@ -244,14 +244,16 @@ def plan(
     debug: DebugOption = False,
 ) -> None:
     """Memory term by term, before anything is loaded. Exit code 1 where it does not fit."""
-    from empg_lite import plan as planning
     from empg_lite.cli.plan_table import show_plan
-    from empg_lite.recipe_file import load_recipe
+    from empg_lite.loop import plan as planning
+    from empg_lite.policy.memory import machine as machines
+    from empg_lite.policy.memory.shape import read_shape
+    from empg_lite.recipe.file import load_recipe
 
     out = Output(as_json)
-    machine = planning.card(gpu_memory) if gpu_memory is not None else planning.this_machine()
+    machine = machines.card(gpu_memory) if gpu_memory is not None else machines.this_machine()
     chosen = load_recipe(recipe or "tiny", overrides or [], seed)
-    shape = planning.read_shape(chosen.model.name, chosen.model.revision)
+    shape = read_shape(chosen.model.name, chosen.model.revision)
     found = planning.plan_recipe(chosen, shape, machine)
     change = planning.advise(found)
     out.line(found.facts() | {"change": None if change is None else planning.as_overrides(change)})
@@ -261,7 +263,7 @@ def plan(
 
 def doctor(as_json: JsonOption = False, debug: DebugOption = False) -> None:
     """What is installed, what was tested, what to type."""
-    from empg_lite.doctor import device, packages
+    from empg_lite.tools.doctor import device, packages
 
     out = Output(as_json)
     with out.guarded():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.text import Text
 
-from empg_lite.behaviors import spans
-from empg_lite.safe_text import safe
+from empg_lite.core.behaviors import spans
+from empg_lite.core.safe_text import safe
 
 #: Behaviour -> the mark before its sentence, its style, and what the legend says.
 MARKS = {

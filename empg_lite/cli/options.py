@@ -12,25 +12,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from empg_lite.parallel import speaks
+from empg_lite.run.parallel import speaks
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from empg_lite.core.view import View
     from empg_lite.rewards import UserCode
-    from empg_lite.view import View
 
 
 def recipe_names(incomplete: str) -> list[str]:
     """Built-in recipes, for the shell's completion; files are the shell's own business."""
-    from empg_lite.recipe_file import builtin_recipes
+    from empg_lite.recipe.file import builtin_recipes
 
     return [name for name in builtin_recipes() if name.startswith(incomplete)]
 
 
 def run_names(incomplete: str) -> list[str]:
     """Runs under ``runs/``, for the shell's completion."""
-    from empg_lite.runs import RUNS, is_run
+    from empg_lite.run.layout import RUNS, is_run
 
     return [str(p) for p in sorted(RUNS.glob("*")) if is_run(p) and str(p).startswith(incomplete)]
 
@@ -153,13 +153,13 @@ class Output:
 
     def view(self) -> View:
         """Plain lines on this console, on a terminal with bars for what is going on."""
-        from empg_lite.view import ConsoleView
+        from empg_lite.core.view import ConsoleView
 
         return ConsoleView(self.console)
 
     def live_view(self) -> View:
         """The same for a run: on a terminal with a panel that says how it stands."""
-        from empg_lite.view import LiveView
+        from empg_lite.core.view import LiveView
 
         return LiveView(self.console) if self.console.is_terminal else self.view()
 
@@ -173,7 +173,7 @@ def command_line() -> str:
 
 def reward_option(reward: str, allow_code: bool) -> tuple[str, UserCode | None]:
     """The reward of ``--reward`` and the file it runs, pinned. An unknown one is refused before any work."""
-    from empg_lite.errors import UsageError
+    from empg_lite.core.errors import UsageError
     from empg_lite.rewards import pin, refuse_code
     from empg_lite.rewards.spec import with_absolute_file
 

@@ -7,9 +7,8 @@ from typing import Any
 from rich.table import Table
 
 from empg_lite.cli.options import Output
-from empg_lite.plan import Plan, advice_text
-from empg_lite.plan.choose import KEYS, SHARE
-from empg_lite.recipe import Recipe
+from empg_lite.loop.plan import KEYS, SHARE, Plan, advice_text
+from empg_lite.recipe.schema import Recipe
 
 
 def show_plan(out: Output, recipe: Recipe, plan: Plan, change: dict[str, Any] | None) -> None:

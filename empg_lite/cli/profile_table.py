@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from empg_lite.cli.options import Output
-from empg_lite.runs import PROFILE
+from empg_lite.run.layout import PROFILE
 
 
 def show_profile(out: Output, run: Path) -> None:

@@ -38,9 +38,9 @@ def report(
     debug: DebugOption = False,
 ) -> None:
     """One HTML page of a run, or of several beside each other, with its figures as PNG and SVG."""
-    from empg_lite.errors import UsageError
-    from empg_lite.report import write_report
-    from empg_lite.runs import newest_run, runs_of
+    from empg_lite.core.errors import UsageError
+    from empg_lite.run.layout import newest_run, runs_of
+    from empg_lite.tools.report import write_report
 
     out = Output(as_json)
     given = runs or [newest_run()]

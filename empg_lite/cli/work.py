@@ -30,7 +30,7 @@ from empg_lite.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from empg_lite.recipe import Recipe
+    from empg_lite.recipe.schema import Recipe
 
 
 def register(app: typer.Typer) -> None:
@@ -71,9 +71,9 @@ def train(
     debug: DebugOption = False,
 ) -> None:
     """Train by a recipe: sample, score, fit; evaluate before and after."""
-    from empg_lite.recipe_file import dump_recipe, load_recipe
-    from empg_lite.runs import RECIPE, is_run, next_run_dir
-    from empg_lite.scoring import with_code
+    from empg_lite.recipe.file import dump_recipe, load_recipe
+    from empg_lite.recipe.reward import pin_reward
+    from empg_lite.run.layout import RECIPE, is_run, next_run_dir
 
     out = Output(as_json)
     several = _seeds(seeds, seed)
@@ -83,7 +83,7 @@ def train(
         name = str(output_dir / RECIPE)  # the run knows its own recipe
     plan = load_recipe(name or "tiny", changes, several[0] if several else seed)
     repin = "data.reward" in (allow_change or ())
-    plan, code = with_code(plan, allow_code, repin=repin, runs=not dry_run)
+    plan, code = pin_reward(plan, allow_code, repin=repin, runs=not dry_run)
     if dry_run:
         resolved = plan.resolved()
         if as_json:
@@ -91,10 +91,10 @@ def train(
         else:
             typer.echo(dump_recipe(resolved), nl=False)
         return
-    from empg_lite import trackers
-    from empg_lite.parallel import join
-    from empg_lite.train import TrainOptions
-    from empg_lite.train import train as run_training
+    from empg_lite.loop.train import TrainOptions
+    from empg_lite.loop.train import train as run_training
+    from empg_lite.run import trackers
+    from empg_lite.run.parallel import join
 
     trackers.require(track or ())
     options = TrainOptions(
@@ -107,24 +107,24 @@ def train(
         profile,
         tuple(dict.fromkeys(track or ())),
     )
-    with out.guarded(), join() as team, out.live_view() as view:
+    with out.guarded(), join() as world, out.live_view() as view:
         title = _run_name(name) + ("-seeds" if several else "")
-        run = team.once(lambda: output_dir or next_run_dir(title))
+        run = world.once(lambda: output_dir or next_run_dir(title))
         out.print(f"run: {run}", markup=False, highlight=False)
         if several:
             from empg_lite.cli.sweep_table import show_sweep
-            from empg_lite.sweep import sweep
+            from empg_lite.loop.sweep import sweep
 
-            result = sweep(plan, run, several, options, view, team)
-            if team.main:
-                from empg_lite.report import write_report
-                from empg_lite.runs import runs_of
+            result = sweep(plan, run, several, options, view, world)
+            if world.main:
+                from empg_lite.run.layout import runs_of
+                from empg_lite.tools.report import write_report
 
                 result["report"] = write_report(runs_of(run), run / "report.html", view)["report"]
                 out.line(result)
                 show_sweep(out, result)
             return
-        result = run_training(plan, run, options, view, team)
+        result = run_training(plan, run, options, view, world)
         out.line(result)
         _say_result(out, result, run)
         if profile:
@@ -139,7 +139,7 @@ def _seeds(text: str | None, seed: int | None) -> list[int]:
     Raises:
         UsageError: they are not whole numbers, all different, or ``--seed`` was said too.
     """
-    from empg_lite.errors import UsageError
+    from empg_lite.core.errors import UsageError
 
     if text is None:
         return []
@@ -198,8 +198,8 @@ def sample(
 ) -> None:
     """E-step only: draw rationales into a file, without rewards. Repeating it completes the file."""
     plan, run = _policy_of(source, recipe, overrides, seed)
-    from empg_lite.offline import SampleOptions
-    from empg_lite.offline import sample as draw
+    from empg_lite.loop.offline import SampleOptions
+    from empg_lite.loop.offline import sample as draw
 
     out = Output(as_json)
     with out.guarded():
@@ -212,9 +212,9 @@ def _policy_of(
     source: str | None, recipe: str | None, overrides: list[str] | None, seed: int | None
 ) -> tuple[Recipe, Path | None]:
     """Recipe and run (None: bare adapter or untrained policy) that RUN|ADAPTER and the options mean."""
-    from empg_lite.recipe_file import load_recipe
-    from empg_lite.runs import RECIPE, is_run, run_of
-    from empg_lite.target import resolve_target
+    from empg_lite.recipe.file import load_recipe
+    from empg_lite.run.layout import RECIPE, is_run, run_of
+    from empg_lite.run.target import resolve_target
 
     path = Path(source) if source is not None else None
     if path is None:
@@ -238,7 +238,7 @@ def score(
     debug: DebugOption = False,
 ) -> None:
     """Grade, or grade again, the rationales of a file. No model is loaded."""
-    from empg_lite.rescore import score_file
+    from empg_lite.tools.rescore import score_file
 
     out = Output(as_json)
     if reward is not None:
@@ -275,9 +275,9 @@ def fit(
 ) -> None:
     """M-step only: fit stored rationales. Nothing is sampled or graded."""
     plan, _ = _policy_of(str(source) if source else None, recipe, overrides, seed)
-    from empg_lite.offline import fit as run_fit
-    from empg_lite.runs import next_run_dir
-    from empg_lite.train import TrainOptions
+    from empg_lite.loop.offline import fit as run_fit
+    from empg_lite.loop.train import TrainOptions
+    from empg_lite.run.layout import next_run_dir
 
     out = Output(as_json)
     run = output_dir or next_run_dir(f"{_run_name(recipe)}-fit")
@@ -312,14 +312,14 @@ def evaluate(
     debug: DebugOption = False,
 ) -> None:
     """Greedy accuracy with a 95% interval, on held-out problems. Interrupted: repeat the command to go on."""
-    from empg_lite.scoring import with_code
-    from empg_lite.target import resolve_target
+    from empg_lite.recipe.reward import pin_reward
+    from empg_lite.run.target import resolve_target
 
     out = Output(as_json)
     chosen = resolve_target(target, recipe, overrides or [], seed)
-    plan, code = with_code(chosen.recipe, allow_code)
+    plan, code = pin_reward(chosen.recipe, allow_code)
     chosen = replace(chosen, recipe=plan)
-    from empg_lite.evaluate import evaluate_target
+    from empg_lite.loop.evaluate import evaluate_target
     from empg_lite.rewards import Grader
 
     with out.guarded(), Grader(code=code) as grader:

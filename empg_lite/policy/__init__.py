@@ -38,7 +38,7 @@ def load_tokenizer(folder: Path) -> Any:
     """The model's tokenizer, checked to split and join as its files say."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from empg_lite.errors import ModelUnusable
+    from empg_lite.core.errors import ModelUnusable
     from empg_lite.policy.integrity import check_tokenizer
 
     try:

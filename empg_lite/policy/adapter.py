@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from empg_lite.errors import DataError, MissingInput
+from empg_lite.core.errors import DataError, MissingInput
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from empg_lite.errors import ModelUnusable, UsageError
+from empg_lite.core.errors import ModelUnusable, UsageError
 from empg_lite.policy.kernels import proven, unsloth_kernels
 from empg_lite.policy.policy import Policy, collate
 

@@ -14,8 +14,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from empg_lite.errors import MissingInput, ModelUnusable
-from empg_lite.tiny import BUNDLED, model_path
+from empg_lite.core.bundled import BUNDLED, model_path
+from empg_lite.core.errors import MissingInput, ModelUnusable
 
 SUPPORTED = ("qwen2",)
 _PROBES = (

@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from empg_lite.core.sizes import LOGIT_CHUNK
 from empg_lite.policy.kernels import wide
-from empg_lite.sizes import LOGIT_CHUNK
 
 #: (which of the tokens, their log-probs ``(n,)`` in nats, float32) -> their share of a sum over tokens.
 TokenLoss = Callable[[slice, Tensor], Tensor]

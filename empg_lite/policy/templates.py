@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from empg_lite.errors import MissingInput, RecipeError
+from empg_lite.core.errors import MissingInput, RecipeError
 
 _BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 

@@ -2,8 +2,8 @@
 
 from empg_lite.rewards.grader import Grader
 from empg_lite.rewards.spec import check_reward, reward_names
-from empg_lite.rewards.usercode import UserCode, pin, refuse_code
 from empg_lite.rewards.verdict import Case, Verdict
+from empg_lite.rewards.worker.usercode import UserCode, pin, refuse_code
 
 __all__ = [
     "Case",

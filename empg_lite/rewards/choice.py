@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 
-from empg_lite.rewards.compare import cheap_leaf, compare
-from empg_lite.rewards.extract import Answer, extract
-from empg_lite.rewards.normalize import normalize
+from empg_lite.rewards.math.compare import cheap_leaf, compare
+from empg_lite.rewards.math.extract import Answer, extract
+from empg_lite.rewards.math.normalize import normalize
 
 #: Rules by which the text itself points to its answer; the others are guesses at the last value.
 _POINTED = frozenset({"boxed", "boxed_unclosed", "hash", "answer_is", "final_answer_is"})

@@ -6,7 +6,8 @@ Made from the functions that decide; nothing is decided here.
 from __future__ import annotations
 
 from empg_lite.rewards.choice import options_of, read_choice
-from empg_lite.rewards.compare import (
+from empg_lite.rewards.functions import MAX_ANSWER, MAX_TEXT, gold_answer
+from empg_lite.rewards.math.compare import (
     Leaf,
     asks_percentage,
     cheap_leaf,
@@ -15,10 +16,9 @@ from empg_lite.rewards.compare import (
     is_empty,
     read_shape,
 )
-from empg_lite.rewards.extract import Answer, extract, find_boxes, hedged, last_sentence, visible
-from empg_lite.rewards.functions import MAX_ANSWER, MAX_TEXT, gold_answer
-from empg_lite.rewards.normalize import normalize
-from empg_lite.rewards.shapes import Shape
+from empg_lite.rewards.math.extract import Answer, extract, find_boxes, hedged, last_sentence, visible
+from empg_lite.rewards.math.normalize import normalize
+from empg_lite.rewards.math.shapes import Shape
 from empg_lite.rewards.spec import Part, parse_spec
 from empg_lite.rewards.verdict import Verdict
 

@@ -9,9 +9,9 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from empg_lite.rewards.choice import options_of, read_choice, read_letter
-from empg_lite.rewards.compare import asks_percentage, cheap_leaf, compare, is_empty
-from empg_lite.rewards.extract import Answer, extract
-from empg_lite.rewards.normalize import normalize
+from empg_lite.rewards.math.compare import asks_percentage, cheap_leaf, compare, is_empty
+from empg_lite.rewards.math.extract import Answer, extract
+from empg_lite.rewards.math.normalize import normalize
 from empg_lite.rewards.spec import Part
 from empg_lite.rewards.verdict import Case
 

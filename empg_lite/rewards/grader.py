@@ -12,15 +12,15 @@ from functools import lru_cache, partial
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from empg_lite.errors import GraderUnusable
-from empg_lite.rationale import FAILURES
-from empg_lite.rewards.extract import extract
+from empg_lite.core.errors import GraderUnusable
+from empg_lite.core.rationale import FAILURES
 from empg_lite.rewards.functions import ALGEBRA, MAX_TEXT, Outcome, Question, Reward, reward_of
-from empg_lite.rewards.pool import Reply, WorkerPool
+from empg_lite.rewards.math.extract import extract
 from empg_lite.rewards.self_test import self_test
 from empg_lite.rewards.spec import Part, Spec, parse_spec
-from empg_lite.rewards.usercode import UserCode, refuse_code, worker_setup
 from empg_lite.rewards.verdict import Case, Verdict
+from empg_lite.rewards.worker.pool import Reply, WorkerPool
+from empg_lite.rewards.worker.usercode import UserCode, refuse_code, worker_setup
 
 _BOXED_RULES = frozenset({"boxed", "hash"})
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from empg_lite.errors import GraderUnusable
-from empg_lite.rewards.pool import Reply
+from empg_lite.core.errors import GraderUnusable
 from empg_lite.rewards.spec import Spec
 from empg_lite.rewards.verdict import Case, Verdict
+from empg_lite.rewards.worker.pool import Reply
 
 _REINSTALL = "reinstall empg-lite, math-verify and sympy"
 _MATH = [

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from empg_lite.rationale import FAILURES, VERDICTS
+from empg_lite.core.rationale import FAILURES, VERDICTS
 
 
 class Case(NamedTuple):

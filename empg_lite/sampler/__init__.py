@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from empg_lite.errors import UsageError
+from empg_lite.core.errors import UsageError
 from empg_lite.policy.policy import Policy
-from empg_lite.recipe import choose_engine
+from empg_lite.recipe.schema import choose_engine
 from empg_lite.sampler.base import Completion, OnCompletion, OnToken, Prompt, Sampler, SampleWork
 from empg_lite.sampler.draw import Decoding, sample_key
 from empg_lite.sampler.generate import GenerateSampler

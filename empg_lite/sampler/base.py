@@ -10,11 +10,11 @@ from typing import Protocol
 
 import torch
 
-from empg_lite.errors import NumericalStop, OutOfMemory, forget_frames, is_out_of_memory
+from empg_lite.core.errors import NumericalStop, OutOfMemory, forget_frames, is_out_of_memory
+from empg_lite.core.rationale import FinishReason
+from empg_lite.core.sizes import MIN_ROWS
 from empg_lite.policy.policy import Policy
-from empg_lite.rationale import FinishReason
 from empg_lite.sampler.draw import Decoding
-from empg_lite.sizes import MIN_ROWS
 
 
 @dataclass(frozen=True, slots=True)

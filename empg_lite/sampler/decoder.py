@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from empg_lite.core.sizes import PREFILL_TOKENS
 from empg_lite.policy.logprobs import rows_per_chunk
 from empg_lite.policy.network import Layer, Network
 from empg_lite.policy.packing import Rows, causal_attention
 from empg_lite.sampler.draw import Decoding, draw
-from empg_lite.sizes import PREFILL_TOKENS
 
 
 class Decoder:
@@ -176,7 +176,7 @@ class Decoder:
             )
         self.drawn[places] += 1
 
-    def close_up(self, keep: Sequence[int]) -> None:
+    def compact(self, keep: Sequence[int]) -> None:
         """Move the rows at these places, in rising order, to the first places."""
         at, n = torch.tensor(keep, dtype=torch.long, device=self.head.device), len(keep)
         for state in (self.tokens, self.lengths, self.drawn, self.keys):

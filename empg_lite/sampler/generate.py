@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from empg_lite.control import stop_point
+from empg_lite.core.control import stop_point
 from empg_lite.policy.policy import Policy
 from empg_lite.sampler.base import (
     Completion,

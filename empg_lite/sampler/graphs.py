@@ -14,9 +14,9 @@ from collections.abc import Callable, Hashable
 
 import torch
 
-from empg_lite.errors import is_out_of_memory
+from empg_lite.core.errors import is_out_of_memory
+from empg_lite.core.sizes import GRAPH_ROWS, GRAPH_TOKENS, round_up
 from empg_lite.sampler.decoder import Decoder
-from empg_lite.sizes import GRAPH_ROWS, GRAPH_TOKENS, round_up
 
 
 class Graphs:

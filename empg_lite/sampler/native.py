@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from empg_lite.control import stop_point
+from empg_lite.core.control import stop_point
+from empg_lite.core.rationale import FinishReason
+from empg_lite.core.sizes import CACHE_ALIGN, IDLE, MIN_ROWS, round_up
 from empg_lite.policy.merged import MergedCopy
 from empg_lite.policy.network import Network
 from empg_lite.policy.policy import Policy
-from empg_lite.rationale import FinishReason
 from empg_lite.sampler.base import (
     Completion,
     Engine,
@@ -27,7 +28,6 @@ from empg_lite.sampler.decoder import Decoder
 from empg_lite.sampler.draw import Decoding
 from empg_lite.sampler.graphs import Graphs
 from empg_lite.sampler.stops import StopRule
-from empg_lite.sizes import CACHE_ALIGN, IDLE, MIN_ROWS, round_up
 
 #: ``Decoder.step`` or what stands for it: (places, tokens that attention looks at).
 Step = Callable[[int, int], None]
@@ -173,7 +173,7 @@ class _Batch:
             idle = len(self.rows) - len(alive)
             shrink = idle >= max(1, IDLE * len(self.rows)) and len(self.rows) > MIN_ROWS
             if idle and (enter or shrink):
-                self.decoder.close_up(alive)
+                self.decoder.compact(alive)
                 self.rows = [self.rows[place] for place in alive]
             if not enter:
                 return True

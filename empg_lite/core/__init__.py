@@ -1,0 +1,1 @@
+"""What everything else may import: carriers, errors, text that is safe to print, statistics."""

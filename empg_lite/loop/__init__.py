@@ -1,0 +1,1 @@
+"""Sample, score, weigh, fit, record."""

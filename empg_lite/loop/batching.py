@@ -1,0 +1,57 @@
+"""Which rows are fitted together: a process's share of a step, and micro-batches of a token budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from empg_lite.core.rationale import Rationale
+from empg_lite.policy.packing import Ids
+from empg_lite.run.parallel import World
+
+
+def whole_problems(rows: Sequence[Rationale], kept: Sequence[int], world: World) -> list[int]:
+    """This process's share of the row numbers ``kept``: whole problems, balanced by their tokens.
+
+    The heaviest problem goes first, to the process with the least so far; every process deals the same way.
+    """
+    problems: dict[str, list[int]] = {}
+    for i in kept:
+        problems.setdefault(rows[i].problem_id, []).append(i)
+    tokens = {pid: sum(rows[i].tokens for i in members) for pid, members in problems.items()}
+    loads = [0] * world.size
+    mine: list[int] = []
+    for pid in sorted(problems, key=lambda pid: -tokens[pid]):  # ties stay in the order of the rows
+        lightest = loads.index(min(loads))
+        loads[lightest] += tokens[pid]
+        if lightest == world.rank:
+            mine += problems[pid]
+    return sorted(mine)
+
+
+def packed_batches(rows: Mapping[int, tuple[Ids, int]], budget: int) -> list[list[int]]:
+    """Row numbers cut into batches of at most ``budget`` tokens (or one row), equal prompts counted once.
+
+    Problems of like length lie together, as attention pads; one is cut only if it does not fit as a whole.
+
+    Args:
+        rows: prompt, and tokens of the completion, of each row by its number.
+    """
+    problems: dict[Ids, list[int]] = {}
+    for i in sorted(rows, key=lambda i: (-rows[i][1], i)):
+        problems.setdefault(rows[i][0], []).append(i)  # in the order of their longest completion
+    batches: list[list[int]] = []
+    used = 0
+    for prompt, members in problems.items():
+        whole = len(prompt) + sum(rows[i][1] for i in members)
+        together = bool(batches) and used + min(whole, budget) <= budget
+        if not together:
+            batches.append([])
+            used = 0
+        used += len(prompt)
+        for i in members:
+            if batches[-1] and used + rows[i][1] > budget:
+                batches.append([])
+                used = len(prompt)
+            batches[-1].append(i)
+            used += rows[i][1]
+    return batches

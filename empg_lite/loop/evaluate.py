@@ -1,0 +1,190 @@
+"""Accuracy, honestly: greedy pass@1 with its interval, and what sampling adds.
+
+The same problems, prompt and decoding serve base and tuned model. Answers are kept as they come, so that an
+evaluation killed anywhere is finished by asking for it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from empg_lite import __version__
+from empg_lite.core.rationale import Problem, Rationale, RolloutHeader, flatten
+from empg_lite.core.view import View
+from empg_lite.data.sources import load_problems, subset
+from empg_lite.loop.estep import by_group, sample_rationales
+from empg_lite.loop.eval_summary import Evaluation, paired
+from empg_lite.loop.learner import Learner, build_learner
+from empg_lite.rewards import Grader
+from empg_lite.rewards.scorer import Scorer
+from empg_lite.run import store
+from empg_lite.run.answers import AnswerFile
+from empg_lite.run.layout import RUNS
+from empg_lite.run.target import Target
+from empg_lite.sampler import Decoding, Sampler
+
+#: E-step number of evaluation draws: the same random numbers every time, never those of training.
+EVAL_STEP = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Examiner:
+    """Asks a learner's policy, as it is at that moment; base and tuned are asked alike."""
+
+    learner: Learner
+    sampler: Sampler
+    grader: Grader
+    view: View
+
+    def header(self, problems: Sequence[Problem]) -> RolloutHeader:
+        """Everything that an answer depends on, and the version of what graded it."""
+        recipe = self.learner.recipe
+        asked = {
+            "problems": hashlib.sha256("".join(p.id for p in problems).encode()).hexdigest(),
+            "max_new_tokens": recipe.sampler.max_new_tokens,
+            "dtype": recipe.model.dtype,
+            "load_in_4bit": recipe.model.load_in_4bit,
+            "batch_rows": int(recipe.sampler.batch_rows),
+            "empg_lite": __version__,
+        }
+        return replace(self.learner.header(recipe.data.reward), sampler=asked)
+
+    def evaluate(
+        self,
+        problems: Sequence[Problem],
+        *,
+        samples: int = 0,
+        label: str = "evaluating",
+        folder: Path | None = None,
+        header: RolloutHeader | None = None,
+        replace_other: bool = False,
+    ) -> Evaluation:
+        """Answer every problem greedily and, with ``samples`` = k > 0, also k times at temperature 1.
+
+        Args:
+            folder: keeps the answers (``greedy.jsonl``, ``sampled.jsonl``); those it has are not asked again.
+            header: whose answers these are; None: those of the policy with its adapter.
+            replace_other: see ``AnswerFile``.
+        """
+        assert problems, "nothing to evaluate on"
+        header = header or self.header(problems)
+        # Questions of like length share a batch: less padding.
+        order = sorted(problems, key=lambda p: (len(p.question), p.id))
+
+        def answers(name: str, decoding: Decoding, k: int) -> dict[str, list[Rationale]]:
+            how = {"pass": name, "samples_per_problem": k, "temperature": decoding.temperature}
+            kept = self.learner.world.once(
+                lambda: AnswerFile(
+                    folder / f"{name}.jsonl" if folder else None,
+                    replace(header, sampler={**header.sampler, **how}),
+                    total=len(order) * k,
+                    k=k,
+                    replace_other=replace_other,
+                )
+            )
+            self._complete(kept, order, decoding, k, label)
+            by_problem: dict[str, list[Rationale]] = {}
+            for r in kept.rows:
+                by_problem.setdefault(r.problem_id, []).append(r)
+            return by_problem
+
+        limit = self.learner.recipe.sampler.max_new_tokens
+        greedy = answers("greedy", Decoding(limit, temperature=0.0), 1)
+        sampled = answers("sampled", Decoding(limit), samples) if samples else {}
+        return Evaluation(
+            tuple(greedy[p.id][0] for p in problems),
+            tuple(tuple(sampled[p.id]) for p in problems) if samples else (),
+        )
+
+    def _complete(
+        self, kept: AnswerFile, problems: Sequence[Problem], decoding: Decoding, k: int, label: str
+    ) -> None:
+        """Ask for what is missing, a batch for each process at a time."""
+        recipe, world = self.learner.recipe, self.learner.world
+
+        def ask(mine: Sequence[Problem]) -> list[list[Rationale]]:
+            scorer = Scorer(self.grader, str(recipe.data.reward), on_done=lambda n: on_done(n * world.size))
+            draw = sample_rationales(
+                self.learner.policy,
+                self.sampler,
+                mine,
+                decoding,
+                samples=k,
+                seed=recipe.run.seed,
+                step=EVAL_STEP,
+                policy_step=0,
+                on_rationale=scorer.submit,
+            )
+            return by_group(draw.groups, scorer.scored(flatten(draw.groups)))
+
+        with self.view.phase(label, len(problems) * k) as on_done:
+            on_done(len(kept.rows))
+            unit = kept.batch * world.size
+            for start in range(len(kept.rows) // k, len(problems), unit):
+                kept.add([r for rows in world.share(problems[start : start + unit], ask) for r in rows])
+
+
+def evaluate_target(
+    target: Target,
+    grader: Grader,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    k: int = 0,
+    base: bool = False,
+    out: Path | None = None,
+    view: View | None = None,
+) -> dict[str, Any]:
+    """Load a model and evaluate it, with ``base`` also with its adapter off: the same in all else.
+
+    Args:
+        out: folder of the answers; None: ``RUN/eval``, or ``runs/eval`` for what is no run. What an earlier,
+            equal evaluation left there is taken over.
+
+    Returns:
+        ``split``, ``answers`` (the folder), the figures of ``Evaluation.summary``; with ``base`` also an
+        object ``base`` of them, and ``paired``: base first, tuned second.
+
+    Raises:
+        EmpgError: model or data are unusable.
+        RunInUse: the same evaluation is going on elsewhere.
+    """
+    recipe = target.recipe
+    split = split or recipe.data.eval_split
+    problems = subset(load_problems(recipe.data, split), limit or recipe.run.eval_limit)
+    learner = build_learner(recipe)
+    examiner = Examiner(learner, learner.sampler(), grader, view or View())
+    out = out or (target.run / "eval" if target.run else RUNS / "eval")
+    tuned_header = examiner.header(problems)
+
+    def run(label: str, header: RolloutHeader) -> tuple[Path, Evaluation, dict[str, Any]]:
+        folder = out / f"{label}-{split}-{_digest(header)}"
+        with store.run_lock(folder):
+            evaluation = examiner.evaluate(
+                problems, samples=k, label=f"evaluating {label}", folder=folder, header=header
+            )
+            summary = evaluation.summary()
+            store.write_file(folder / "figures.json", json.dumps({"split": split, **summary}, indent=1))
+        return folder, evaluation, summary
+
+    folder, tuned, figures = run(Path(target.label).name, tuned_header)
+    result: dict[str, Any] = {"split": split, "answers": str(folder), **figures}
+    if base:
+        with learner.policy.reference():
+            folder, reference, figures = run("base", replace(tuned_header, adapter=None))
+        result["base"] = {"answers": str(folder), **figures}
+        result["paired"] = paired(reference.greedy, tuned.greedy)
+    return result
+
+
+def _digest(header: RolloutHeader) -> str:
+    """A short name for an evaluation's settings."""
+    facts = {**header.sampler, "batch_rows": None}
+    identity = (header.model, header.revision, header.adapter, header.tokenizer, header.template, header.seed)
+    text = json.dumps([identity, header.reward_name, facts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -1,0 +1,308 @@
+"""The two halves of the loop apart: sample now, grade again later, fit many times, anywhere.
+
+A rationale is text and a reward; no ratio, no stored log-probability ties it to the machine that drew it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from empg_lite.core.control import RESUME, Clock, stop_request
+from empg_lite.core.errors import DataError, Interrupted, MissingInput, RecipeError, UsageError
+from empg_lite.core.rationale import (
+    Group,
+    Rationale,
+    RolloutHeader,
+    Segment,
+    check_scored,
+    encode_rollouts,
+    flatten,
+    group_rationales,
+    header_line,
+    rationale_line,
+    read_rollouts,
+)
+from empg_lite.core.view import View
+from empg_lite.data.sources import ProblemStream, load_splits
+from empg_lite.loop.estep import sample_rationales, weigh
+from empg_lite.loop.learner import Learner, build_learner
+from empg_lite.loop.recorder import Session, finished, summarise
+from empg_lite.loop.train import TrainOptions
+from empg_lite.policy.policy import Policy
+from empg_lite.recipe.schema import Recipe, refused_sampling
+from empg_lite.run import store
+from empg_lite.run.checkpoint import load_checkpoint, newest_valid, require_valid, stored_state
+from empg_lite.run.journal import Journal
+from empg_lite.run.layout import is_run, open_run, rollout_path
+
+NO_OPTIONS = TrainOptions()
+
+
+@dataclass(frozen=True, slots=True)
+class SampleOptions:
+    """``problems``: how many to draw rationales for; None is ``run.steps`` x P, or one step of a RUN."""
+
+    problems: int | None = None
+    append: bool = False
+    force: bool = False
+
+
+def checkpoint_of(source: Path) -> Path:
+    """The checkpoint that RUN or RUN/checkpoints/step-N means.
+
+    Raises:
+        MissingInput, CheckpointError: there is none, or it is not valid.
+    """
+    if (source / "state.json").is_file():
+        return require_valid(source)
+    if source.parent.name == "checkpoints" and source.is_dir():
+        return require_valid(source)
+    if not is_run(source):
+        raise MissingInput("not a run, and not a checkpoint of one", str(source))
+    found = newest_valid(source)
+    if found is None:
+        raise MissingInput("the run has no checkpoint yet", str(source))
+    return found
+
+
+def sample(
+    recipe: Recipe,
+    source: Path | None,
+    out: Path,
+    options: SampleOptions = SampleOptions(),
+    view: View | None = None,
+) -> dict[str, Any]:
+    """E-step only: draw rationales into a rollout file, without rewards. Repeating it completes the file.
+
+    Args:
+        source: a run or checkpoint, which gives policy, step and data position; None starts at step 0.
+
+    Raises:
+        UsageError: the file holds samples that were asked for otherwise, and ``append`` was not said.
+    """
+    started = time.monotonic()
+    view = view or View()
+    recipe = recipe.resolved()
+    refusal = refused_sampling(recipe)
+    if refusal and not options.force:
+        raise RecipeError(refusal, "sampler", "set it back, or say --force")
+    splits = load_splits(recipe)
+    learner = build_learner(recipe)
+    if source is not None:
+        learner.state, _ = load_checkpoint(
+            checkpoint_of(source), learner.policy, learner.optimizer, learner.scaler
+        )
+    recipe = learner.recipe
+    problems, _ = learner.short_enough(splits.train)
+    stream = ProblemStream(problems, recipe.run.seed)
+
+    p, k = recipe.sampler.problems_per_step, recipe.sampler.samples_per_problem
+    wanted = options.problems or (p if source is not None else p * recipe.run.steps)
+    first, done = _open_segment(out, learner, wanted, options.append)
+    sampler = learner.sampler()
+    with view.phase("sampling", (wanted - done) * k) as on_done:
+        for offset in range(done, wanted, p):
+            draw = sample_rationales(
+                learner.policy,
+                sampler,
+                stream.take(learner.state.position + first + offset, min(p, wanted - offset)),
+                learner.decoding,
+                samples=k,
+                seed=recipe.run.seed,
+                step=learner.state.step + 1 + -(-first // p) + offset // p,
+                policy_step=learner.state.policy_step,
+                on_rationale=lambda r: on_done(1),
+            )
+            rows = flatten(draw.groups)
+            store.append_text(out, "".join(rationale_line(r) + "\n" for r in rows))
+    total = sum(len(s.rationales) for s in read_rollouts(out))
+    seconds = round(time.monotonic() - started, 3)
+    return {"out": str(out), "rationales": total, "new": (wanted - done) * k, "seconds": seconds}
+
+
+def _open_segment(out: Path, learner: Learner, wanted: int, append: bool) -> tuple[int, int]:
+    """Make ``out`` end in a segment for this request: (first problem of it, problems it holds already).
+
+    What a kill left of an E-step is cut off, so that the segment holds whole E-steps only.
+    """
+    base = learner.header(None)
+
+    def header(first: int) -> RolloutHeader:
+        asked = {"problems": wanted, "first": first, "from_step": learner.state.step}
+        return replace(base, sampler={**base.sampler, **asked})
+
+    other = UsageError(
+        "the file was sampled with other arguments", str(out), "add --append, or name another --out"
+    )
+    data = out.read_bytes() if out.exists() else b""
+    whole = data.rfind(b"\n") + 1  # a kill may have left the beginning of a line
+    if not whole:
+        if not header_line(header(0)).encode().startswith(data):
+            raise other
+        store.write_file(out, header_line(header(0)) + "\n")
+        return 0, 0
+    segments = read_rollouts(out, torn_tail=True)
+    last = segments[-1]
+    first = int(last.header.sampler.get("first", 0))
+    same = replace(last.header, reward_name=None) == header(first)
+    done = _whole_problems(last, learner, wanted) if same else 0
+    if same and done < wanted:
+        rows = last.rationales[: done * learner.recipe.sampler.samples_per_problem]
+        kept = [*segments[:-1], Segment(last.header, rows)]
+        store.write_file(out, "".join(encode_rollouts(s.header, s.rationales) for s in kept))
+        return first, done
+    if not (same or append):
+        raise other
+    if whole < len(data):
+        store.truncate(out, whole)
+    if not append:
+        return first, wanted
+    first = first + wanted if same else 0
+    store.append_text(out, header_line(header(first)) + "\n")
+    return first, 0
+
+
+def _whole_problems(segment: Segment, learner: Learner, wanted: int) -> int:
+    """Problems of the whole E-steps that a segment holds."""
+    s = learner.recipe.sampler
+    problems = len(segment.rationales) // s.samples_per_problem
+    return problems if problems >= wanted else problems // s.problems_per_step * s.problems_per_step
+
+
+def fit(
+    recipe: Recipe,
+    files: Sequence[Path],
+    run: Path,
+    source: Path | None = None,
+    options: TrainOptions = NO_OPTIONS,
+    view: View | None = None,
+) -> dict[str, Any]:
+    """M-step only: fit stored rationales, P problems to an optimiser step. No sampler, no reward code runs.
+
+    Args:
+        files: scored rollout files; ages and sources may be mixed, statistics never cross files or segments.
+        source: a run or checkpoint to go on from: adapter, moments, step and schedule.
+
+    Raises:
+        DataError: a row is unusable or was never scored.
+    """
+    clock = Clock(options.max_minutes)
+    view = view or View()
+    segments = [segment for path in files for segment in _scored_segments(path)]
+    problems = sum(len(group_rationales(segment.rationales)) for segment in segments)
+    source = source and checkpoint_of(source)
+    p = recipe.sampler.problems_per_step
+    # The files say how many steps there are; and nothing is sampled here, so nothing is evaluated.
+    steps = (stored_state(source).step if source else 0) + -(-problems // p)
+    recipe = recipe.model_copy(
+        update={"run": recipe.run.model_copy(update={"eval_every": 0, "steps": steps})}
+    )
+    with store.run_lock(run), stop_request() as stop:
+        journal = Journal(run)
+        opened = open_run(run, recipe, resume=options.resume, allow_change=options.allow_change)
+        if opened.checkpoint is not None and finished(run, opened.recipe):
+            view.note(f"{run} is finished: nothing to do")
+            return summarise(run, opened.recipe, stored_state(opened.checkpoint), clock)
+        session = _FitSession(run, opened, journal, view, options.command, source)
+        learner, state, recipe = session.learner, session.learner.state, session.recipe
+        groups = [
+            (group, segment.header)
+            for segment in (_with_ids(segment, learner.policy) for segment in segments)
+            for group in group_rationales(segment.rationales)
+        ]
+        while state.step < recipe.run.steps:
+            at = (state.step - state.first_step) * p
+            batch = weigh(
+                session.take(groups[at : at + p]),
+                weighting=recipe.em.weighting,
+                baseline=recipe.em.baseline,
+                current_step=state.policy_step,
+                max_age=recipe.em.max_age,
+            )
+            session.record(
+                session.fit_groups(batch, reward=None, times={}, measure_kl=recipe.em.passes > 1, extra={})
+            )
+            out_of_time = clock.out_of_time()
+            if session.checkpoint_due() or stop or out_of_time:
+                saved = session.checkpoint()
+            if state.step < recipe.run.steps and stop:
+                raise Interrupted(
+                    stop[0], f"stopped after step {state.step}, {saved.name} is saved", str(run), RESUME
+                )
+            if state.step < recipe.run.steps and out_of_time:
+                break
+            session.stop_if_hopeless(force=options.force)
+        else:
+            session.publish_adapter("adapter", {})
+        return summarise(run, recipe, state, clock)
+
+
+def _scored_segments(path: Path) -> list[Segment]:
+    segments = read_rollouts(path)
+    check_scored([r for s in segments for r in s.rationales], str(path))
+    return [s for s in segments if s.rationales]
+
+
+def _with_ids(segment: Segment, policy: Policy) -> Segment:
+    """Tokenise, once, what came as text only, or with the ids of another vocabulary.
+
+    A completion that stopped gets the template's end token; one that was cut off ends where it was cut.
+
+    Raises:
+        DataError: a row has no prompt of any kind.
+    """
+    ours = policy.tokenizer_sha256
+    foreign = bool(segment.header.tokenizer) and segment.header.tokenizer != ours
+
+    def with_ids(r: Rationale) -> Rationale:
+        prompt_ids, completion_ids, origin = r.prompt_ids, r.completion_ids, r.origin
+        if foreign or not prompt_ids:
+            if not (r.prompt or r.question):
+                raise DataError("row has no question, no prompt and no ids", f"problem {r.problem_id}")
+            r = replace(r, prompt=r.prompt or policy.template.render(r.question))
+            prompt_ids = tuple(policy.tokenizer.encode(r.prompt, add_special_tokens=False))
+        if foreign or not completion_ids:
+            ended, origin = policy.encode_completion(r.completion), "text"
+            completion_ids = ended if r.finish_reason == "stop" else ended[:-1]
+        return replace(r, prompt_ids=prompt_ids, completion_ids=completion_ids, origin=origin)
+
+    return Segment(replace(segment.header, tokenizer=ours), tuple(map(with_ids, segment.rationales)))
+
+
+class _FitSession(Session):
+    """A session that keeps the rows of each step under the headers they came with.
+
+    Two files may hold the same problem and step: below one header they would be one group when read again.
+    """
+
+    _headers: tuple[RolloutHeader, ...] = ()
+
+    def take(self, groups: Sequence[tuple[Group, RolloutHeader]]) -> list[Group]:
+        """The groups of the step at hand; its rows will be kept under these headers.
+
+        A row's ``policy_step`` counts the steps of the run that drew it. Where it equals ours and another
+        adapter drew the row all the same, it was another run's: its age is unknown, which is -1.
+        """
+        self._headers = tuple(header for group, header in groups for _ in group.rationales)
+        now, adapter = self.learner.state.policy_step, self.learner.policy.adapter_sha256()
+
+        def aged(r: Rationale, header: RolloutHeader) -> Rationale:
+            theirs = r.policy_step == now and header.adapter not in (None, adapter)
+            return replace(r, policy_step=-1) if theirs else r
+
+        return [
+            replace(group, rationales=tuple(aged(r, header) for r in group.rationales))
+            for group, header in groups
+        ]
+
+    def keep_rollouts(self, step: int, rows: Sequence[Rationale], reward: str | None) -> None:
+        """See ``Session``; the headers name the reward."""
+        pairs = zip(self._headers, rows, strict=True)
+        segments = [list(part) for _, part in groupby(pairs, key=lambda pair: id(pair[0]))]
+        text = "".join(encode_rollouts(part[0][0], [r for _, r in part]) for part in segments)
+        store.write_file(rollout_path(self.run, step), text)

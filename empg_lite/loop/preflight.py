@@ -1,0 +1,181 @@
+"""Before step 1: sample a few problems and say whether this can work, and how long it will take.
+
+Most wasted runs are wasted from the first step: answers cut off before they end, a reward that never says
+yes, problems the model solves every time. Half a minute of samples shows it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+import torch
+
+from empg_lite.core.errors import GraderUnusable, NoSignal
+from empg_lite.core.rationale import Group, Problem, Rationale, flatten, group_rationales
+from empg_lite.core.view import View
+from empg_lite.data.sources import ProblemStream, load_splits
+from empg_lite.loop.estep import by_group, estep_metrics, sample_rationales, weigh
+from empg_lite.loop.health import FAILURES_STOP, Finding, diagnose, graded_failures
+from empg_lite.loop.learner import Learner, build_learner
+from empg_lite.loop.mstep import m_step
+from empg_lite.recipe.schema import Recipe
+from empg_lite.rewards import Grader
+from empg_lite.rewards.scorer import Scorer
+from empg_lite.sampler import Sampler
+
+#: Problems asked, K times each.
+PROBLEMS = 16
+#: E-step number of its draws: training counts from 1, so these numbers are nobody else's.
+PREFLIGHT_STEP = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """What a few samples of the untrained policy say.
+
+    Attributes:
+        problems, rationales: how many were asked, and how many answers that gave.
+        reward: mean reward of the graded ones.
+        truncated: share cut off at ``sampler.max_new_tokens``.
+        signal: share of the problems with any reward, and ``mixed`` with both right and wrong answers.
+        mean_length: tokens, stop included.
+        tokens_per_second: sampled, grading included.
+        seconds_a_step: sampling and fitting, scaled to the recipe's step; sampling alone where nothing was
+            right, for nothing could be fitted.
+        minutes: of the recipe's steps, without evaluation.
+        findings: what to change, worst first; empty where all is well.
+        groups: the rationales themselves, graded and weighed.
+    """
+
+    problems: int
+    rationales: int
+    reward: float
+    truncated: float
+    signal: float
+    mixed: float
+    mean_length: float
+    tokens_per_second: float
+    seconds_a_step: float
+    minutes: float
+    findings: tuple[Finding, ...]
+    groups: tuple[Group, ...] = field(repr=False)
+
+    @property
+    def hopeless(self) -> Finding | None:
+        """The finding that makes training pointless, if there is one."""
+        return next((f for f in self.findings if f.hopeless), None)
+
+    def facts(self) -> dict[str, Any]:
+        """The figures and findings as plain JSON types."""
+        figures = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "groups"}
+        return {**figures, "findings": [asdict(finding) for finding in self.findings]}
+
+    @property
+    def seen(self) -> str:
+        """What was seen, in one line."""
+        duration = f"{self.minutes:.0f} minutes" if self.minutes >= 2 else f"{60 * self.minutes:.0f} seconds"
+        return (
+            f"preflight: {self.rationales} rationales of {self.problems} problems: {self.reward:.0%} right, "
+            f"{self.truncated:.0%} cut off, {self.mixed:.0%} of the problems with both right and wrong ones; "
+            f"{self.mean_length:.0f} tokens each, {self.tokens_per_second:.0f} tokens/s; "
+            f"training will take about {duration}"
+        )
+
+
+def preflight(
+    learner: Learner, sampler: Sampler, grader: Grader, problems: Sequence[Problem], view: View | None = None
+) -> Preflight:
+    """Sample and grade ``problems`` as a training step would, and time it. Nothing is learned.
+
+    Raises:
+        GraderUnusable: the grader fails on most answers.
+    """
+    recipe, world, view = learner.recipe, learner.world, view or View()
+    k, wanted = recipe.sampler.samples_per_problem, recipe.sampler.problems_per_step
+    started = time.perf_counter()
+    with view.phase("preflight", len(problems) * k) as on_done:
+        scorer = Scorer(grader, str(recipe.data.reward), on_done=lambda n: on_done(n * world.size))
+
+        def ask(mine: Sequence[Problem]) -> list[list[Rationale]]:
+            draw = sample_rationales(
+                learner.policy,
+                sampler,
+                mine,
+                learner.decoding,
+                samples=k,
+                seed=recipe.run.seed,
+                step=PREFLIGHT_STEP,
+                policy_step=learner.state.policy_step,
+                on_rationale=scorer.submit,
+            )
+            return by_group(draw.groups, scorer.scored(flatten(draw.groups)))
+
+        scored = [r for rows in world.share(problems, ask) for r in rows]
+    seconds = time.perf_counter() - started
+    error = world.first(scorer.error)
+    groups = weigh(group_rationales(scored), weighting=recipe.em.weighting, baseline=recipe.em.baseline)
+    record = estep_metrics(groups)
+    if graded_failures(record) > FAILURES_STOP:
+        raise GraderUnusable(
+            f"the grader failed on {graded_failures(record):.0%} of the answers",
+            f"reward {recipe.data.reward}",
+            error or "try one of them: empg-lite grade",
+        )
+    rows = flatten(groups)
+    learner.make_room(sampler)
+    step = (seconds + _seconds_to_fit(learner, rows) * recipe.em.passes) * wanted / len(problems)
+    return Preflight(
+        problems=len(problems),
+        rationales=len(rows),
+        reward=record["reward"],
+        truncated=record["completions/clipped_ratio"],
+        signal=1.0 - record["em/frac_all_wrong"],
+        mixed=record["em/frac_mixed"],
+        mean_length=record["completions/mean_length"],
+        tokens_per_second=sum(len(r.completion_ids) for r in rows) / seconds,
+        seconds_a_step=step,
+        minutes=step * recipe.run.steps / 60,
+        findings=diagnose(record, rows=len(rows), max_new_tokens=recipe.sampler.max_new_tokens, error=error),
+        groups=groups,
+    )
+
+
+def preflight_recipe(recipe: Recipe, grader: Grader, view: View | None = None) -> Preflight:
+    """Load a recipe's model and sample what ``train`` samples before its first step.
+
+    Raises:
+        EmpgError: model or data are unusable.
+    """
+    recipe = recipe.resolved()
+    splits = load_splits(recipe)
+    learner = build_learner(recipe)
+    problems, _ = learner.short_enough(splits.train)
+    return preflight(learner, learner.sampler(), grader, first_problems(problems, recipe.run.seed), view)
+
+
+def first_problems(problems: Sequence[Problem], seed: int) -> list[Problem]:
+    """The problems a preflight asks: the first that training takes."""
+    return ProblemStream(problems, seed).take(0, min(PROBLEMS, len(problems)))
+
+
+def _seconds_to_fit(learner: Learner, rows: Sequence[Rationale]) -> float:
+    """Time of one pass over the rows, by an optimiser that moves nothing; 0 where every weight is 0."""
+    frozen = torch.optim.SGD(list(learner.policy.trainable().values()), lr=0.0)
+    settings = replace(learner.fit_settings(), learning_rate=0.0, passes=1)
+    started = time.perf_counter()
+    m_step(learner.policy, frozen, rows, settings, world=learner.world)
+    return time.perf_counter() - started
+
+
+def refuse_hopeless(found: Preflight, where: str) -> None:
+    """Stop before the first step.
+
+    Raises:
+        NoSignal: nothing can be learned with these settings.
+    """
+    if found.hopeless is not None:
+        finding = found.hopeless
+        raise NoSignal(finding.what, where, f"{finding.todo}; --force trains regardless")

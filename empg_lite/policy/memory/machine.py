@@ -1,0 +1,110 @@
+"""How much memory there is, asked without torch where that is possible."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from empg_lite.core.errors import UsageError
+
+#: Bytes that the libraries take before a model is loaded: torch, transformers and peft in the process; on a
+#: card the CUDA context and cuBLAS's workspaces (an estimate).
+LIBRARIES = 600_000_000
+_UNITS = {"": 1e9, "g": 1e9, "gb": 1e9, "gib": 2**30, "m": 1e6, "mb": 1e6, "mib": 2**20}
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where a recipe is to run.
+
+    Attributes:
+        device: ``cpu`` or ``cuda``.
+        free: bytes that a model and its work may take, the libraries being loaded already.
+        sm80: whether a GPU is of that generation (Ampere) or later; None where that is not known.
+    """
+
+    device: str
+    free: int
+    sm80: bool | None = None
+
+
+def card(text: str) -> Machine:
+    """A GPU with so much memory and nothing else on it: ``8GB``, ``8``, ``7.5 GiB``, ``8000MB``.
+
+    Raises:
+        UsageError: that is no size, or less than the libraries take.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = _UNITS.get(found[2].lower()) if found else None
+    if found is None or unit is None:
+        raise UsageError(f"{text!r} is no size of memory", "--gpu-memory", "write it like 8GB")
+    size = int(float(found[1]) * unit)
+    if size <= LIBRARIES:
+        raise UsageError(f"{text} is less than the CUDA context takes", "--gpu-memory", "write it like 8GB")
+    return Machine("cuda", size - LIBRARIES)
+
+
+def this_machine() -> Machine:
+    """The first visible GPU with what is free on it, else the CPU with the available RAM."""
+    found = _first_gpu()
+    if found is not None:
+        free, sm80 = found
+        return Machine("cuda", max(free - LIBRARIES, 0), sm80)
+    return Machine("cpu", max(available_ram() - LIBRARIES, 0))
+
+
+def available_ram() -> int:
+    """Bytes that the kernel calls available."""
+    return _proc_bytes("/proc/meminfo", "MemAvailable")
+
+
+def resident_memory() -> int:
+    """Bytes of RAM that this process holds now."""
+    return _proc_bytes("/proc/self/status", "VmRSS")
+
+
+def _proc_bytes(file: str, name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB", Path(file).read_text("utf-8"), re.MULTILINE)
+    assert found, f"{file} has no {name}"
+    return int(found.group(1)) * 1024
+
+
+def free_memory(device: Any) -> int:
+    """Bytes to be had on a torch device."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    return available_ram()
+
+
+def return_freed_blocks() -> None:
+    """Make the C library give blocks of 1 MB and more back to the system as soon as they are freed (glibc).
+
+    By default it raises that limit, up to 32 MB, as large blocks are freed, and the process grows by a third
+    and more over what is alive. For small work that is the faster way: a fresh page costs a fault.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
+
+
+def _first_gpu() -> tuple[int, bool | None] | None:
+    """Free bytes, and whether it is sm80 or later, from the driver's own tool; None without one, or where
+    every GPU is hidden."""
+    tool, visible = shutil.which("nvidia-smi"), os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    if tool is None or visible in ("", "-1"):
+        return None
+    command = [tool, "--query-gpu=memory.free,compute_cap", "--format=csv,noheader,nounits", "-i", visible]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout
+    free, _, capability = (word.strip() for word in found.partition(","))
+    if not free.isdigit():
+        return None
+    known = re.fullmatch(r"(\d+)\.\d+", capability)  # old drivers say [N/A]
+    return int(free) * 2**20, int(known[1]) >= 8 if known else None

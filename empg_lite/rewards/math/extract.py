@@ -1,0 +1,414 @@
+r"""Finding the final answer in free text; each answer says which rule found it.
+
+The rules, in order of authority:
+
+* Everything before a closing thinking tag is ignored, and everything outside the last ``<answer>`` tag.
+* ``hash``: the last ``####`` line (GSM8K's form), when it is a number or, without a box, any bare answer;
+  "#### Step 2" and "#### 2. Add" are headings.
+* ``final_answer_is``: an explicit "final answer is ..." after the last box.
+* ``boxed``: the boxes of the last sentence that has one, read together. Joined by commas or "and" they
+  are a list; joined by "or", or under a hedge, they are no answer. ``boxed_unclosed``: a box that is
+  never closed is read to the end of its line.
+* ``answer_is``: "the answer is ...", ``Answer: ...``, ``A: ...``, or the line below such a heading.
+* ``whole``: the text is nothing but an answer.
+* ``values_are``: "the solutions are ..." where nothing follows: all that is listed.
+* ``last_math`` and ``last_number``: fallbacks, and marked as such.
+
+Every expression is linear in the length of the text.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass
+
+from empg_lite.rewards.math.exact import read_exact
+from empg_lite.rewards.math.normalize import normalize, restore_escapes
+
+RULES = (
+    "hash",
+    "final_answer_is",
+    "boxed",
+    "boxed_unclosed",
+    "answer_is",
+    "whole",
+    "values_are",
+    "last_math",
+    "last_number",
+    "pattern",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The text of an answer and the rule that found it."""
+
+    text: str
+    rule: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Box:
+    start: int
+    end: int
+    content: str
+    closed: bool
+
+
+_THINKING_ENDS = re.compile(
+    r"</\s*(?:think|thinking|thought|thoughts|reason|reasoning|reasoning_end|scratchpad)\s*>|\[/THINK\]|◁/think▷"
+    r"|<\|end_of_thought\|>",
+    re.IGNORECASE,
+)
+_ANSWER_TAG = re.compile(r"<answer>\s*([^<\s](?:[^<]|<(?!/?answer>))*)", re.IGNORECASE)
+_CALCULATOR = re.compile(r"<<[^<>\n]{0,200}>>")
+_BRACES = re.compile(r"(?<!\\)\\++(?:boxed|fbox)(?![a-zA-Z])|\\[{}]|[{}]")
+_OPENED = re.compile(r"\s*\{")
+_UNBRACED = re.compile(r"[ \t]?(\\?[^\s$,;\\]{0,100})")
+_SENTENCE_END = re.compile(r"[.?](?=[\s$\\)\]*\"'”]|$)|(?<=[A-Za-z])!(?=\s|$)|\n\s*\n")
+_OR = re.compile(r"(?<![A-Za-z])or(?![A-Za-z])|\\lor(?![A-Za-z])", re.IGNORECASE)
+_JOINED = re.compile(r"[,;]|(?<![A-Za-z])and(?![A-Za-z])", re.IGNORECASE)
+_THUS = re.compile(r"\b(?:so|thus|hence|therefore)\b", re.IGNORECASE)
+_PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+_MAYBE = re.compile(r"\b(?:maybe|perhaps|possibly)\b", re.IGNORECASE)
+_COULD_BE = re.compile(r"\b(?:could|may|might) be\W*(?:either|equal to)?\W*$", re.IGNORECASE)
+_PERCENT_AFTER = re.compile(r"[\s$]*(?:\\?%|(?:percent|pct)\b)", re.IGNORECASE)
+_PHRASE = re.compile(
+    r"(?:(?:\b(?P<final>final\s+)?answers?\b|^[ \t]*(?:A|Ans\.?)(?=\s*:))[^\n.:=$\\]{0,60}?"
+    r"(?::|=|\b(?:is|are)\b|\bwould be\b|(?=\s*(?:\$|\\\(|\\\[))|(?<=answer)\W{0,4}\n)"
+    r"|^[ \t]*Ans\.(?=\s)|答案\s*(?:是|为|[:：]))",
+    re.IGNORECASE | re.MULTILINE,
+)
+#: What "the answer is" may go on with without giving one.
+_NO_CONTENT = re.compile(
+    r"(?:not|n't|(?:in)?correct|right|wrong|valid|invalid|reasonable|consistent|verified|confirmed|as follows"
+    r"|unknown|unclear)\b",
+    re.IGNORECASE,
+)
+_REMARK = re.compile(
+    r",?\s+(?:because|since|as (?:we|the|there|it|he|she|they)|which|where|given that)\b|,\s+(?:so|but|not)\b"
+    r"|\s\((?=or\b|i\.e\.|\$?[\d.]+\s?\\?%)|\s\((?=[^()\\]{0,200}[A-Za-z]{3})",
+    re.IGNORECASE,
+)
+_LEAD = re.compile(
+    r"(?:(?:so|thus|hence|therefore|then|finally|between|we (?:get|have|find|obtain)(?: that)?"
+    r"|it follows that|this (?:means|gives)(?: that)?)(?:[,:]\s*|\s+)){1,4}",
+    re.IGNORECASE,
+)
+_VALUES = re.compile(
+    r"\b(?:solutions?|roots?|zeros|values?|numbers|pairs|points|factors)\b[^\n.:=\\]{0,60}?\b(?:is|are)\b:?\s*",
+    re.IGNORECASE,
+)
+_DENIED = re.compile(
+    r"\banswers?\b[^\n.:=$\\]{0,30}?\b(?:is|are)(?:n't| not)\s+[-$\\\d][^\n]{0,80}?(?:[.,;](?=\s|$)|$)",
+    re.IGNORECASE | re.MULTILINE,
+)
+_PHRASE_START = re.compile(r"[\s*:_]*")
+_HEADING = re.compile(r"(?:step|part|case|question|problem)\b|\d+[.):]\s|final answer", re.IGNORECASE)
+_FENCE = re.compile(r"(?:\$\$?|\\[(\[])\s*")
+_PHRASE_END = re.compile(r"[.?](?=[\s*\"'”<]|$)|\n")
+# Contents hold no further fence, so that a thousand unclosed ones are read once and not a thousand times.
+_MATH = re.compile(
+    r"\$\$(?P<a>[^$]+)\$\$|(?<!\\)\$(?P<b>(?:\\\$|[^$])+?)(?<!\\)\$"
+    r"|\\\((?P<c>(?:[^\\]|\\[^()\[\]])+)\\\)|(?<!\\)\\\[(?P<d>(?:[^\\]|\\[^()\[\]])+)\\\]"
+    r"|(?P<e>\\begin\{(?:align|gather|equation)\*?\}(?:[^\\]|\\(?!begin|end))+"
+    r"\\end\{(?:align|gather|equation)\*?\})",
+    re.DOTALL,
+)
+_NUMBER = re.compile(
+    r"(?<![\w.\\^])(?:(?<![\w)\]}$] )(?<![)\]}$])[-+−–]\s?)?(?:\\?[$€£¥₹]\s?)?[-−–]?"
+    r"(?:\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\}"
+    r"|(?:\d{1,3}(?:(?:,|\{,\}|,\\!)\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:\s?/\s?\d+(?!\.?\d))?|\.\d+)"
+    r"(?:\s?\\?%|\s(?:percent|pct)\b)?|[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]"
+)
+
+
+#: Mathematics without fences: commands, digits, signs and single letters, no words.
+_UNFENCED = re.compile(
+    r"(?:\\(?:text[a-z]*|mathrm|mbox)\s*\{[^{}]*\}|\\[a-zA-Z]+|\\[^a-zA-Z]|[^\sA-Za-z\\$]|sqrt"
+    r"|(?<![A-Za-z])[A-Za-z](?![A-Za-z])|[ \t](?=\S))+"
+)
+_MARKED = re.compile(r"\\[a-zA-Z]|[√π^]|sqrt")
+_FOREIGN = re.compile(r"[^\W\d_A-Za-z\u0370-\u03ff\u2100-\u214f]{2,}")
+
+
+def visible(text: str) -> str:
+    """What is looked at: the text after the last closing thinking tag, of that the last ``<answer>`` tag."""
+    ends = [match.end() for match in _THINKING_ENDS.finditer(text)]
+    text = text[ends[-1] :] if ends else text
+    if "<answer>" in text.lower():
+        tagged = list(_ANSWER_TAG.finditer(text))
+        text = tagged[-1].group(1) if tagged else text
+    return text
+
+
+def find_boxes(text: str) -> list[_Box]:
+    """The outermost boxes in order; a last one that is never closed reaches to the end of its line."""
+    found: list[_Box] = []
+    stack: list[int] = []  # positions of open boxes; -1 for other braces
+    skip_to = 0
+    for match in _BRACES.finditer(text):
+        token = match.group()
+        if match.start() < skip_to or token in (r"\{", r"\}"):
+            continue
+        if token == "{":
+            stack.append(-1)
+        elif token == "}":
+            start = stack.pop() if stack else -1
+            if start >= 0:
+                while found and found[-1].start > start:
+                    found.pop()  # nested in this one
+                content = text[text.index("{", start) + 1 : match.start()]
+                found.append(_Box(start, match.end(), content, closed=True))
+        else:
+            opened = _OPENED.match(text, match.end())
+            if opened:
+                stack.append(match.start())
+                skip_to = opened.end()
+            else:
+                bare = _UNBRACED.match(text, match.end())
+                assert bare is not None
+                found.append(_Box(match.start(), bare.end(), bare.group(1), closed=True))
+    last_open = max(stack, default=-1)
+    if last_open >= 0 and (not found or found[-1].start < last_open):
+        start = text.index("{", last_open) + 1
+        end = text.find("\n", start)
+        end = len(text) if end < 0 else end
+        found.append(_Box(last_open, end, text[start:end], closed=False))
+    return found
+
+
+def last_sentence(text: str, boxes: list[_Box]) -> list[_Box]:
+    """The boxes of the last sentence that has one."""
+    first = len(boxes) - 1
+    while first > 0 and not _SENTENCE_END.search(text, boxes[first - 1].end, boxes[first].start):
+        first -= 1
+    return boxes[first:]
+
+
+def hedged(text: str, boxes: list[_Box]) -> bool:
+    """True where the sentence around the boxes does not commit itself."""
+    start = max(0, boxes[0].start - 400)
+    for match in _SENTENCE_END.finditer(text, start, boxes[0].start):
+        start = match.end()
+    before = text[start : boxes[0].start]
+    stop = _SENTENCE_END.search(text, boxes[-1].end, boxes[-1].end + 400)
+    after = text[boxes[-1].end : stop.end()] if stop else ""
+    between = [text[one.end : two.start] for one, two in itertools.pairwise(boxes)]
+    if any(_MAYBE.search(part) for part in (before, *between, after)):
+        return True
+    return any(_COULD_BE.search(part[-80:]) for part in (before, *between)) or after.endswith("?")
+
+
+def _read_boxes(text: str, boxes: list[_Box]) -> Answer | None:
+    boxes = last_sentence(text, boxes)
+    if hedged(text, boxes):
+        return None
+    contents: list[str] = []
+    for box, following in zip(boxes, [*boxes[1:], None], strict=True):
+        percent = _PERCENT_AFTER.match(text, box.end)
+        contents.append(box.content.strip() + (r"\%" if percent else ""))
+        if following is None:
+            break
+        between = text[box.end : following.start]
+        if _OR.search(between):
+            return None
+        if _PROSE.search(between) and (_THUS.search(between) or not _JOINED.search(between)):
+            contents.clear()  # not a list: the sentence went on to another value
+    distinct = list(dict.fromkeys(contents))
+    return Answer(", ".join(distinct), "boxed" if boxes[-1].closed else "boxed_unclosed")
+
+
+def _tidy(content: str) -> str:
+    return content.replace('\\"', '"').strip().strip('*_`"“”').strip()
+
+
+def _unfenced(content: str) -> str:
+    """Without the fences of a formula that is all there is."""
+    for opening, closing in (("$$", "$$"), ("$", "$"), (r"\[", r"\]"), (r"\(", r"\)")):
+        inner = content.removeprefix(opening).removesuffix(closing)
+        if content.startswith(opening) and opening not in inner and closing not in inner:
+            return inner.strip()
+    return content
+
+
+def _phrase_end(text: str, start: int) -> int:
+    """Where the sentence that began at ``start`` ends; a period inside braces ends nothing."""
+    fence = _FENCE.match(text, start)  # a line break inside display mathematics ends nothing
+    for stop in itertools.islice(_PHRASE_END.finditer(text, fence.end() if fence else start), 8):
+        content = text[start : stop.start()]
+        if content.count("{") <= content.count("}"):
+            return stop.start()
+    return len(text)
+
+
+def _last_phrase(text: str, *, start: int = 0, final_only: bool = False) -> tuple[str, str] | None:
+    """What the last "answer is" announces, to the end of its sentence, and the rule's name."""
+    for match in reversed(list(_PHRASE.finditer(text, start))):
+        if final_only and not match.group("final"):
+            continue
+        begin = _PHRASE_START.match(text, match.end())
+        assert begin is not None
+        content = _tidy(text[begin.end() : _phrase_end(text, begin.end())])
+        if content and not _NO_CONTENT.match(content):
+            return content, "final_answer_is" if match.group("final") else "answer_is"
+    return None
+
+
+_WORD = re.compile(
+    r"(?<![\\A-Za-z{_^])(?:[A-Za-z]{4,}|(?:is|the|are|was|so|we|of|in|it|to|has|for|but|not|can|as)(?![A-Za-z]))"
+)
+_TEXT_COMMAND = re.compile(
+    r"\\(?:text[a-z]*|mbox|mathrm|operatorname)\s*\{[^{}]*\}|\\(?:begin|end)\s*\{[^{}]*\}"
+)
+_MATH_WORDS = {"sqrt", "infinity", "percent"}
+_LABELLED = re.compile(r"[A-Za-z ]{1,40}=")
+_DATE = re.compile(
+    r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.? \d{1,2}(?:st|nd|rd|th)?(?:,? \d{4})?"
+    r"|\d{1,2}(?:st|nd|rd|th)? (?:of )?[A-Z][a-z]{2,8}(?:,? \d{4})?",
+    re.IGNORECASE,
+)
+_MAX_WORDS = 4
+_MAX_NUMBER = 200
+
+
+def _bare(text: str) -> bool:
+    """True where a text is nothing but an answer: mathematics, a quantity with its unit, or a few words."""
+    unset = _TEXT_COMMAND.sub(" ", text)
+    words = [word for word in _WORD.findall(unset) if not word.isupper() and word not in _MATH_WORDS]
+    if _FOREIGN.search(unset) and re.search(r"[\d$\\]", unset):
+        return False
+    if not words:
+        return bool(re.search(r"[^\s!-/:-@\[\]^-`{-~]", text))
+    if len(words) > _MAX_WORDS or "\n" in text:
+        return False
+    quantity = _NUMBER.match(text.lstrip("*($\\"))
+    if quantity is not None or _DATE.fullmatch(text):
+        return True
+    if _MATH.search(text):
+        return False
+    label = _LABELLED.match(text)
+    return (label is not None and len(_WORD.findall(unset, label.end())) < 2) or not re.search(
+        r"[\d$\\]", text
+    )
+
+
+def _last_unfenced(text: str) -> tuple[str, int]:
+    """The last run of mathematics that is set without fences, and where it ends; ("", -1) where none is."""
+    found, end = "", -1
+    for match in _UNFENCED.finditer(text):
+        if _MARKED.search(match.group()):
+            found, end = match.group(), match.end()
+    run = re.split(r"[.?!:;]\s", found.rstrip(" .,:;?!"))[-1].strip()
+    return re.sub(r"^[aAI]\s", "", run), end
+
+
+def _last_value(text: str, *, numeric: bool = False) -> Answer | None:
+    """The last mathematics or the last number outside it, whichever comes later."""
+    math, end = "", -1
+    for match in _MATH.finditer(text):
+        content = next(group for group in match.groups() if group is not None)
+        if re.search(r"\w", content):
+            percent = _PERCENT_AFTER.match(text, match.end())
+            math, end = content.strip() + (r"\%" if percent else ""), match.end()
+    number, number_end = None, -1
+    for match in _NUMBER.finditer(text):
+        number, number_end = match.group().strip(), match.end()
+    if not numeric and number_end > end:
+        unfenced, unfenced_end = _last_unfenced(text[max(0, end) :])
+        if unfenced and max(0, end) + unfenced_end >= number_end:
+            return Answer(unfenced, "last_math")
+    if math and number_end <= end:
+        return Answer(math, "last_math")
+    return Answer(number, "last_number") if number is not None else None
+
+
+def _listed(text: str) -> Answer | None:
+    """What "the solutions are" lists, where no value follows its sentence."""
+    matches = list(_VALUES.finditer(text))
+    if not matches:
+        return None
+    match = matches[-1]
+    end = _phrase_end(text, match.end())
+    content = _tidy(_without_remark(text[match.end() : end]))
+    if not re.search(r"\d|\$|\\", content) or re.search(r"[\d$\\]", text[end:]) or not _bare(content):
+        return None
+    return Answer(_unfenced(content), "values_are")
+
+
+def _without_lead(content: str) -> str:
+    return content[lead.end() :] if (lead := _LEAD.match(content)) else content
+
+
+def _without_remark(content: str) -> str:
+    """``18, because ...`` without its reason; ``so 18`` without its link."""
+    content = _without_lead(content)
+    remark = _REMARK.search(content)
+    return content[: remark.start()] if remark and re.search(r"\w", content[: remark.start()]) else content
+
+
+def _is_number(text: str) -> bool:
+    return len(text) <= _MAX_NUMBER and read_exact(normalize(text)) is not None
+
+
+def _fragment(content: str, rule: str, numeric: bool) -> Answer | None:
+    """The answer inside what a phrase announced: all of it, or the last value in it."""
+    content = _tidy(_without_remark(content))
+    if numeric:
+        if _is_number(content):
+            return Answer(_unfenced(content), rule)
+        numbers = [match.group().strip() for match in _NUMBER.finditer(content)]
+        if numbers:
+            return Answer(numbers[-1], rule)
+    if _bare(content):
+        return Answer(_unfenced(content), rule)
+    value = _last_value(content)
+    return Answer(value.text if value else content, rule)
+
+
+def _hash(text: str) -> tuple[str, bool]:
+    """The line of the last ``####``, and whether it is a number; empty where it is a mere heading."""
+    start = text.rfind("####")
+    if start < 0:
+        return "", False
+    line, _, rest = text[start:].lstrip("#").strip().partition("\n")
+    line = _tidy(line)
+    if _is_number(line):
+        return _unfenced(line), True
+    if "boxed" in rest or _HEADING.match(line):
+        return "", False
+    number = _NUMBER.match(line)
+    return (number.group().strip(), True) if number and _bare(line) else (line, False)
+
+
+def extract(text: str, *, numeric: bool = False) -> Answer | None:
+    """The final answer of a free text, or None where it gives none.
+
+    Args:
+        text: a prediction, or a worked solution.
+        numeric: the answer is known to be a number (GSM8K): announced sentences are read for their number.
+    """
+    text = _CALCULATOR.sub("", restore_escapes(visible(text)))
+    line, line_is_number = _hash(text)
+    if line_is_number:
+        return Answer(line, "hash")
+    boxes = find_boxes(text) if "boxed" in text or "fbox" in text else []
+    if boxes:
+        phrase = _last_phrase(text, start=boxes[-1].end, final_only=True)
+        if phrase and re.search(r"[\d$\\]", phrase[0]):
+            return _fragment(*phrase, numeric)
+        return _read_boxes(text, boxes)
+    if line and _bare(line):
+        return Answer(_unfenced(line), "hash")
+    phrase = _last_phrase(text)
+    if phrase:
+        return _fragment(*phrase, numeric)
+    stripped = _tidy(text)
+    bare = _tidy(_without_lead(stripped))
+    if not stripped:
+        return None
+    if _bare(bare):
+        return Answer(_unfenced(bare), "whole")
+    stripped = _DENIED.sub("", stripped)
+    return (None if numeric else _listed(stripped)) or _last_value(stripped, numeric=numeric)

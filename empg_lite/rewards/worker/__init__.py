@@ -1,0 +1,1 @@
+"""The processes that grade what could hang, crash or take all memory."""

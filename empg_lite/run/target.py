@@ -1,0 +1,78 @@
+"""What RUN, ADAPTER and MODEL mean on the command line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from empg_lite.core.errors import MissingInput, UsageError
+from empg_lite.recipe.file import load_recipe
+from empg_lite.recipe.schema import Recipe
+from empg_lite.run.checkpoint import require_valid
+from empg_lite.run.layout import RECIPE, is_run, newest_run, run_of, trained_adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A model to evaluate or talk to.
+
+    Attributes:
+        recipe: how to load and prompt it; ``model.adapter`` names the adapter, if there is one.
+        run: the run directory it belongs to, if any.
+        label: for tables and titles.
+    """
+
+    recipe: Recipe
+    run: Path | None
+    label: str
+
+
+def resolve_target(
+    name: str | None, recipe: str | None = None, overrides: Sequence[str] = (), seed: int | None = None
+) -> Target:
+    """Say what RUN|ADAPTER|MODEL means; None is the newest run, or the recipe's own model where one is given.
+
+    Args:
+        name: a run directory, an adapter or checkpoint folder, a model folder, or a hub id.
+        recipe: how to prompt and grade; needed for what is not part of a run, else the run's own.
+        overrides, seed: as for ``load_recipe``.
+
+    Raises:
+        MissingInput: nothing is there.
+        UsageError: an adapter or model without a recipe.
+        CheckpointError: a checkpoint was named and is not valid.
+    """
+    if name is None:
+        if recipe is not None:
+            own = load_recipe(recipe, overrides, seed).resolved()
+            return Target(own, None, own.model.name)
+        name = str(newest_run())
+    path = Path(name)
+    run = path if is_run(path) else run_of(path)
+    if run is not None:
+        if path.parent.name == "checkpoints":
+            require_valid(path)
+        adapter = trained_adapter(path) if path == run else path
+        own = load_recipe(str(run / RECIPE), overrides if recipe is None else (), seed)
+        if recipe is not None:  # other data or another prompt, but the run's own model
+            own = load_recipe(recipe, overrides, seed).model_copy(update={"model": own.model})
+        return Target(_with_adapter(own, adapter), run, f"{run.name}/{adapter.name}")
+    is_adapter = (path / "adapter_config.json").is_file()
+    may_be_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not path.parent.is_dir()
+    if not is_adapter and not path.is_dir() and not may_be_hub_id:
+        raise MissingInput("no such run, adapter or model", name, "empg-lite train makes a run under runs/")
+    if recipe is None:
+        kind = "an adapter" if is_adapter else "a model"
+        raise UsageError(f"{kind} outside a run needs a recipe", name, "add --recipe NAME")
+    own = load_recipe(recipe, overrides, seed)
+    if is_adapter:
+        return Target(_with_adapter(own, path), None, path.name)
+    model = own.model.model_copy(update={"name": name, "adapter": None, "revision": None})
+    return Target(own.model_copy(update={"model": model}).resolved(), None, name)
+
+
+def _with_adapter(recipe: Recipe, adapter: Path) -> Recipe:
+    model = recipe.model.model_copy(update={"adapter": str(adapter.resolve())})
+    return recipe.model_copy(update={"model": model}).resolved()

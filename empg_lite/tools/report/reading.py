@@ -1,0 +1,148 @@
+"""What a run directory holds, as the report wants it. A run killed half-way is read as far as it goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from empg_lite.core.errors import DataError
+from empg_lite.core.rationale import Rationale, read_rollouts
+from empg_lite.recipe.file import load_recipe
+from empg_lite.recipe.schema import Recipe
+from empg_lite.run.journal import read_metrics
+from empg_lite.run.layout import ENVIRONMENT, EVENTS, METRICS, RECIPE
+
+#: Sizes that ``auto`` settles by the machine: they never change what is learned.
+_LAYOUT = {"sampler": {"batch_rows", "merged"}, "optim": {"micro_batch_tokens", "gradient_checkpointing"}}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRun:
+    """One run.
+
+    Attributes:
+        steps: the records of training steps, in order.
+        before, after: figures of the evaluation around training; None where there was none (yet).
+        answers: (base, tuned) greedy answers to the same problems, in order; () unless both were evaluated.
+    """
+
+    path: Path
+    recipe: Recipe
+    steps: tuple[dict[str, Any], ...]
+    events: tuple[dict[str, Any], ...]
+    environment: dict[str, Any]
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+    answers: tuple[tuple[Rationale, Rationale], ...]
+
+    @property
+    def name(self) -> str:
+        """For titles: a seed's folder alone says little."""
+        path = self.path.absolute()
+        return f"{path.parent.name}/{path.name}" if path.name.startswith("seed-") else path.name
+
+    @property
+    def command(self) -> str:
+        """What was typed to make it, from the first line of its recipe."""
+        first = (self.path / RECIPE).read_text("utf-8").partition("\n")[0]
+        return first.removeprefix("# made by: ") if first.startswith("# made by: ") else ""
+
+    def rollouts(self) -> Iterator[tuple[int, list[Rationale]]]:
+        """(step, its rationales) of every training step that is stored and readable; preflight left out."""
+        for path in sorted((self.path / "rollouts").glob("step-*.jsonl")):
+            step = int(path.stem[5:])
+            rows = _rationales(path)
+            if step and rows:
+                yield step, rows
+
+    def method(self) -> dict[str, Any]:
+        """The recipe without its seed and what depends on the machine: equal for the runs of a sweep."""
+        values = self.recipe.model_dump(mode="json")
+        for section, names in _LAYOUT.items():
+            for name in names:
+                values[section].pop(name)
+        for name in ("seed", "keep", "save_every"):
+            values["run"].pop(name)
+        return values
+
+
+def read_run(path: Path) -> StoredRun:
+    """Read a run directory, leaving its rollouts for later.
+
+    Raises:
+        RecipeError: its recipe cannot be read.
+    """
+    before, after = (_json(path / "eval" / name / "figures.json") for name in ("before", "after"))
+    return StoredRun(
+        path,
+        load_recipe(str(path / RECIPE)),
+        tuple(r for r in read_metrics(path / METRICS) if r.get("reward") is not None),
+        tuple(read_metrics(path / EVENTS)),
+        _json(path / ENVIRONMENT) or {},
+        before,
+        after,
+        tuple(_pairs(path)) if before and after else (),
+    )
+
+
+def _pairs(path: Path) -> list[tuple[Rationale, Rationale]]:
+    base, tuned = (_rationales(path / "eval" / name / "greedy.jsonl") for name in ("before", "after"))
+    by_problem = {r.problem_id: r for r in base}
+    return [(by_problem[r.problem_id], r) for r in tuned if r.problem_id in by_problem]
+
+
+def _rationales(path: Path) -> list[Rationale]:
+    try:
+        return [r for segment in read_rollouts(path, torn_tail=True) for r in segment.rationales]
+    except (DataError, OSError):
+        return []
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """Runs that differ in their seed alone."""
+
+    label: str
+    runs: tuple[StoredRun, ...]
+
+
+def arms_of(runs: Sequence[StoredRun]) -> list[Arm]:
+    """The runs by what they do, in order of first appearance; several seeds of one recipe are one arm."""
+    by_method: dict[str, list[StoredRun]] = {}
+    for run in runs:
+        by_method.setdefault(json.dumps(run.method(), sort_keys=True), []).append(run)
+    arms = []
+    for members in by_method.values():
+        label = members[0].name
+        if len(members) > 1:
+            parents = {m.path.absolute().parent for m in members}
+            first = members[0].path.absolute()
+            shared = first.parent.name if len(parents) == 1 and first.name.startswith("seed-") else first.name
+            label = f"{shared} ({len(members)} seeds)"
+        arms.append(Arm(label, tuple(members)))
+    return arms
+
+
+def differences(arms: Sequence[Arm]) -> list[tuple[str, list[str]]]:
+    """(key, its value in each arm) for every recipe key in which the arms differ."""
+    flat = [_flat(arm.runs[0].method()) for arm in arms]
+    return [
+        (key, [json.dumps(values[key]) for values in flat])
+        for key in flat[0]
+        if len({json.dumps(values[key]) for values in flat}) > 1
+    ]
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{name}": value for section, part in values.items() for name, value in part.items()}

@@ -1,0 +1,98 @@
+"""Grade what a rollout file holds, or grade it again. No model and no torch: any machine will do."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from empg_lite.core.errors import UsageError
+from empg_lite.core.rationale import Segment, encode_rollouts, read_rollouts
+from empg_lite.core.view import View
+from empg_lite.rewards import Grader, UserCode, pin, refuse_code
+from empg_lite.rewards.scorer import Scorer
+from empg_lite.run import store
+
+
+def score_file(
+    path: Path, reward: str | None, view: View | None = None, *, allow_code: bool = False
+) -> dict[str, Any]:
+    """Grade, or grade again under another reward, what a rollout file holds; in place, in one step.
+
+    Args:
+        reward: a reward's name; None: the one in the file's header.
+        allow_code: run the user's own function, where the reward is one.
+
+    Returns:
+        ``file``, ``rationales``, ``reward`` (mean of those that could be graded, None where none could),
+        ``reasons`` (counts), ``seconds``, ``peak_rss_mb`` of this process and, where workers ran,
+        ``peak_rss_mb_workers`` of the largest.
+
+    Raises:
+        UsageError: no reward is named anywhere.
+        DataError: it is a function that was not allowed.
+    """
+    started = time.monotonic()
+    view = view or View()
+    segments = read_rollouts(path)
+    names, code = _rewards_of(segments, reward, path, allow_code)
+    graded, reasons = [], Counter[str]()
+    with (
+        Grader(code=code) as grader,
+        view.phase("grading", sum(len(s.rationales) for s in segments)) as on_done,
+    ):
+        for segment, name in zip(segments, names, strict=True):
+            rows = Scorer(grader, name, on_done=on_done).scored(segment.rationales)
+            reasons.update(str(r.reason) for r in rows)
+            header = replace(segment.header, reward_name=name)
+            graded.append(Segment(header, tuple(replace(r, weight=None) for r in rows)))
+        workers = [_peak_rss_mb(str(pid)) for pid in grader.worker_pids()]
+    store.write_file(path, "".join(encode_rollouts(s.header, s.rationales) for s in graded))
+    rewards = [r.reward or 0.0 for s in graded for r in s.rationales if not r.failed]
+    return {
+        "file": str(path),
+        "rationales": sum(reasons.values()),
+        "reward": sum(rewards) / len(rewards) if rewards else None,
+        "reasons": dict(sorted(reasons.items())),
+        "seconds": round(time.monotonic() - started, 3),
+        "peak_rss_mb": _peak_rss_mb("self"),
+        **({"peak_rss_mb_workers": max(workers)} if workers else {}),
+    }
+
+
+def _peak_rss_mb(process: str) -> float:
+    """Peak resident memory of a process, ``self`` or an id, in MB of 2**20 bytes.
+
+    Linux keeps a figure for the program that runs now. ``getrusage``, which must do elsewhere, also counts
+    what the process was before it became that program: the size of whoever started it.
+    """
+    try:
+        lines = Path(f"/proc/{process}/status").read_text("ascii", "replace").splitlines()
+        return round(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024, 1)
+    except (OSError, StopIteration):
+        who = resource.RUSAGE_SELF if process == "self" else resource.RUSAGE_CHILDREN
+        return round(resource.getrusage(who).ru_maxrss / 1024, 1)
+
+
+def _rewards_of(
+    segments: Sequence[Segment], reward: str | None, path: Path, allow_code: bool
+) -> tuple[list[str], UserCode | None]:
+    """The reward of each segment, pinned, and the one function among them."""
+    names, codes = [], dict[str, UserCode]()
+    for segment in segments:
+        name = reward or segment.header.reward_name
+        if name is None:
+            raise UsageError("no reward is named", str(path), "add --reward NAME")
+        name, code = pin(name)
+        if code is not None and not allow_code:
+            raise refuse_code(code.ref, str(path))
+        if code is not None:
+            codes[str(code.ref)] = code
+        names.append(name)
+    if len(codes) > 1:
+        raise UsageError("its parts name different functions", str(path), "say which with --reward")
+    return names, next(iter(codes.values()), None)

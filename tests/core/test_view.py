@@ -1,0 +1,213 @@
+"""What a person sees while a run goes on: right numbers, no flood, and a terminal given back as it was."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import HANGS
+from rich.console import Console
+from rich.text import Text
+from stored_runs import rationale, record, step_rows
+
+from empg_lite.core import view as views
+from empg_lite.core.view import ConsoleView, LiveView, NotebookView, Status, clock_text, sparkline
+
+HOSTILE = "\x1b]0;owned\x07\x1b[2J[bold red]\u202e" + "wide 好 " * 200 + "#### 7"
+
+
+def told(status: Any, steps: int) -> None:
+    for step in range(1, steps + 1):
+        status.step({**record(step, step_rows(step)), "em/updates": 1, "em/staleness": 0.0}, 25)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00"), (41.6, "0:42"), (725, "12:05"), (12000, "3:20:00"), (3599.7, "1:00:00")],
+)
+def test_times(seconds: float, text: str) -> None:
+    assert clock_text(seconds) == text
+
+
+def test_a_sparkline_has_a_fixed_scale() -> None:
+    assert sparkline([0.0, 0.13, 0.5, 0.99, 1.0]) == "▁▂▅██"
+    assert len(set(sparkline([0.50, 0.52, 0.54]))) == 1  # a rise of nothing looks like nothing
+    assert sparkline([-1.0, 2.0]) == "▁█"
+
+
+def test_the_status_says_what_was_recorded() -> None:
+    status = Status()
+    assert status.lines() == ["starting"]
+    with status.phase("evaluating", 10) as advance:
+        advance(3)
+        advance(2)
+        assert status.lines() == ["evaluating: 5 of 10"]
+    told(status, 5)
+    progress, learning, cost = status.lines()
+    assert progress.startswith("step 5 of 25  ████░") and progress.endswith(
+        "about 0:40 left"
+    )  # 20 steps of 2 s
+    assert "held-out 40.0% (step 4)" in learning and "reward 37.5% ▄▄▄▄▄" in learning
+    assert "signal in 75% of the problems" in learning
+    assert cost == "50 tokens/s · sample 57%, score 14%, fit 29% · peak 0.9 GB"
+    with status.phase("sampling", 128) as outer:
+        outer(100)
+        with status.phase("grading", 4):
+            assert status.lines()[3] == "grading: 0 of 4"
+        assert status.lines()[3] == "sampling: 100 of 128"
+    assert len(status.lines()) == 3
+
+
+@pytest.mark.parametrize(("width", "height"), [(120, 40), (80, 24), (60, 20)])
+def test_the_panel_fits_the_screen_and_shows_no_command(width: int, height: int) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, height=height)
+    live = LiveView(console)
+    told(live, 22)
+    live.sampled([rationale(HOSTILE, HOSTILE, right=right, gold=HOSTILE, step=22) for right in (True, False)])
+    live._asked = True
+    with live._status.phase("sampling", 1000):
+        lines = console.render_lines(live._panel(), pad=False)
+    assert len(lines) <= height
+    assert max(sum(segment.cell_length for segment in line) for line in lines) <= width
+    text = "\n".join("".join(segment.text for segment in line) for line in lines)
+    assert "\x1b" not in text and "\u202e" not in text and "#### 7" in text
+    assert "right · step 22" in text and "wrong · step 22" in text and "step 22 of 25" in text
+
+
+def test_a_log_gets_plain_lines() -> None:
+    out = io.StringIO()
+    plain = ConsoleView(Console(file=out, force_terminal=False, width=60))
+    with plain, plain.phase("sampling", 5) as advance:
+        advance(5)
+        told(plain, 2)
+        plain.note("a note that is longer than the width of the console and stays on its line all the same")
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 4 and "\x1b" not in out.getvalue()
+    assert lines[1].split()[:3] == ["1/25", "37.5%", "75%"]
+
+
+class Screen:
+    """Stands in for a notebook's front end."""
+
+    def __init__(self) -> None:
+        self.shown: list[str] = []
+
+    def display(self, thing: Any, display_id: bool) -> Screen:
+        assert display_id
+        self.shown.append(thing.data)
+        return self
+
+    def update(self, thing: Any) -> None:
+        self.shown.append(thing.data)
+
+
+def test_a_notebook_has_one_display_that_is_no_flood(monkeypatch: pytest.MonkeyPatch) -> None:
+    import IPython.display
+
+    screen, now = Screen(), [0.0]
+    monkeypatch.setattr(IPython.display, "display", screen.display)
+    monkeypatch.setattr(views.time, "monotonic", lambda: now[0])
+    with NotebookView() as shown:
+        with shown.phase("sampling", 100_000) as advance:
+            for _ in range(100_000):
+                now[0] += 0.0001
+                advance(1)
+        assert len(screen.shown) in (10, 11)  # ten seconds
+        assert "sampling:" in screen.shown[-1]
+        for _ in range(10):
+            told(shown, 25)
+        shown.warn("<b>x</b> \x1b[31m")
+    last = screen.shown[-1]
+    assert last.count("\n") < NotebookView.LINES + 10
+    assert "&lt;b&gt;x&lt;/b&gt; \\x1b[31m" in last and "<b>" not in last
+    assert "step 25 of 25" in last and "25/25" in last
+
+
+CHILD = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from rich.console import Console
+from stored_runs import record, rationale, step_rows
+from empg_lite.core.control import stop_request
+from empg_lite.core.view import LiveView
+view = LiveView(Console())
+with stop_request(announce=False) as stop, view:
+    view.step({{**record(1, step_rows(1)), "em/updates": 1, "em/staleness": 0.0}}, 9)
+    view.sampled([rationale("What now?", "so #### 7", right=True)])
+    print("ready", flush=True)
+    while not stop:
+        time.sleep(0.02)
+    print("stopped", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_keys_are_read_and_the_terminal_is_given_back_at_the_first_signal() -> None:
+    child, fd = pty.fork()
+    if child == 0:
+        code = CHILD.format(tests=str(Path(__file__).parents[1]))
+        os.environ["TERM"] = "xterm"
+        os.execv(sys.executable, [sys.executable, "-c", code])
+    try:
+        before = termios.tcgetattr(fd)[3]
+        assert before & termios.ECHO and before & termios.ICANON
+        read_until(fd, "ready")
+        assert not termios.tcgetattr(fd)[3] & (termios.ECHO | termios.ICANON)
+        os.write(fd, b"r")
+        assert "right · step 1" in read_until(fd, "What now?")
+        os.kill(child, signal.SIGINT)
+        read_until(fd, "stopped")
+        assert termios.tcgetattr(fd)[3] == before
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(fd)
+
+
+def read_until(fd: int, wanted: str, seconds: float = HANGS) -> str:
+    """What comes from a terminal, its control sequences left out, up to a text."""
+    found, end = "", time.monotonic() + seconds
+    while wanted not in found:
+        assert time.monotonic() < end, found
+        if select.select([fd], [], [], 0.1)[0]:
+            found += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", os.read(fd, 65536).decode("utf-8", "replace"))
+    return found
+
+
+def test_a_command_in_a_notebook_is_plain(recipe_file: Path, tmp_path: Path) -> None:
+    """`!empg-lite` runs on a pseudo-terminal; the notebook would show its control sequences."""
+    command = [sys.executable, "-m", "empg_lite", "recipes"]
+    shown = {}
+    for name, extra in (("terminal", {}), ("notebook", {"JPY_PARENT_PID": "1"})):
+        ours, theirs = pty.openpty()
+        code = (
+            "from empg_lite.cli.options import Output; from rich.text import Text;"
+            "Output(False).print(Text('hello', style='bold red'))"
+        )
+        subprocess.run(
+            [*command[:1], "-c", code],
+            stdout=theirs,
+            env={**os.environ, "TERM": "xterm", **extra},
+            check=True,
+        )
+        shown[name] = os.read(ours, 4096).decode()
+        os.close(ours)
+        os.close(theirs)
+    assert "\x1b[" in shown["terminal"] and "\x1b" not in shown["notebook"]
+
+
+def test_text_is_what_the_console_prints() -> None:
+    """The negative control of the panel test: without `safe` the escape would be on the screen."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    assert "\u202e" in "".join(s.text for line in console.render_lines(Text(HOSTILE)) for s in line)

@@ -1,0 +1,131 @@
+"""Properties of the gold answers of GSM8K and MATH: a sample in the quick set, all in the slow one."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from empg_lite.rewards import Grader
+from empg_lite.rewards.math.exact import read_exact
+from empg_lite.rewards.math.normalize import normalize
+
+pytestmark = pytest.mark.shared
+
+Pair = tuple[str, str, str | None]
+
+
+@dataclass(frozen=True)
+class Golds:
+    """Every n-th row: (gold, worked solution, question)."""
+
+    gsm8k: list[tuple[str, str, str]]
+    math: list[tuple[str, str, str]]
+
+
+@pytest.fixture(scope="module")
+def grader() -> Iterator[Grader]:
+    with Grader(workers=2, time_limit=10.0) as shared_grader:
+        yield shared_grader
+
+
+@pytest.fixture(scope="module", params=[40, pytest.param(1, marks=pytest.mark.slow)])
+def golds(request: pytest.FixtureRequest, shared: Path) -> Golds:
+    def rows(name: str) -> list[dict[str, str]]:
+        found = []
+        for part in ("train", "test"):
+            with (shared / f"{name}_{part}.jsonl").open(encoding="utf-8") as lines:
+                found += [json.loads(line) for line in lines]
+        return found[:: request.param]
+
+    gsm8k = [(r["answer"].rsplit("####", 1)[1].strip(), r["answer"], r["question"]) for r in rows("gsm8k")]
+    math = [(last_box(r["solution"]), r["solution"], r["problem"]) for r in rows("math")]
+    assert len(gsm8k) == -(-8_792 // request.param) and len(math) == -(-12_500 // request.param)
+    return Golds(gsm8k, math)
+
+
+def last_box(solution: str) -> str:
+    """An independent reader of MATH's gold answers."""
+    start = max(solution.rfind("\\boxed"), solution.rfind("\\fbox"))
+    rest = solution[start:].removeprefix("\\boxed").removeprefix("\\fbox").lstrip()
+    if not rest.startswith("{"):
+        return rest.split("$")[0].strip()
+    depth = 0
+    for index, char in enumerate(rest):
+        depth += (char == "{") - (char == "}")
+        if depth == 0:
+            return rest[1:index]
+    raise AssertionError(solution)
+
+
+def accepted(grader: Grader, spec: str, pairs: list[Pair]) -> list[bool]:
+    return [v.reward == 1 for v in grader.grade_many(spec, pairs)]
+
+
+def test_every_gold_equals_itself(grader: Grader, golds: Golds) -> None:
+    assert all(accepted(grader, "gsm8k", [(gold, gold, None) for gold, _, _ in golds.gsm8k]))
+    assert all(accepted(grader, "gsm8k", [(gold, text, None) for gold, text, _ in golds.gsm8k]))
+    assert all(accepted(grader, "math", [(g, rf"so $\boxed{{{g}}}$.", q) for g, _, q in golds.math]))
+
+
+def test_worked_solutions_earn_their_gold(grader: Grader, golds: Golds) -> None:
+    """MATH's solutions, read as a model's: the exceptions box several values, and the gold is the last."""
+    verdicts = accepted(grader, "math", golds.math)
+    refused = [row for row, right in zip(golds.math, verdicts, strict=True) if not right]
+    print(f"{len(refused)} of {len(golds.math)} solutions do not earn their own gold")
+    assert len(refused) <= max(2, len(golds.math) // 500)
+    assert all(solution.count("boxed") > 1 for _, solution, _ in refused)
+
+
+WRAPS = [
+    "${}$",
+    "\\boxed{{{}}}",
+    "  {}  ",
+    "{}.",
+    "$\\boxed{{{}}}$.",
+    "The final answer is ${}$.",
+    "\\( {} \\)",
+]
+UNITS = ["{} cm", "{}\\text{{ apples}}", "{}\\ \\text{{dollars}}", "${}$ miles per hour"]
+
+
+@pytest.mark.parametrize("wrap", WRAPS + UNITS)
+def test_wrapping_changes_no_verdict(grader: Grader, golds: Golds, wrap: str) -> None:
+    """Of equal and of unequal pairs; units are put behind plain numbers only."""
+    texts = [gold for gold, _, _ in (*golds.gsm8k[::2], *golds.math) if gold.strip()]
+    if wrap in UNITS:
+        texts = [t for t in texts if re.fullmatch(r"-?[\d.,]+", t) and read_exact(normalize(t)) is not None]
+    changed = []
+    for other in (texts, texts[1:] + texts[:1]):
+        pairs: list[Pair] = list(zip(texts, other, [None] * len(texts), strict=True))
+        bare = accepted(grader, "math", [(g, f"\\boxed{{{p}}}", None) for g, p, _ in pairs])
+        wrapped = accepted(grader, "math", [(g, wrap.format(p), None) for g, p, _ in pairs])
+        changed += [pair for pair, a, b in zip(pairs, bare, wrapped, strict=True) if a != b]
+        assert (other is texts) == all(bare), "the first round is equal, the second mostly not"
+    print(f"{len(changed)} of {2 * len(texts)} verdicts changed under {wrap}: {changed[:5]}")
+    assert len(changed) <= len(texts) // 1000, changed[:5]
+
+
+def test_a_changed_digit_makes_it_wrong(grader: Grader, golds: Golds) -> None:
+    """One digit of each gold, another place in each; leading zeros are not made."""
+    kept: dict[str, list[str]] = {}
+    for spec, rows in (("gsm8k", golds.gsm8k), ("math", golds.math)):
+        pairs: list[Pair] = []
+        for index, (gold, _, _) in enumerate(rows):
+            places = [i for i, char in enumerate(gold) if char.isdigit()]
+            if not places:
+                continue
+            at = places[index % len(places)]
+            digit = str((int(gold[at]) + index % 8) % 9 + 1)
+            if digit != gold[at]:
+                pairs.append((gold, f"\\boxed{{{gold[:at]}{digit}{gold[at + 1 :]}}}", None))
+        assert len(pairs) > 0.7 * len(rows)
+        kept[spec] = [
+            g for (g, _, _), right in zip(pairs, accepted(grader, spec, pairs), strict=True) if right
+        ]
+        print(f"{spec}: {len(kept[spec])} of {len(pairs)} changed golds still accepted: {kept[spec][:5]}")
+    assert kept["gsm8k"] == [] and len(kept["math"]) <= len(golds.math) // 2500, kept

@@ -1,0 +1,97 @@
+"""Precision and recall of a detector on labelled sentences; ``benchmarks/behaviors.py`` prints them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import behavior_sentences
+
+from empg_lite.core.behaviors import BEHAVIORS, sentences
+
+REFERENCES = Path(__file__).with_name("behavior_references.jsonl")
+Detector = Callable[[str], frozenset[str]]
+Labelled = tuple[str, frozenset[str]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sentences of one behaviour: found rightly, found wrongly, missed."""
+
+    right: int
+    wrong: int
+    missed: int
+
+    @property
+    def precision(self) -> float:
+        return self.right / max(1, self.right + self.wrong)
+
+    @property
+    def recall(self) -> float:
+        return self.right / max(1, self.right + self.missed)
+
+
+def own_sentences(part: str) -> list[Labelled]:
+    """``dev``, ``test`` or ``fresh`` of ``behavior_sentences.py``."""
+    blocks: Mapping[str, str] = getattr(behavior_sentences, part.upper())
+    return [
+        (line, frozenset(labels.split()))
+        for labels, text in blocks.items()
+        for line in text.strip().split("\n")
+    ]
+
+
+def real_sentences(part: str, data: Path) -> list[Labelled]:
+    """The sentences that the references name, looked up in the folder of real data.
+
+    Raises:
+        AssertionError: the data or the sentence splitter changed: a hash does not fit.
+    """
+    files: dict[str, list[dict]] = {}
+    found = []
+    for line in REFERENCES.read_text("utf-8").splitlines():
+        row = json.loads(line)
+        if row["part"] != part:
+            continue
+        if row["file"] not in files:
+            files[row["file"]] = [json.loads(text) for text in open(data / row["file"], encoding="utf-8")]
+        value = files[row["file"]][row["row"]][row["field"]]
+        text = sentences(value if isinstance(value, str) else value["solution"])[row["sentence"]]
+        assert hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12] == row["sha256"], row
+        found.append((text, frozenset(row["labels"])))
+    return found
+
+
+def score(detector: Detector, labelled: Iterable[Labelled]) -> dict[str, Score]:
+    """The score of each behaviour."""
+    judged = [(detector(text), labels) for text, labels in labelled]
+    return {
+        name: Score(
+            right=sum(name in found and name in labels for found, labels in judged),
+            wrong=sum(name in found and name not in labels for found, labels in judged),
+            missed=sum(name not in found and name in labels for found, labels in judged),
+        )
+        for name in BEHAVIORS
+    }
+
+
+_KEYWORDS = {
+    "decomposition": r"\b(?:first|step|part|case|then|next)",
+    "verification": r"check|verif|satisf|works|substitut|indeed",
+    "backtracking": r"\bwait|wrong|mistake|actually|instead|back\b|try|error",
+    "backward_chaining": r"\bneed|must|in order|\bto find|goal|want",
+}
+
+
+def keywords(sentence: str) -> frozenset[str]:
+    """Negative control: the words that one thinks of first, wherever they stand."""
+    return frozenset(name for name, words in _KEYWORDS.items() if re.search(words, sentence, re.IGNORECASE))
+
+
+def always(sentence: str) -> frozenset[str]:
+    """Negative control: every behaviour in every sentence."""
+    return frozenset(BEHAVIORS)
