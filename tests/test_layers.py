@@ -13,41 +13,12 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "empg_lite"
 #: DESIGN section 3: a module imports from the floors below it, or from its own where that makes no circle.
 FLOORS = [
-    {
-        "errors",
-        "recipe",
-        "recipe_file",
-        "plain_yaml",
-        "rationale",
-        "rewards",
-        "em",
-        "safe_text",
-        "sizes",
-        "store",
-        "tiny",
-        "control",
-        "behaviors",
-        "health",
-        "stats",
-        "parallel",
-    },
-    {
-        "data",
-        "data_files",
-        "gym_tasks",
-        "policy",
-        "plan",
-        "metrics",
-        "view",
-        "trackers",
-        "eval_file",
-        "eval_summary",
-        "scoring",
-    },
-    {"sampler", "checkpoint", "runs", "target"},
-    {"batching", "estep", "mstep", "learner", "evaluate", "preflight", "profiler"},
-    {"session", "tester", "train", "offline", "rescore", "sweep"},
-    {"chat", "check", "doctor", "report", "export"},
+    {"core", "em"},
+    {"rewards", "policy"},
+    {"recipe"},
+    {"data", "sampler", "run"},
+    {"loop"},
+    {"tools"},
     {"api"},
     {"cli"},
 ]
@@ -100,7 +71,7 @@ def test_every_module_has_a_floor() -> None:
 
 def test_imports_go_down_and_make_no_circle() -> None:
     edges = {(a, b) for a, b in project_edges() if a not in ("__init__", "__main__")}
-    assert len(edges) > 40
+    assert len(edges) > 20
     upward = sorted((a, b) for a, b in edges if FLOOR[b] > FLOOR[a])
     assert not upward, upward
     assert find_circle({(a, b) for a, b in edges if FLOOR[a] == FLOOR[b]}) is None
@@ -188,7 +159,7 @@ def strip_docstrings(tree: ast.Module) -> ast.Module:
     "module",
     [
         "empg_lite.cli",
-        "empg_lite.plan",
+        "empg_lite.loop.plan",
         "empg_lite.recipe.file",
         "empg_lite.rewards",
         "empg_lite.tools.rescore",

@@ -138,6 +138,7 @@ CHILD = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from rich.console import Console
+sys.path.insert(1, {tests!r} + "/..")
 from stored_runs import record, rationale, step_rows
 from empg_lite.core.control import stop_request
 from empg_lite.core.view import LiveView
@@ -156,7 +157,7 @@ with stop_request(announce=False) as stop, view:
 def test_keys_are_read_and_the_terminal_is_given_back_at_the_first_signal() -> None:
     child, fd = pty.fork()
     if child == 0:
-        code = CHILD.format(tests=str(Path(__file__).parents[1]))
+        code = CHILD.format(tests=str(Path(__file__).parents[1] / "support"))
         os.environ["TERM"] = "xterm"
         os.execv(sys.executable, [sys.executable, "-c", code])
     try:

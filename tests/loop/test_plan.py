@@ -271,8 +271,8 @@ def test_plan_and_run_agree(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) 
 
     tight: list[int] = []
     for free in (4 * 10**6, 12 * 10**6, 10**12, 10**9):
-        monkeypatch.setattr(learner.plan, "return_freed_blocks", lambda free=free: tight.append(free))
-        monkeypatch.setattr(learner.plan, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(learner.machine, "return_freed_blocks", lambda free=free: tight.append(free))
+        monkeypatch.setattr(learner.machine, "free_memory", lambda device, free=free: free)
         recipe = load_recipe(str(recipe_file), ["sampler.problems_per_step=64", "sampler.max_new_tokens=200"])
         built = learner.build_learner(recipe)
         plan = plan_recipe(recipe, read_shape(recipe.model.name), Machine("cpu", free))
@@ -294,7 +294,7 @@ def test_the_libraries_are_held_before_the_model(recipe_file: Path, monkeypatch:
         monkeypatch.setattr(owner, name, lambda *a, **k: order.append(name) or real(*a, **k))
 
     noted(learner, "import_libraries")
-    noted(learner.plan, "resident_memory")
+    noted(learner.machine, "resident_memory")
     noted(learner, "load_policy")
     learner.build_learner(load_recipe(str(recipe_file)))
     assert order == ["import_libraries", "resident_memory", "load_policy"]
@@ -336,7 +336,7 @@ def test_what_cannot_fit_is_refused_before_loading(
 ) -> None:  # type: ignore[no-untyped-def]
     from empg_lite.loop import learner
 
-    monkeypatch.setattr(learner.plan, "free_memory", lambda device: 100_000)
+    monkeypatch.setattr(learner.machine, "free_memory", lambda device: 100_000)
     code, _, err = cli("train", "-r", recipe_file, "-o", tmp_path / "run")
     assert code == 71 and "memory plan" in err and "--force" in err and len(err.strip().splitlines()) == 1
     quick = ("--set", "run.steps=1", "--set", "run.eval_every=0")

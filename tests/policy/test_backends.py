@@ -24,13 +24,15 @@ def run_probe(backend: str, model: Path, cwd: Path) -> dict[str, Any]:
 
 def run_script(name: str, *arguments: str, cwd: Path, env: dict[str, str] | None = None) -> dict:  # type: ignore[type-arg]
     """The JSON object that a script beside the tests prints last, run in a process of its own."""
-    script = Path(__file__).parents[1] / "support" / name
+    tests = Path(__file__).parents[1]
+    script = tests / "support" / name
+    paths = os.pathsep.join(str(tests / folder) for folder in ("", "sampler", ".."))
     done = subprocess.run(
         [sys.executable, str(script), *arguments],
         capture_output=True,
         text=True,
         cwd=cwd,
-        env={**(env or os.environ), "HF_HUB_OFFLINE": "1"},
+        env={**(env or os.environ), "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

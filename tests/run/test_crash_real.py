@@ -78,7 +78,7 @@ def test_calls_in_two_pieces_are_read_as_one() -> None:
 
 
 UNSYNCED = (
-    "import os\nfrom empg_lite.run import store\\n"
+    "import os\nfrom empg_lite.run import store\n"
     "store._fsync = lambda fd: None\n"
     "from empg_lite.cli import main\nimport sys\nmain(sys.argv[1:])\n"
 )

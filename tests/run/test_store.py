@@ -121,7 +121,7 @@ def test_set_aside_never_overwrites(tmp_path: Path) -> None:
 
 def test_a_run_is_held_by_one_process_and_freed_by_its_death(tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib\nfrom empg_lite.run import store\\n"
+        "import sys, pathlib\nfrom empg_lite.run import store\n"
         "with store.run_lock(pathlib.Path(sys.argv[1])):\n"
         "    print('held', flush=True)\n    sys.stdin.read()\n"
     )
