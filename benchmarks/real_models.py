@@ -29,11 +29,11 @@ from results_page import add_record, check_page, read_records
 import empg_lite
 from empg_lite.core.bundled import BUNDLED
 from empg_lite.core.errors import DataError, EmpgError, Interrupted, UsageError
-from empg_lite.core.rationale import read_rollouts
 from empg_lite.recipe.file import find_recipe, load_recipe
 from empg_lite.recipe.schema import Recipe
 from empg_lite.run.journal import read_metrics
 from empg_lite.run.layout import ENVIRONMENT, METRICS
+from empg_lite.run.rollouts import read_rollouts
 from empg_lite.run.store import write_file
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

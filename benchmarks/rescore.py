@@ -21,7 +21,8 @@ from pathlib import Path
 
 from machine import ROOT, machine
 
-from empg_lite.core.rationale import Rationale, RolloutHeader, encode_rollouts, problem_id
+from empg_lite.core.rationale import Rationale, problem_id
+from empg_lite.run.rollouts import RolloutHeader, encode_rollouts
 
 #: Seconds that the task allows on two cores.
 BAR = 30.0

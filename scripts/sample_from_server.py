@@ -33,10 +33,14 @@ from pathlib import Path
 from typing import Any
 
 from empg_lite.core.errors import DataError, EmpgError, Interrupted, MissingInput, RecipeError, UsageError
-from empg_lite.core.rationale import (
-    FinishReason,
-    Problem,
-    Rationale,
+from empg_lite.core.rationale import FinishReason, Problem, Rationale
+from empg_lite.core.safe_text import safe
+from empg_lite.data.sources import ProblemStream, load_splits
+from empg_lite.policy.templates import Template, load_template
+from empg_lite.recipe.file import load_recipe
+from empg_lite.recipe.schema import Recipe, refused_sampling
+from empg_lite.run import store
+from empg_lite.run.rollouts import (
     RolloutHeader,
     Segment,
     encode_rollouts,
@@ -44,12 +48,6 @@ from empg_lite.core.rationale import (
     rationale_line,
     read_rollouts,
 )
-from empg_lite.core.safe_text import safe
-from empg_lite.data.sources import ProblemStream, load_splits
-from empg_lite.policy.templates import Template, load_template
-from empg_lite.recipe.file import load_recipe
-from empg_lite.recipe.schema import Recipe, refused_sampling
-from empg_lite.run import store
 
 EXTRA = '{"top_k": -1, "min_p": 0, "repetition_penalty": 1}'
 #: Statuses of a server that is busy or starting.

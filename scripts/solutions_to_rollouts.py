@@ -18,13 +18,14 @@ import sys
 from pathlib import Path
 
 from empg_lite.core.errors import DataError, EmpgError, UsageError
-from empg_lite.core.rationale import Problem, Rationale, RolloutHeader, encode_rollouts
+from empg_lite.core.rationale import Problem, Rationale
 from empg_lite.core.safe_text import safe
 from empg_lite.data.sources import ProblemStream, load_solutions, load_splits
 from empg_lite.policy.templates import Template, load_template
 from empg_lite.recipe.file import load_recipe
 from empg_lite.recipe.schema import Recipe
 from empg_lite.run import store
+from empg_lite.run.rollouts import RolloutHeader, encode_rollouts
 
 _CALCULATOR = re.compile(r"<<[^<>\n]*=[^<>\n]*>>")
 

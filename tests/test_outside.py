@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from empg_lite.core.rationale import Rationale, read_rollouts
+from empg_lite.core.rationale import Rationale
 from empg_lite.run.journal import read_metrics
+from empg_lite.run.rollouts import read_rollouts
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 Cli = Callable[..., tuple[int, str, str]]

@@ -73,7 +73,7 @@ def _verdict_record(v: Verdict) -> dict[str, Any]:
 
 def _grade_cases(out: Output, grader: Grader, path: Path, reward: str) -> None:
     """One object a line, in order, no summary: whatever happens to a worker."""
-    from empg_lite.core.rationale import read_cases
+    from empg_lite.run.rollouts import read_cases
 
     for gold, prediction in read_cases(path):
         out.raw(_verdict_record(grader.grade(reward, gold, prediction)))

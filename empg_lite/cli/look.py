@@ -50,8 +50,8 @@ def inspect(
     debug: DebugOption = False,
 ) -> None:
     """Look through stored rationales."""
-    from empg_lite.core.rationale import rationale_record
     from empg_lite.run.layout import find_rollouts
+    from empg_lite.run.rollouts import rationale_record
 
     out = Output(as_json)
     path, rows = find_rollouts(source, step)

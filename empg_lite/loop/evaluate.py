@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from empg_lite import __version__
-from empg_lite.core.rationale import Problem, Rationale, RolloutHeader, flatten
+from empg_lite.core.rationale import Problem, Rationale, flatten
 from empg_lite.core.view import View
 from empg_lite.data.sources import load_problems, subset
 from empg_lite.loop.estep import by_group, sample_rationales
@@ -25,6 +25,7 @@ from empg_lite.rewards.scorer import Scorer
 from empg_lite.run import store
 from empg_lite.run.answers import AnswerFile
 from empg_lite.run.layout import RUNS
+from empg_lite.run.rollouts import RolloutHeader
 from empg_lite.run.target import Target
 from empg_lite.sampler import Decoding, Sampler
 

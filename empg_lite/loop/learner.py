@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from empg_lite.core.errors import DataError
-from empg_lite.core.rationale import Problem, Rationale, RolloutHeader
+from empg_lite.core.rationale import Problem, Rationale
 from empg_lite.loop import plan
 from empg_lite.loop.mstep import FitSettings, FitStats, m_step
 from empg_lite.policy import import_libraries, load_policy
@@ -26,6 +26,7 @@ from empg_lite.policy.policy import Policy
 from empg_lite.recipe.schema import Recipe, choose_engine
 from empg_lite.run.checkpoint import TrainState
 from empg_lite.run.parallel import SINGLE, World
+from empg_lite.run.rollouts import RolloutHeader
 from empg_lite.sampler import Decoding, Sampler, make_sampler
 
 #: The best learning rate falls by about this factor for each doubling of passes (measured on a toy task).

@@ -14,19 +14,7 @@ from typing import Any
 
 from empg_lite.core.control import RESUME, Clock, stop_request
 from empg_lite.core.errors import DataError, Interrupted, MissingInput, RecipeError, UsageError
-from empg_lite.core.rationale import (
-    Group,
-    Rationale,
-    RolloutHeader,
-    Segment,
-    check_scored,
-    encode_rollouts,
-    flatten,
-    group_rationales,
-    header_line,
-    rationale_line,
-    read_rollouts,
-)
+from empg_lite.core.rationale import Group, Rationale, flatten, group_rationales
 from empg_lite.core.view import View
 from empg_lite.data.sources import ProblemStream, load_splits
 from empg_lite.loop.estep import sample_rationales, weigh
@@ -39,6 +27,15 @@ from empg_lite.run import store
 from empg_lite.run.checkpoint import load_checkpoint, newest_valid, require_valid, stored_state
 from empg_lite.run.journal import Journal
 from empg_lite.run.layout import is_run, open_run, rollout_path
+from empg_lite.run.rollouts import (
+    RolloutHeader,
+    Segment,
+    check_scored,
+    encode_rollouts,
+    header_line,
+    rationale_line,
+    read_rollouts,
+)
 
 NO_OPTIONS = TrainOptions()
 

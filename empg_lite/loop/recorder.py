@@ -27,7 +27,7 @@ from empg_lite.core.errors import (
     NumericalStop,
     OutOfMemory,
 )
-from empg_lite.core.rationale import Group, Problem, Rationale, encode_rollouts, flatten, rationale_line
+from empg_lite.core.rationale import Group, Problem, Rationale, flatten
 from empg_lite.core.view import View
 from empg_lite.em import Drift
 from empg_lite.loop.estep import estep_metrics, mixture_metrics
@@ -44,6 +44,7 @@ from empg_lite.run.checkpoint import TrainState, list_checkpoints, load_checkpoi
 from empg_lite.run.journal import Journal, read_metrics
 from empg_lite.run.layout import METRICS, PROFILE, Opened, compare_environment, rollout_path, write_run_files
 from empg_lite.run.parallel import SINGLE, World
+from empg_lite.run.rollouts import encode_rollouts, rationale_line
 from empg_lite.run.trackers import tracked
 
 #: Steps in a row without any signal, or with a non-finite gradient, after which going on is pointless.

@@ -18,7 +18,7 @@ from typing import Any
 
 from empg_lite.core.control import RESUME, Clock, stop_request
 from empg_lite.core.errors import DataError, Interrupted, RecipeError
-from empg_lite.core.rationale import Group, Problem, Rationale, flatten, group_rationales, read_rollouts
+from empg_lite.core.rationale import Group, Problem, Rationale, flatten, group_rationales
 from empg_lite.core.view import View
 from empg_lite.data.sources import ProblemStream, digest_of, load_splits
 from empg_lite.loop.estep import by_group, sample_rationales, weigh
@@ -33,6 +33,7 @@ from empg_lite.run.checkpoint import stored_state
 from empg_lite.run.journal import Journal
 from empg_lite.run.layout import open_run, rollout_path
 from empg_lite.run.parallel import SINGLE, World
+from empg_lite.run.rollouts import read_rollouts
 from empg_lite.sampler import Sampler, SampleWork
 
 

@@ -11,15 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from empg_lite.core.errors import UsageError
-from empg_lite.core.rationale import (
-    Rationale,
-    RolloutHeader,
-    Segment,
-    encode_rollouts,
-    rationale_line,
-    read_rollouts,
-)
+from empg_lite.core.rationale import Rationale
 from empg_lite.run import store
+from empg_lite.run.rollouts import RolloutHeader, Segment, encode_rollouts, rationale_line, read_rollouts
 
 #: The one setting that never changes an answer: a file begun with another value keeps it.
 _LAYOUT = "batch_rows"

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from empg_lite.core.errors import MissingInput, RecipeError, UsageError
-from empg_lite.core.rationale import Rationale, read_rollouts
+from empg_lite.core.rationale import Rationale
 from empg_lite.recipe.file import dump_recipe, load_recipe
 from empg_lite.recipe.schema import Recipe, changed_fields
 from empg_lite.run import store
 from empg_lite.run.checkpoint import list_checkpoints, newest_valid
 from empg_lite.run.parallel import processes
+from empg_lite.run.rollouts import read_rollouts
 
 RUNS = Path("runs")
 RECIPE, METRICS, EVENTS, ENVIRONMENT = "recipe.yaml", "metrics.jsonl", "events.jsonl", "environment.json"

@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 
 from empg_lite.core.errors import DataError
-from empg_lite.core.rationale import Group, Problem, Rationale, encode_rollouts
+from empg_lite.core.rationale import Group, Problem, Rationale
 from empg_lite.core.safe_text import encodable
 from empg_lite.data.sources import load_problems
 from empg_lite.loop.estep import sample_rationales
@@ -20,6 +20,7 @@ from empg_lite.rewards import Grader
 from empg_lite.rewards.math.votes import ballot
 from empg_lite.rewards.scorer import score
 from empg_lite.run import store
+from empg_lite.run.rollouts import encode_rollouts
 from empg_lite.run.target import Target
 from empg_lite.sampler import Decoding, TextStream
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from empg_lite.core.errors import UsageError
-from empg_lite.core.rationale import Segment, encode_rollouts, read_rollouts
 from empg_lite.core.view import View
 from empg_lite.rewards import Grader, UserCode, pin, refuse_code
 from empg_lite.rewards.scorer import Scorer
 from empg_lite.run import store
+from empg_lite.run.rollouts import Segment, encode_rollouts, read_rollouts
 
 
 def score_file(

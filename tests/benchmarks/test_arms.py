@@ -81,7 +81,7 @@ def test_stale_samples_are_those_of_an_older_policy(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_lenient_verifier_lets_its_share_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    from test_rationale import rationale
+    from rationales import rationale
 
     rows = [
         rationale(problem_id=f"p{i}", reward=float(i % 4 == 0), finish_reason="stop") for i in range(4000)

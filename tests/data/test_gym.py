@@ -11,12 +11,12 @@ import pytest
 from conftest import one_line
 
 from empg_lite.core.errors import DataError, GraderUnusable, MissingInput
-from empg_lite.core.rationale import read_rollouts
 from empg_lite.data.gym import SPLITS, gym_problems, parse_source
 from empg_lite.rewards import Case, Grader
 from empg_lite.rewards.spec import parse_spec
 from empg_lite.rewards.worker.gym import harmless
 from empg_lite.rewards.worker.pool import WorkerPool
+from empg_lite.run.rollouts import read_rollouts
 
 # ---- Reasoning Gym: a stand-in -----------------------------------------------------------------------
 

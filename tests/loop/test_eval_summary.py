@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_rationale import rationale
+from rationales import rationale
 
 from empg_lite.core.rationale import Rationale
 from empg_lite.core.stats import mcnemar, wilson

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from empg_lite.api import load_policy
-from empg_lite.core.rationale import read_rollouts
 from empg_lite.core.view import View
 from empg_lite.loop.evaluate import evaluate_target
 from empg_lite.loop.train import train
 from empg_lite.recipe.file import load_recipe
 from empg_lite.rewards import Grader
+from empg_lite.run.rollouts import read_rollouts
 from empg_lite.run.target import resolve_target
 
 Trained = tuple[Path, dict[str, Any]]

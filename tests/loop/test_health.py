@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from test_rationale import rationale
+from rationales import rationale
 
 from empg_lite.core.rationale import Rationale, group_rationales
 from empg_lite.loop.estep import estep_metrics, weigh

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from empg_lite.core.rationale import read_rollouts
 from empg_lite.run.checkpoint import list_checkpoints
 from empg_lite.run.journal import read_metrics
+from empg_lite.run.rollouts import read_rollouts
 
 REWARD = "regex:[a-m]"  # graded in a worker
 NO_EVAL = ("--set", "run.eval_every=0")

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_rationale import rationale
+from rationales import rationale
 
 from empg_lite.core.errors import DataError, MissingInput, UsageError
-from empg_lite.core.rationale import Rationale, RolloutHeader, encode_rollouts, rationale_line, read_rollouts
+from empg_lite.core.rationale import Rationale
 from empg_lite.loop.offline import SampleOptions, fit, sample
 from empg_lite.loop.train import TrainOptions, train
 from empg_lite.recipe.file import load_recipe
@@ -21,6 +21,7 @@ from empg_lite.recipe.schema import Recipe
 from empg_lite.rewards import Grader
 from empg_lite.run.checkpoint import list_checkpoints
 from empg_lite.run.journal import read_metrics
+from empg_lite.run.rollouts import RolloutHeader, encode_rollouts, rationale_line, read_rollouts
 from empg_lite.tools.rescore import score_file
 
 NO_EVAL = ["run.eval_every=0"]

@@ -138,7 +138,7 @@ def test_two_steps_checkpoint_resume_eval_chat(
     first = cli("train", "-o", "run", "--max-steps", 1, *arguments)
     second = cli("train", "-o", "run", "--max-steps", 2, "--resume", *arguments)
     assert (first["steps"], second["steps"]) == (1, 2)
-    from empg_lite.core.rationale import read_rollouts
+    from empg_lite.run.rollouts import read_rollouts
 
     rows = [
         r

@@ -6,15 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_rationale import rationale
+from rationales import rationale
 
-from empg_lite.core.rationale import Group, Rationale, read_rollouts
+from empg_lite.core.rationale import Group, Rationale
 from empg_lite.loop.estep import weigh
 from empg_lite.loop.train import TrainOptions, train
 from empg_lite.recipe.file import load_recipe
 from empg_lite.recipe.schema import Recipe
 from empg_lite.run.checkpoint import list_checkpoints
 from empg_lite.run.journal import read_metrics
+from empg_lite.run.rollouts import read_rollouts
 
 
 def group(policy_step: int) -> Group:

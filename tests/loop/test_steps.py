@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import load_fixture_policy
-from test_rationale import rationale
+from rationales import rationale
 
 from empg_lite.core.errors import OutOfMemory
 from empg_lite.core.rationale import Group, Problem, Rationale, flatten, group_rationales

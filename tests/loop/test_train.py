@@ -25,7 +25,6 @@ from empg_lite.core.errors import (
     RecipeError,
     UsageError,
 )
-from empg_lite.core.rationale import read_rollouts
 from empg_lite.core.view import View
 from empg_lite.loop.plan import Plan
 from empg_lite.loop.train import TrainOptions, train
@@ -33,6 +32,7 @@ from empg_lite.recipe.file import load_recipe
 from empg_lite.rewards import Verdict
 from empg_lite.run.checkpoint import list_checkpoints
 from empg_lite.run.journal import read_metrics, stable
+from empg_lite.run.rollouts import read_rollouts
 
 
 def digest(run: Path) -> tuple[str, str, str]:

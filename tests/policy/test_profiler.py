@@ -13,11 +13,12 @@ import torch
 from conftest import load_fixture_policy
 from test_plan import BASE, FIXTURE
 
-from empg_lite.core.rationale import Rationale, read_rollouts
+from empg_lite.core.rationale import Rationale
 from empg_lite.loop.mstep import FitSettings, m_step
 from empg_lite.loop.train import context_tokens
 from empg_lite.policy.memory import profile as profiler
 from empg_lite.policy.memory.profile import Rates, fitting_floor, probe, profile, sampling_floor
+from empg_lite.run.rollouts import read_rollouts
 from empg_lite.sampler import Decoding, Prompt, SampleWork, make_sampler
 from empg_lite.sampler.decoder import Decoder
 

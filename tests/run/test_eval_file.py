@@ -8,11 +8,12 @@ import random
 from pathlib import Path
 
 import pytest
-from test_rationale import HEADER, rationale
+from rationales import HEADER, rationale
 
 from empg_lite.core.errors import DataError, UsageError
-from empg_lite.core.rationale import Rationale, RolloutHeader, read_rollouts
+from empg_lite.core.rationale import Rationale
 from empg_lite.run.answers import AnswerFile
+from empg_lite.run.rollouts import RolloutHeader, read_rollouts
 
 K, PROBLEMS, ROWS = 3, 10, 7  # seven rows at once: two problems a batch
 WHO = dataclasses.replace(HEADER, sampler={"batch_rows": ROWS, "temperature": 1.0})

@@ -18,8 +18,8 @@ import pytest
 from conftest import write_recipe
 from hypothesis import given
 from hypothesis import strategies as st
+from rationales import rationale
 from team_probe import CASES
-from test_rationale import rationale
 from test_train import digest
 
 from empg_lite import cli as command_line

@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from test_checkpoint_files import DEEP
 
 from empg_lite.core.errors import DataError, EmpgError, MissingInput, ModelUnusable, RecipeError
-from empg_lite.core.rationale import encode_rollouts, read_rollouts
 from empg_lite.core.safe_text import safe, without_passwords
 from empg_lite.loop import recorder as session_module
 from empg_lite.loop.train import TrainOptions, train
@@ -31,6 +30,7 @@ from empg_lite.recipe.file import load_recipe
 from empg_lite.rewards.math.extract import extract
 from empg_lite.run import store
 from empg_lite.run.journal import Journal, read_metrics
+from empg_lite.run.rollouts import encode_rollouts, read_rollouts
 
 CANARY = "s3cr3t-c4n4ry"
 

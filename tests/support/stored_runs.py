@@ -8,9 +8,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from empg_lite.core.rationale import Rationale, RolloutHeader, encode_rollouts, problem_id
+from empg_lite.core.rationale import Rationale, problem_id
 from empg_lite.recipe.file import dump_recipe, load_recipe
 from empg_lite.recipe.schema import Recipe
+from empg_lite.run.rollouts import RolloutHeader, encode_rollouts
 
 HEADER = RolloutHeader(model="tiny", reward_name="gsm8k")
 

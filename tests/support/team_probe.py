@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from conftest import load_fixture_policy
-from test_rationale import rationale
+from rationales import rationale
 from torch import Tensor
 
 from empg_lite.core.errors import EmpgError, Interrupted, OutOfMemory

@@ -24,8 +24,9 @@ from stored_runs import rationale
 from empg_lite.cli.marks import MARKS, legend, marked
 from empg_lite.core.behaviors import BEHAVIORS
 from empg_lite.core.errors import DataError
-from empg_lite.core.rationale import Problem, read_rollouts
+from empg_lite.core.rationale import Problem
 from empg_lite.rewards import Grader
+from empg_lite.run.rollouts import read_rollouts
 from empg_lite.run.target import resolve_target
 from empg_lite.sampler import Decoding, TextStream
 from empg_lite.tools import chat as chatting

@@ -15,9 +15,9 @@ import torch
 from conftest import write_recipe
 
 from empg_lite.core.errors import CheckFailed, StorageError
-from empg_lite.core.rationale import read_rollouts
 from empg_lite.loop.learner import build_learner
 from empg_lite.rewards import Grader
+from empg_lite.run.rollouts import read_rollouts
 from empg_lite.run.target import resolve_target
 from empg_lite.tools.export import compare, export_merged, models, upload_adapter
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from empg_lite.core.errors import MissingInput
-from empg_lite.core.rationale import Problem, Rationale, flatten, read_rollouts
+from empg_lite.core.rationale import Problem, Rationale, flatten
 from empg_lite.loop.estep import sample_rationales
 from empg_lite.loop.learner import Learner
 from empg_lite.policy.policy import Policy
 from empg_lite.rewards import Grader
 from empg_lite.rewards.scorer import score
+from empg_lite.run.rollouts import read_rollouts
 from empg_lite.sampler import Decoding, make_sampler
 
 #: Tokens that are compared at least, where the run has them; prompts that are answered greedily.

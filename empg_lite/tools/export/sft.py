@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from empg_lite.core.errors import MissingInput
-from empg_lite.core.rationale import Rationale, read_rollouts
+from empg_lite.core.rationale import Rationale
 from empg_lite.run import store
+from empg_lite.run.rollouts import read_rollouts
 
 
 def export_sft(run: Path, out: Path) -> dict[str, Any]:

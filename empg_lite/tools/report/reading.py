@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from empg_lite.core.errors import DataError
-from empg_lite.core.rationale import Rationale, read_rollouts
+from empg_lite.core.rationale import Rationale
 from empg_lite.recipe.file import load_recipe
 from empg_lite.recipe.schema import Recipe
 from empg_lite.run.journal import read_metrics
 from empg_lite.run.layout import ENVIRONMENT, EVENTS, METRICS, RECIPE
+from empg_lite.run.rollouts import read_rollouts
 
 #: Sizes that ``auto`` settles by the machine: they never change what is learned.
 _LAYOUT = {"sampler": {"batch_rows", "merged"}, "optim": {"micro_batch_tokens", "gradient_checkpointing"}}
