@@ -3,7 +3,7 @@
 A header line says who sampled. A later header starts a new segment, sampled by another policy or for other
 problems. A file without a header is external text: ``completion``, ``reward`` or ``gold``, and
 ``question`` or ``prompt`` are enough; ``fit`` tokenizes it.
-
+"""
 
 from __future__ import annotations
 
