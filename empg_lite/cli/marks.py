@@ -25,7 +25,7 @@ def marked(completion: str, extracted: str | None = None) -> tuple[Text, list[st
         if span.start > at:
             out.append(text[at : span.start])
             at = span.start
-        mark, style, _ = MARKS[span.behaviour]
+        mark, style, _ = MARKS[span.behavior]
         out.append(f"{mark} ", style=f"bold {style}")
         if span.end > at:
             out.append(text[at : span.end], style=style)
@@ -34,7 +34,7 @@ def marked(completion: str, extracted: str | None = None) -> tuple[Text, list[st
     wanted = safe(extracted or "")
     if wanted and (place := out.plain.rfind(wanted)) >= 0:
         out.stylize("bold underline", place, place + len(wanted))
-    return out, [name for name in MARKS if any(s.behaviour == name for s in found)]
+    return out, [name for name in MARKS if any(s.behavior == name for s in found)]
 
 
 def legend(names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Reasoning behaviours: sentences, what is found in them, and how well, on labelled sentences."""
+"""Reasoning behaviors: sentences, detection, and its precision and recall on labeled sentences."""
 
 from __future__ import annotations
 
@@ -55,20 +55,20 @@ def test_sentences(text: str, expected: list[str]) -> None:
 
 
 @given(ANY | WORDY)
-def test_sentences_lose_nothing_but_blanks(text: str) -> None:
+def test_sentences_lose_only_whitespace(text: str) -> None:
     assert "".join("".join(sentences(text)).split()) == "".join(text.split())
 
 
 @given(ANY | WORDY)
-def test_spans_are_the_sentences_that_detect_finds(text: str) -> None:
-    found = [(text[s.start : s.end], s.behaviour) for s in spans(text)]
+def test_spans_agree_with_detect(text: str) -> None:
+    found = [(text[s.start : s.end], s.behavior) for s in spans(text)]
     assert found == [
         (piece, name) for piece in sentences(text) for name in BEHAVIORS if name in detect(piece)
     ]
     assert behavior_counts(text) == {n: sum(n == name for _, name in found) for n in BEHAVIORS}
 
 
-def test_rates_are_shares_of_rationales() -> None:
+def test_rates() -> None:
     texts = [
         "Wait, that is wrong. Wait, no.",
         "So 2 + 2 = 4.",
@@ -87,7 +87,7 @@ def test_rates_are_shares_of_rationales() -> None:
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "shows", "look_alike"),
+    ("behavior", "shows", "look_alike"),
     [
         ("backtracking", "Wait, he sold two of them.", "They wait 5 minutes."),
         ("backtracking", "Actually, that's not it.", "Actually he has 5."),
@@ -102,11 +102,11 @@ def test_rates_are_shares_of_rationales() -> None:
         ("backward_chaining", "Working backwards, he had 8.", "He works back at the shop."),
     ],
 )
-def test_look_alikes(behaviour: str, shows: str, look_alike: str) -> None:
-    assert behaviour in detect(shows) and behaviour not in detect(look_alike)
+def test_look_alikes(behavior: str, shows: str, look_alike: str) -> None:
+    assert behavior in detect(shows) and behavior not in detect(look_alike)
 
 
-#: Texts that would take a pattern with nested repetition for ever; a quadratic one would need hours for 1 MB.
+#: On these a pattern with nested repetition never returns; a quadratic one would need hours for 1 MB.
 HOSTILE = [
     "wait ",
     "to find x we ",
@@ -126,8 +126,8 @@ HOSTILE = [
 
 
 @pytest.mark.slow
-def test_time_is_linear_in_hostile_text() -> None:
-    """A megabyte of each and many sentences of all: seconds are needed, the limit only tells a blow-up."""
+def test_linear_time_on_hostile_text() -> None:
+    """A megabyte of each, and many sentences of all: takes seconds; the limit only catches a blow-up."""
     code = (
         "import sys, empg_lite.core.behaviors as b\n"
         f"for unit in {HOSTILE!r}:\n"
@@ -137,7 +137,7 @@ def test_time_is_linear_in_hostile_text() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
-#: (precision, recall) measured and rounded down by a few hundredths; docs/behaviors.md has the figures.
+#: (precision, recall) as measured, minus a few hundredths; docs/behaviors.md has the figures.
 OWN_TEST = {
     "decomposition": (0.93, 0.93),
     "verification": (0.95, 0.95),
@@ -176,13 +176,13 @@ def test_real_sentences(part: str, bounds: dict[str, tuple[float, float]], share
     check(score(detect, real_sentences(part, shared)), bounds)
 
 
-def test_negative_controls_are_clearly_less_precise() -> None:
-    labelled = own_sentences("test")
-    ours = score(detect, labelled)
+def test_negative_controls_are_less_precise() -> None:
+    labeled = own_sentences("test")
+    ours = score(detect, labeled)
     for control in (keywords, always):
-        theirs = score(control, labelled)
+        theirs = score(control, labeled)
         assert all(theirs[name].precision < ours[name].precision - 0.2 for name in BEHAVIORS), theirs
-    assert all(s.recall == 1 for s in score(always, labelled).values())
+    assert all(s.recall == 1 for s in score(always, labeled).values())
 
 
 def test_every_part_has_enough_sentences() -> None:

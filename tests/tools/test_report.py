@@ -129,7 +129,7 @@ def test_pieces_give_the_text_back_and_mark_it() -> None:
     assert "".join(p[0] for p in found) == text
     assert found[-1] == ["7", "answer"]
     marked = {(p[0], m) for p in found if len(p) > 1 for m in p[1].split() if m != "answer"}
-    assert marked == {(text[s.start : s.end], s.behaviour) for s in spans(text)} and len(marked) >= 2
+    assert marked == {(text[s.start : s.end], s.behavior) for s in spans(text)} and len(marked) >= 2
     nothing = rationale("Q", "no number", right=False, extracted=None)
     assert pieces(nothing) == [["no number"]]
     assert "".join(p[0] for p in pieces(rationale("Q", HOSTILE, right=True))) == safe(HOSTILE)

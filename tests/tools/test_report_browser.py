@@ -82,7 +82,7 @@ def test_no_error_and_nothing_asked_of_a_network(browser: Any, report: Path) -> 
 
 def test_filters_show_what_the_rollouts_hold(browser: Any, report: Path) -> None:
     rows = [(s, r) for s in range(3) for step in range(1, 5) for r in step_rows(step, s)]
-    checks = [r for _, r in rows if any(s.behaviour == "verification" for s in spans(r.completion))]
+    checks = [r for _, r in rows if any(s.behavior == "verification" for s in spans(r.completion))]
     with Opened(browser, report) as opened:
         assert opened.count("samples") == len(rows) == 192
         assert opened.page.locator("#samples-list > li").count() == 20

@@ -24,7 +24,7 @@ def pieces(r: Rationale) -> list[list[str]]:
     text = safe(r.completion)
     if len(text) > LONGEST:
         text = f"[{len(text) - LONGEST} characters left out] ... {text[-LONGEST:]}"
-    marked = [(span.start, span.end, span.behaviour) for span in spans(text)]
+    marked = [(span.start, span.end, span.behavior) for span in spans(text)]
     wanted = safe(r.extracted or "")
     at = text.rfind(wanted) if wanted else -1
     if at >= 0:
