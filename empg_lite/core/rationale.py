@@ -6,9 +6,9 @@ Shape legend, used everywhere:
     B  rows (= sequences) of a batch  T  padded tokens    N  completion tokens of a batch
     V  vocabulary                     D  hidden size
 
-A *rationale* is one sampled completion, reasoning and answer together. Its ids are what the policy
-emitted, the tokens that completed the stop included: they are trained. Ids win over text, because
-re-tokenising is not the identity.
+A *rationale* is one sampled completion: reasoning and answer. Its ids are exactly what the policy emitted,
+including the stop tokens, which are trained too. Ids take precedence over text because re-tokenizing does not
+round-trip.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from typing import Any, Literal
 
 FinishReason = Literal["stop", "length"]
 
-#: Verdicts say what the grader found; the policy earned its reward.
+#: What the grader found; the reward counts.
 VERDICTS = frozenset({"equal", "different", "no_answer", "parse", "too_long", "truncated"})
-#: Failures say that the grader found nothing; the row leaves its problem's mean and K.
+#: The grader itself failed; the row is excluded from its problem's mean and K.
 FAILURES = frozenset({"timeout", "memory", "crash"})
-#: Where a completion's tokens come from: drawn by a policy, or made from text.
+#: Source of a completion's token ids: sampled by a policy, or tokenized from text.
 ORIGINS = frozenset({"sampled", "text"})
 
 
 def problem_id(question: str) -> str:
-    """Stable id of a problem: the first 16 hex digits of the SHA-256 of its text."""
+    """Stable id of a problem: the first 16 hex digits of the SHA-256 of its question."""
     return hashlib.sha256(question.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
@@ -37,7 +37,7 @@ def problem_id(question: str) -> str:
 class Problem:
     """One question with its verifiable answer.
 
-    ``meta`` holds what a data source knows beyond that, as JSON types (MATH: ``level``, ``subject``).
+    ``meta`` holds further facts from the data source, as JSON types (MATH: ``level``, ``subject``).
     """
 
     id: str
@@ -47,7 +47,7 @@ class Problem:
 
     @classmethod
     def asked(cls, question: str, gold: str = "") -> Problem:
-        """One that somebody typed; without ``gold`` nothing can be graded."""
+        """A problem typed by the user; without ``gold`` it cannot be graded."""
         return cls(problem_id(question), question, gold)
 
 
@@ -56,17 +56,17 @@ class Rationale:
     """One sampled completion and, once known, its reward and weight.
 
     Attributes:
-        step: the E-step it was drawn for; keys its random numbers.
-        policy_step: optimiser steps the sampling policy had seen.
+        step: the E-step it was sampled for; keys its random numbers.
+        policy_step: optimizer steps the sampling policy had taken.
         prompt_ids, completion_ids: ``(T_prompt,)`` and ``(T_completion,)`` token ids.
         finish_reason: ``stop`` (a stop token or string) or ``length`` (cut off: reward 0).
         reward: in [0, 1], or None before scoring.
         reason: one of ``VERDICTS`` or ``FAILURES``.
-        weight: what the E-step gave it; a record, ``fit`` computes it again.
-        extracted, rule: the answer the grader read and the rule that found it.
-        terms: parts of a combined reward by name, each in [0, 1], ``correct`` among them; else empty.
+        weight: assigned by the E-step; for the record only, ``fit`` recomputes it.
+        extracted, rule: the answer the grader extracted, and the rule that matched.
+        terms: parts of a combined reward by name, each in [0, 1], including ``correct``; else empty.
         meta: the problem's.
-        origin: one of ``ORIGINS``. ``text``: the ids were made here from the text, once; no policy drew them.
+        origin: one of ``ORIGINS``; ``text`` ids were tokenized here and not sampled by a policy.
     """
 
     problem_id: str
@@ -91,28 +91,28 @@ class Rationale:
 
     @property
     def tokens(self) -> int:
-        """Length of the row it makes: prompt and completion."""
+        """Prompt and completion tokens together."""
         return len(self.prompt_ids) + len(self.completion_ids)
 
     @property
     def correct(self) -> float:
-        """The part of the reward that says whether the answer is right: all of it, unless it was shaped."""
+        """The correctness part of the reward: all of it, unless the reward was shaped."""
         return self.terms.get("correct", self.reward or 0.0)
 
     @property
     def right(self) -> bool:
-        """True where the answer earned all that correctness gives."""
+        """Whether the answer earned full correctness."""
         return self.correct == 1.0
 
     @property
     def failed(self) -> bool:
-        """True where the grader failed: the reward 0 is a placeholder, not a verdict."""
+        """Whether the grader failed: the reward of 0 is then a placeholder, not a verdict."""
         return self.reason in FAILURES
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The K rationales of one problem drawn in one E-step; statistics never cross groups."""
+    """The K rationales of one problem from one E-step; statistics never cross groups."""
 
     problem_id: str
     step: int

@@ -25,8 +25,8 @@ VERSION = 1
 class RolloutHeader:
     """Who sampled, and how. Groups never cross headers.
 
-    Hashes are SHA-256 hex; ``adapter`` is that of the adapter's tensors. ``sampler`` holds the decoding
-    settings and, in a file made by ``sample``, which problems were asked for.
+    Hashes are SHA-256 hex; ``adapter`` is the hash of the adapter's tensors. ``sampler`` holds the decoding
+    settings and, in a file made by ``sample``, the selection of problems.
     """
 
     model: str = "external"
@@ -51,29 +51,24 @@ class Segment:
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(Rationale))
 _IDS = ("prompt_ids", "completion_ids")
-#: What a line may leave out; ids of () mean "text only".
+#: Defaults beyond the dataclass's own; empty ids mean "text only".
 _DEFAULTS: dict[str, Any] = {
-    "question": "",
-    "gold": "",
-    "prompt": "",
+    **dict.fromkeys(("question", "gold", "prompt"), ""),
     **dict.fromkeys(_IDS, ()),
     "finish_reason": "stop",
     "step": 0,
     "policy_step": -1,
-    **dict.fromkeys(("reward", "reason", "weight", "extracted", "rule")),
-    "terms": {},
-    "meta": {},
-    "origin": "sampled",
 }
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("problem_id", "question", "gold", "prompt", "completion"), (str,)),
-    **dict.fromkeys(("finish_reason", "origin"), (str,)),
+    **dict.fromkeys(("finish_reason", "origin", "reason", "extracted", "rule"), (str,)),
     **dict.fromkeys(("step", "policy_step", "sample_index"), (int,)),
     **dict.fromkeys(_IDS, (list, tuple)),
-    **dict.fromkeys(("reward", "weight"), (int, float, type(None))),
-    **dict.fromkeys(("reason", "extracted", "rule"), (str, type(None))),
+    **dict.fromkeys(("reward", "weight"), (int, float)),
     **dict.fromkeys(("terms", "meta"), (dict,)),
 }
+#: In every other field null means "not given".
+_NOT_NULL = ("problem_id", "completion", "sample_index")
 
 
 def header_line(header: RolloutHeader) -> str:
@@ -87,7 +82,7 @@ def rationale_record(rationale: Rationale) -> dict[str, Any]:
 
 
 def rationale_line(rationale: Rationale) -> str:
-    """One JSON line, ASCII-escaped: lone surrogates and line separators survive."""
+    """One ASCII-escaped JSON line; lone surrogates and line separators survive."""
     return json.dumps(rationale_record(rationale))
 
 
@@ -97,18 +92,18 @@ def encode_rollouts(header: RolloutHeader, rationales: Iterable[Rationale]) -> s
 
 
 def read_rollouts(path: Path, *, torn_tail: bool = False) -> list[Segment]:
-    """Read a rollout file whole.
+    """Read a whole rollout file.
 
     Args:
-        torn_tail: leave out a last line that a kill cut off, instead of refusing the file.
+        torn_tail: drop an incomplete last line (the writer was killed) instead of refusing the file.
 
     Raises:
-        MissingInput: there is no such file.
-        DataError: naming ``file:line: field``.
+        MissingInput: the file does not exist.
+        DataError: an unusable line; names ``file:line: field``.
     """
     header, rows = RolloutHeader(), list[Rationale]()
     segments: list[Segment] = []
-    seen: dict[str, int] = {}  # samples so far of each problem, for lines without a sample_index
+    seen: dict[str, int] = {}  # next sample_index of each problem, for lines without one
     for number, line in _numbered_lines(path):
         if torn_tail and not line.endswith("\n"):
             break
@@ -133,10 +128,10 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, line
         except UnicodeDecodeError as error:
             raise DataError(
-                f"not UTF-8 text ({error.reason})", f"{path}:{number + 1}", "rollouts are JSON lines"
+                f"not UTF-8 text ({error.reason})", f"{path}:{number + 1}", "rollout files are JSON Lines"
             ) from error
     if number == 0:
-        raise DataError("rollout file is empty", str(path), "sample it again")
+        raise DataError("empty rollout file", str(path), "sample it again")
 
 
 def _parse_object(text: str, where: str) -> dict[str, Any]:
@@ -151,71 +146,77 @@ def _parse_object(text: str, where: str) -> dict[str, Any]:
 
 def _parse_header(record: dict[str, Any], where: str) -> RolloutHeader:
     if record["format"] != FORMAT:
-        raise DataError(f"format {record['format']!r} is not {FORMAT!r}", where)
+        raise DataError(f"unknown format {record['format']!r} (expected {FORMAT!r})", where)
     if record.get("version", VERSION) != VERSION:
-        raise DataError(f"rollout format version {record.get('version')!r}, this is {VERSION}", where)
+        raise DataError(f"unsupported rollout version {record['version']!r} (expected {VERSION})", where)
     if not isinstance(record.get("sampler", {}), dict):
-        raise DataError("wrong type: an object is needed", f"{where}: sampler")
+        raise DataError("must be a JSON object", f"{where}: sampler")
     names = {f.name for f in dataclasses.fields(RolloutHeader)}
     return RolloutHeader(**{name: value for name, value in record.items() if name in names})
 
 
 def _parse_rationale(record: dict[str, Any], where: str, seen: dict[str, int]) -> Rationale:
-    values = _DEFAULTS | {
-        k: v for k, v in record.items() if k in _TYPES and not (v is None and k in _DEFAULTS)
-    }
+    given = {k: v for k, v in record.items() if k in _TYPES and (v is not None or k in _NOT_NULL)}
+    values = _DEFAULTS | given
     if "completion" not in values:
-        raise DataError("row lacks a field", f"{where}: completion")
+        raise DataError("missing field", f"{where}: completion")
     if "problem_id" not in values:
         text = values["question"] or values["prompt"]
         if not text:
-            raise DataError("row lacks a field", f"{where}: question (or prompt)")
+            raise DataError("missing field", f"{where}: question (or prompt)")
         values["problem_id"] = problem_id(str(text))
     values.setdefault("sample_index", seen.get(values["problem_id"], 0))
     for name, kinds in _TYPES.items():
-        if not isinstance(values[name], kinds) or isinstance(values[name], bool):
+        if name in values and (not isinstance(values[name], kinds) or isinstance(values[name], bool)):
             raise DataError(f"wrong type {type(values[name]).__name__}", f"{where}: {name}")
     seen[values["problem_id"]] = values["sample_index"] + 1
     for name in _IDS:
         if not all(type(i) is int and i >= 0 for i in values[name]):
-            raise DataError("token ids must be whole numbers >= 0", f"{where}: {name}")
+            raise DataError("token ids must be integers >= 0", f"{where}: {name}")
         values[name] = tuple(values[name])
-    if values["finish_reason"] not in ("stop", "length"):
-        raise DataError(f"{values['finish_reason']!r} is not stop or length", f"{where}: finish_reason")
-    if values["reward"] is not None and not 0 <= values["reward"] <= 1:
-        raise DataError(f"reward {values['reward']} is outside [0, 1]", f"{where}: reward")
-    for term, value in values["terms"].items():
+    rationale = Rationale(**values)
+    _check_values(rationale, where)
+    return rationale
+
+
+def _check_values(row: Rationale, where: str) -> None:
+    if row.finish_reason not in ("stop", "length"):
+        raise DataError(f"must be stop or length, not {row.finish_reason!r}", f"{where}: finish_reason")
+    if row.reward is not None and not 0 <= row.reward <= 1:
+        raise DataError(f"reward {row.reward} is outside [0, 1]", f"{where}: reward")
+    for term, value in row.terms.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
             raise DataError(f"{value!r} is not a number in [0, 1]", f"{where}: terms.{term}")
-    if values["reason"] is not None and values["reason"] not in VERDICTS | FAILURES:
-        raise DataError(f"unknown reason {values['reason']!r}", f"{where}: reason")
-    if values["origin"] not in ORIGINS:
-        known = ", ".join(sorted(ORIGINS))
-        raise DataError(f"unknown origin {values['origin']!r}", f"{where}: origin", f"known: {known}")
-    return Rationale(**values)
+    for name, value, known in (
+        ("reason", row.reason, VERDICTS | FAILURES | {None}),
+        ("origin", row.origin, ORIGINS),
+    ):
+        if value not in known:
+            todo = "" if name == "reason" else f"known: {', '.join(sorted(ORIGINS))}"
+            raise DataError(f"unknown {name} {value!r}", f"{where}: {name}", todo)
 
 
 def read_cases(path: Path) -> Iterator[tuple[str, str]]:
-    """(gold, prediction) of each line of a JSONL file; other keys are ignored.
+    """(gold, prediction) of each line of a JSON Lines file; other keys are ignored.
 
     Raises:
-        MissingInput: there is no such file.
-        DataError: naming ``file:line: field``.
+        MissingInput: the file does not exist.
+        DataError: an unusable line; names ``file:line: field``.
     """
     for number, line in _numbered_lines(path):
         where = f"{path}:{number}"
         record = _parse_object(line, where)
         for name in ("gold", "prediction"):
             if not isinstance(record.get(name), str):
-                raise DataError("a text is needed", f"{where}: {name}")
+                raise DataError("must be a string", f"{where}: {name}")
         yield record["gold"], record["prediction"]
 
 
 def check_scored(rationales: Sequence[Rationale], where: str) -> None:
-    """Refuse rows that were never graded.
+    """Refuse rationales without a reward.
 
     Raises:
-        DataError: naming how many and the command that grades them.
+        DataError: names the count and the command that grades them.
     """
     unscored = sum(r.reward is None for r in rationales)
     if unscored:
