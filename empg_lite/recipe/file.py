@@ -1,7 +1,7 @@
-"""Recipes as YAML files: look-up, reading with line numbers, ``--set`` overrides, writing.
+"""Recipe files: lookup by name, reading with line numbers, ``--set`` overrides, writing.
 
-What YAML may say is ``plain_yaml.py``'s business, what a recipe may say is ``recipe.py``'s. Every error is
-one line, ``what · file:line: field · what to do``; for an override ``--set KEY=VALUE`` is the place.
+``strict_yaml.py`` decides what YAML is accepted, ``schema.py`` what a recipe may say. Every error is one
+line, ``what · file:line: field · what to do``; an override is located by its own text, ``--set KEY=VALUE``.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from typing import Any
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from empg_lite.core.bundled import BUNDLED
 from empg_lite.core.errors import MissingInput, RecipeError
-from empg_lite.recipe.plain_yaml import YamlFault, parse_yaml, read_text
-from empg_lite.recipe.schema import Recipe, field_docs, is_template_file, sections, type_text
+from empg_lite.recipe.schema import Recipe, absolute_path, field_docs, sections, type_text
+from empg_lite.recipe.strict_yaml import YamlFault, parse_yaml, read_text
 
-#: What peers call some of our keys.
+#: What other libraries call some of these keys.
 _PEER_NAMES = {
     "lr": "optim.learning_rate",
     "num_generations": "sampler.samples_per_problem",
@@ -35,11 +34,11 @@ _PEER_NAMES = {
 }
 
 
-# --- look-up --------------------------------------------------------------------------------------
+# --- lookup ---------------------------------------------------------------------------------------
 
 
 def builtin_recipes() -> dict[str, Path]:
-    """Name -> file of every shipped recipe: beside the package in a checkout, inside it in a wheel."""
+    """Name -> file of every built-in recipe: next to the package in a checkout, inside it in a wheel."""
     package = Path(__file__).resolve().parents[1]
     shipped = package / "recipes"
     folder = shipped if shipped.is_dir() else package.parent / "recipes"
@@ -47,16 +46,16 @@ def builtin_recipes() -> dict[str, Path]:
 
 
 def recipe_summary(path: Path) -> str:
-    """First comment line of a recipe file; empty where it has none."""
+    """The first line of a recipe file if it is a comment, else empty."""
     first = path.read_text("utf-8").partition("\n")[0]
     return first.removeprefix("#").strip() if first.startswith("#") else ""
 
 
 def find_recipe(name_or_file: str) -> Path:
-    """The file of a recipe given by built-in name or by path.
+    """The file of a recipe, given its built-in name or a path.
 
     Raises:
-        MissingInput: there is neither.
+        MissingInput: neither a built-in name nor a file.
     """
     known = builtin_recipes()
     if name_or_file in known:
@@ -75,15 +74,16 @@ def find_recipe(name_or_file: str) -> Path:
 
 
 def load_recipe(name_or_file: str, overrides: Sequence[str] = (), seed: int | None = None) -> Recipe:
-    """Read, override and check a recipe.
+    """Read a recipe, apply overrides and validate the result.
+
+    Relative paths become absolute: against the file's folder in the file, against the working directory in
+    an override.
 
     Args:
         name_or_file: a built-in name or a YAML file.
-        overrides: ``SECTION.KEY=VALUE`` strings, the last one of a key wins. The value is YAML, except that a
-            key which holds text takes an unquoted one as it is typed.
+        overrides: ``SECTION.KEY=VALUE`` strings; the last one for a key wins. VALUE is YAML, except that a
+            text key takes an unquoted value literally.
         seed: overrides ``run.seed``.
-
-    Relative paths are made absolute: those of the file from its folder, those of overrides from the cwd.
 
     Raises:
         MissingInput: no such recipe.
@@ -102,7 +102,7 @@ def load_recipe(name_or_file: str, overrides: Sequence[str] = (), seed: int | No
 
 @dataclass
 class _Draft:
-    """Values on their way to a recipe, and where each was written."""
+    """Unvalidated values, and where each one was written."""
 
     file: str
     values: dict[str, dict[str, Any]]
@@ -115,7 +115,7 @@ class _Draft:
         self.overrides[key] = origin
 
     def where(self, key: str) -> str:
-        """The override, or ``file:line: field``; a key that is not there points to its section."""
+        """The override, or ``file:line: field``; a missing key points to its section."""
         section = key.partition(".")[0]
         line = self.lines.get(key, self.lines.get(section, 1))
         return self.overrides.get(key, f"{self.file}:{line}: {_printable(key)}")
@@ -130,7 +130,7 @@ def _read_draft(path: Path) -> _Draft:
     except OSError as error:
         raise MissingInput(f"recipe cannot be read ({error.strerror})", str(path)) from error
     if not isinstance(values, dict):
-        what = "the recipe is empty" if values is None else "a recipe is sections of keys"
+        what = "the recipe is empty" if values is None else "a recipe consists of sections of keys"
         raise RecipeError(what, f"{path}:1", "start from `empg-lite recipes show custom-jsonl`")
     draft = _Draft(str(path), values, lines)
     for section in sections():
@@ -140,7 +140,7 @@ def _read_draft(path: Path) -> _Draft:
             raise RecipeError(what, draft.where(section), f"write {section}: and its keys below, indented")
         if section in values:  # None: every key of it is commented out
             folder = path.resolve().parent
-            values[section] = {k: _absolute(f"{section}.{k}", v, folder) for k, v in (given or {}).items()}
+            values[section] = {k: absolute_path(section, k, v, folder) for k, v in (given or {}).items()}
     return draft
 
 
@@ -152,47 +152,25 @@ def _override(draft: _Draft, text: str) -> None:
         raise RecipeError("no = in the override", origin, "write --set SECTION.KEY=VALUE")
     if not dot or not name or "." in name or section not in sections():
         raise RecipeError(f"no key named {_printable(key)}", origin, _suggest(key.rpartition(".")[2]))
-    # Text as typed: in YAML `regex:answer: (\d+)` is a mapping, and a commit of digits a number.
+    # Literal text: YAML would read `regex:answer: (\d+)` as a mapping and an all-digit commit as a number.
     parsed: Any = value
     if not _takes_text(section, name) or value.strip() in ("", "~", "null") or value[:1] in ("'", '"'):
         try:
             parsed, _ = parse_yaml(value)
         except YamlFault as fault:
             raise RecipeError(fault.what, origin, fault.todo or "write a number or a word") from None
-    draft.set(key, _absolute(key, parsed, Path.cwd()), origin)
+    draft.set(key, absolute_path(section, name, parsed, Path.cwd()), origin)
 
 
 def _takes_text(section: str, name: str) -> bool:
     return name in sections()[section].model_fields and type_text(section, name).startswith("text")
 
 
-def _absolute(key: str, value: Any, base: Path) -> Any:
-    """The value, or its absolute path where the key holds one."""
-    if key == "data.reward" and isinstance(value, str) and "python:" in value:
-        from empg_lite.rewards.spec import with_absolute_file
-
-        return with_absolute_file(value, base)
-    if isinstance(value, str) and _is_path(key, value, base):
-        return os.path.abspath(base / os.path.expanduser(value))
-    return value
-
-
-def _is_path(key: str, value: str, base: Path) -> bool:
-    if not value.strip() or "\0" in value:
-        return False
-    if key == "model.name":
-        explicit = value.startswith((".", "/", "~"))
-        return value not in BUNDLED and (explicit or os.path.isdir(base / value))
-    if key == "data.prompt":
-        return is_template_file(value)
-    return key in ("data.path", "data.eval_path", "model.adapter")
-
-
-# --- one error, in words --------------------------------------------------------------------------
+# --- one line per error ---------------------------------------------------------------------------
 
 
 def _recipe_error(error: ValidationError, draft: _Draft) -> RecipeError:
-    """The first fault pydantic found, in the order of the file; overrides come last."""
+    """The first error pydantic found, in file order, with overrides last."""
     faults: dict[str, RecipeError] = {}
     for detail in error.errors(include_url=False):
         key = (detail.get("ctx") or {}).get("field") or ".".join(str(part) for part in detail["loc"][:2])
@@ -232,7 +210,7 @@ def _is_number(text: str) -> bool:
 
 
 def _suggest(name: str) -> str:
-    """The dotted key a wrong one probably means."""
+    """A hint with the dotted key that was probably meant."""
     keys = {doc.key.partition(".")[2]: doc.key for doc in field_docs()} | _PEER_NAMES
     keys |= {section: section for section in sections()}
     close = get_close_matches(name.lower(), keys, 1)
@@ -240,7 +218,7 @@ def _suggest(name: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as YAML would write it, short and printable."""
+    """A short printable form of a value."""
     if isinstance(value, dict | list):
         return "a list" if isinstance(value, list) else "a mapping"
     text = json.dumps(value)
@@ -248,7 +226,7 @@ def _shown(value: Any) -> str:
 
 
 def _printable(text: str, limit: int = 200) -> str:
-    """Text for one line: no control characters, not endless."""
+    """Text fit for one line: no control characters, at most ``limit`` characters."""
     clean = "".join(c if c.isprintable() else "?" for c in text)
     return clean if len(clean) <= limit else f"{clean[: limit - 3]}..."
 
@@ -257,9 +235,9 @@ def _printable(text: str, limit: int = 200) -> str:
 
 
 def dump_recipe(recipe: Recipe, header: str = "") -> str:
-    """A recipe as YAML, every value written out, below ``header`` as comment lines.
+    """A recipe as YAML with every value written out, below ``header`` as comment lines.
 
-    ``load_recipe`` of it gives the same recipe.
+    ``load_recipe`` reads the same recipe back.
     """
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False

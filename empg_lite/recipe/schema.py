@@ -1,17 +1,19 @@
-"""What a run is told: six frozen sections that refuse what they do not know.
+"""The recipe schema: six frozen sections that reject unknown keys.
 
-Everything here is plain data, checked by pydantic; no torch, no files. ``recipe_file.py`` reads and writes
-the YAML. A key exists only where a shipped recipe, a benchmark or a documented task sets it; its description
-here is the one that ``recipes show``, the JSON schema and the docs print.
+Plain data validated by pydantic, without torch; ``file.py`` reads and writes the YAML. Adding a key means
+adding a field here: ``recipes show``, the JSON schema and the docs print its description from this file. A
+key must be set by a built-in recipe, a benchmark or a documented task.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
 
@@ -21,13 +23,13 @@ from pydantic_core import PydanticCustomError
 
 from empg_lite.core.bundled import BUNDLED
 from empg_lite.core.safe_text import encodable, without_passwords
+from empg_lite.policy.templates import TEMPLATES
 
 SOURCES = ("gsm8k", "math", "math-hard", *BUNDLED, "local")
-#: A Reasoning Gym task is a source of its own: gym:TASK, with its parameters as a query.
+#: Prefix of a Reasoning Gym source: gym:TASK?PARAMETER=VALUE&...
 GYM = "gym:"
-PROMPTS = ("qwen-boxed", "gsm8k", "plain")
 REWARDS = "gsm8k, math, exact, choice, gym, python:FILE.py, regex:PATTERN"
-#: prompt, reward, max_prompt_tokens where the recipe leaves them open.
+#: prompt, reward and max_prompt_tokens where the recipe leaves them null.
 _DEFAULTS_BY_SOURCE = {
     "gsm8k": ("qwen-boxed", "gsm8k", 512),
     "math": ("qwen-boxed", "math", 1024),
@@ -41,7 +43,7 @@ _DATA_FILE = re.compile(r"\.(jsonl?|csv|parquet)$")
 
 
 def refusal(what: str, todo: str, field: str | None = None) -> PydanticCustomError:
-    """A validation error that says what to do; ``field`` (dotted) where pydantic cannot know it."""
+    """A validation error with its fix; ``field`` is the dotted key where pydantic cannot know it."""
     return PydanticCustomError("refused", "{what}: {todo}", {"what": what, "todo": todo, "field": field})
 
 
@@ -53,15 +55,16 @@ def _unknown(kind: str, value: str, known: tuple[str, ...], other: str) -> Pydan
 
 def _clean_text(text: str) -> str:
     if not text.strip():
-        raise refusal("empty text", "write a value, or null where none is wanted")
+        raise refusal("empty text", "write a value, or null for none")
     if any(c < " " or c == "\x7f" for c in text) or not encodable(text):
         raise refusal("control characters in the text", "write it on one line, without escapes")
     if without_passwords(text) != text:
-        raise refusal("an address with a name or password", "take it out: a recipe is shown and published")
+        raise refusal("a URL with a user name or password", "remove it: recipes are shown and published")
     return text
 
 
 Text = Annotated[str, AfterValidator(_clean_text)]
+LocalPath = Text  # ``absolute_path`` looks for this name in the annotation
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Tokens = Annotated[int, Field(ge=1, le=32_768)]  # Qwen2.5's context
@@ -72,45 +75,49 @@ Auto = Literal["auto"]
 
 
 def key(default: Any = ..., description: str = "") -> Any:
-    """One recipe key; without a default it has to be written."""
+    """A recipe key; it is required if it has no default."""
     return Field(default, description=description)
 
 
 class Section(BaseModel):
-    """A frozen section: unknown keys, wrong types, NaN and infinities are refused, nothing is coerced."""
+    """A frozen section: rejects unknown keys, wrong types, NaN and infinity; coerces nothing."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
-    """Which weights, and what is trained on top of them."""
+    """The base model and the LoRA adapter trained on it."""
 
-    name: Text = key(description="hub id or folder of the base model; `tiny` and `tiny-hard` are bundled")
+    name: Text = key(description="hub ID or folder of the base model; `tiny` and `tiny-hard` are bundled")
     revision: Text | None = key(None, "branch, tag or commit of the hub repository")
-    adapter: Text | None = key(None, "folder of a LoRA adapter to start from")
-    backend: Literal["auto", "unsloth", "transformers"] = key("auto", "auto: unsloth where it is installed")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key("auto", "type of the computation")
-    load_in_4bit: bool = key(True, "hold the base in NF4 (QLoRA); false: in dtype")
-    lora_r: Annotated[int, Field(ge=1, le=1024)] = key(32, "rank of the LoRA matrices on all linear layers")
-    lora_alpha: Count = key(64, "LoRA scale; the update is multiplied by lora_alpha / lora_r")
+    adapter: LocalPath | None = key(None, "folder of a LoRA adapter to start from")
+    backend: Literal["auto", "unsloth", "transformers"] = key("auto", "auto: unsloth if installed")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
+        "auto", "compute dtype; auto: float32 on a CPU"
+    )
+    load_in_4bit: bool = key(True, "keep the base model in NF4 (QLoRA); false: in dtype")
+    lora_r: Annotated[int, Field(ge=1, le=1024)] = key(32, "LoRA rank, on all linear layers")
+    lora_alpha: Count = key(64, "LoRA scale: the update is multiplied by lora_alpha / lora_r")
 
 
 class DataSection(Section):
-    """Which problems, how they are asked and how answers are graded."""
+    """The problems, the prompt and the reward."""
 
-    source: Text = key(description=f"{', '.join(SOURCES)}, gym:TASK, or a hub dataset id with a slash")
-    path: Text | None = key(None, "file or folder read instead of the hub (.jsonl, .json, .csv, .parquet)")
+    source: Text = key(description=f"{', '.join(SOURCES)}, gym:TASK, or a hub dataset ID with a slash")
+    path: LocalPath | None = key(
+        None, "file or folder to read instead of the hub (jsonl, json, csv, parquet)"
+    )
     split: Text = key("train", "split to train on")
-    eval_path: Text | None = key(None, "file or folder of the evaluation rows; null: as the training rows")
-    eval_split: Text = key("test", "split that accuracy is reported on")
-    validation: CountOrZero | None = key(None, "rows held out of the training rows; null: min(100, 10%)")
-    prompt: Text | None = key(None, f"template: {', '.join(PROMPTS)}, or a file; null: by source")
+    eval_path: LocalPath | None = key(None, "file or folder of evaluation rows; null: same place as training")
+    eval_split: Text = key("test", "split to report accuracy on")
+    validation: CountOrZero | None = key(None, "training rows to hold out; null: 10%, at most 100")
+    prompt: Text | None = key(None, f"template: {', '.join(TEMPLATES)}, or a file; null: by source")
     reward: Text | None = key(None, f"reward: {REWARDS}; null: by source")
     max_prompt_tokens: Tokens | None = key(None, "longer prompts are dropped and counted; null: by source")
     hub_config: Text | None = key(None, "configuration (subset) of a hub dataset")
-    question_column: Text | None = key(None, "column of the question; null: question, problem or prompt")
-    answer_column: Text | None = key(None, "column of the answer; null: gold, answer or solution")
-    skip_bad_rows: bool = key(False, "leave unusable rows of a file out, counted, instead of refusing it")
+    question_column: Text | None = key(None, "question column; null: question, problem or prompt")
+    answer_column: Text | None = key(None, "answer column; null: gold, answer or solution")
+    skip_bad_rows: bool = key(False, "skip and count unusable rows instead of rejecting the file")
 
     @field_validator("source")
     @classmethod
@@ -124,19 +131,19 @@ class DataSection(Section):
         if "/" in source or _DATA_FILE.search(source):
             what = f"{source!r} is a path, not a source"
             raise refusal(what, "write `source: local` and put the path under data.path")
-        raise _unknown("source", source, SOURCES, "a hub id like owner/name")
+        raise _unknown("source", source, SOURCES, "a hub ID like owner/name")
 
     @field_validator("prompt")
     @classmethod
     def _known_prompt(cls, prompt: str | None) -> str | None:
-        if prompt is None or prompt in PROMPTS or is_template_file(prompt):
+        if prompt is None or prompt in TEMPLATES or _is_template_file(prompt):
             return prompt
-        raise _unknown("prompt template", prompt, PROMPTS, "a file like my.yaml")
+        raise _unknown("prompt template", prompt, tuple(TEMPLATES), "a file like my.yaml")
 
     @field_validator("reward")
     @classmethod
     def _known_reward(cls, reward: str | None) -> str | None:
-        from empg_lite.rewards import check_reward  # here: a recipe without a reward needs no grader
+        from empg_lite.rewards import check_reward  # lazy: only needed when a reward is named
 
         if reward is not None:
             try:
@@ -147,80 +154,79 @@ class DataSection(Section):
 
 
 def choose_engine(asked: str) -> str:
-    """``sampler.engine``: ``auto`` is our own, over either backend and on every device.
+    """Resolve ``sampler.engine``: ``auto`` is ``native``, on either backend and every device.
 
-    Measured on a CPU (``benchmarks/speed.py``), not yet on a GPU.
+    Based on CPU measurements (``benchmarks/speed.py``); not yet measured on a GPU.
     """
     return "native" if asked == "auto" else asked
 
 
 class SamplerSection(Section):
-    """How rationales are drawn in the E-step."""
+    """How the E-step samples rationales."""
 
     engine: Literal["auto", "native", "generate", "unsloth"] = key(
-        "auto",
-        "native: ours, with Unsloth's kernels where they prove right; generate, unsloth: the backend's own",
+        "auto", "native: built in, with Unsloth's kernels where verified; others: the backend's own"
     )
-    problems_per_step: Annotated[int, Field(ge=1, le=65_536)] = key(32, "P: problems of one step")
-    samples_per_problem: Annotated[int, Field(ge=1, le=4096)] = key(8, "K: rationales drawn for each problem")
-    max_new_tokens: Tokens = key(512, "a rationale cut off here has reward 0")
-    temperature: PositiveNumber = key(1.0, "training samples at 1; another value needs --force")
-    top_p: Annotated[float, Field(gt=0, le=1)] = key(1.0, "1 is off; training with less needs --force")
-    top_k: CountOrZero = key(0, "0 is off; training with more needs --force")
-    refill: CountOrZero = key(0, "most further problems drawn in a step while fewer than P teach anything")
-    batch_rows: Count | Auto = key("auto", "rows sampled at once; never changes what is drawn")
-    merged: bool | Auto = key("auto", "native: decode over a merged copy of the weights; auto: where it fits")
+    problems_per_step: Annotated[int, Field(ge=1, le=65_536)] = key(32, "P: problems per step")
+    samples_per_problem: Annotated[int, Field(ge=1, le=4096)] = key(8, "K: rationales sampled per problem")
+    max_new_tokens: Tokens = key(512, "maximum length; a truncated rationale gets reward 0")
+    temperature: PositiveNumber = key(1.0, "training requires 1 unless --force is given")
+    top_p: Annotated[float, Field(gt=0, le=1)] = key(1.0, "1 is off; training with less requires --force")
+    top_k: CountOrZero = key(0, "0 is off; training with more requires --force")
+    refill: CountOrZero = key(0, "maximum extra problems per step while fewer than P give a signal")
+    batch_rows: Count | Auto = key("auto", "rows sampled at once; does not affect the samples")
+    merged: bool | Auto = key("auto", "native: decode with a merged copy of the weights; auto: if it fits")
 
 
 class EmSection(Section):
-    """How rewards become weights, and how often the weighted fit is repeated."""
+    """How rewards become weights, and how many passes the weighted fit makes."""
 
     weighting: Literal["posterior", "centered", "loo", "standardized", "raw"] = key(
-        "posterior", "posterior: reward / mean reward of the problem; the others are for comparison"
+        "posterior", "posterior: reward / the problem's mean reward; the others are for comparison"
     )
-    baseline: Share = key(0.0, "share of the posterior weights' mean that is subtracted")
+    baseline: Share = key(0.0, "fraction of the mean posterior weight to subtract")
     normalization: Literal["tokens", "max_length"] = key(
-        "tokens", "denominator: all sampled tokens, or constant"
+        "tokens", "loss denominator: all sampled tokens, or a constant"
     )
-    passes: Annotated[int, Field(ge=1, le=64)] = key(1, "optimiser steps on one set of samples")
-    kl_stop: PositiveNumber = key(0.005, "passes stop at this KL from the start of the fit, nats per token")
-    max_age: Count | None = key(None, "fit: older rationales weigh 0, in optimiser steps; null: no limit")
+    passes: Annotated[int, Field(ge=1, le=64)] = key(1, "optimizer steps on one set of samples")
+    kl_stop: PositiveNumber = key(0.005, "KL from the start of the fit that stops the passes, nats per token")
+    max_age: Count | None = key(None, "fit: weight 0 for rationales older than this, in optimizer steps")
 
     @field_validator("normalization", mode="before")
     @classmethod
     def _no_sequence_mean(cls, value: object) -> object:
         if value == "sequence_mean":
             raise refusal(
-                "sequence_mean is not offered: with non-negative weights it collapses to short guesses",
+                "sequence_mean is not supported: with non-negative weights it collapses to short guesses",
                 "use tokens or max_length",
             )
         return value
 
 
 class OptimSection(Section):
-    """The M-step's optimiser (AdamW, constant rate after warm-up)."""
+    """The M-step's optimizer (AdamW, constant learning rate after warmup)."""
 
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = key(2e-5, "rate after warm-up")
-    warmup_steps: CountOrZero = key(5, "steps of linear warm-up")
-    max_grad_norm: PositiveNumber = key(1.0, "gradients are clipped to this norm")
-    micro_batch_tokens: Count | Auto = key("auto", "token budget of a micro-batch; never changes the maths")
-    adam_8bit: bool = key(False, "hold Adam's moments in 8 bits: a quarter of their memory, no speed")
-    gradient_checkpointing: bool | Auto = key("auto", "recompute activations: less memory, a third more time")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = key(2e-5, "learning rate after warmup")
+    warmup_steps: CountOrZero = key(5, "linear warmup steps")
+    max_grad_norm: PositiveNumber = key(1.0, "clip gradients to this norm")
+    micro_batch_tokens: Count | Auto = key("auto", "token budget per micro-batch; does not affect the math")
+    adam_8bit: bool = key(False, "keep Adam's moments in 8 bits: a quarter of the memory, no faster")
+    gradient_checkpointing: bool | Auto = key("auto", "recompute activations: less memory, a third slower")
 
 
 class RunSection(Section):
-    """How long, how often, and from which seed."""
+    """Length, seed, evaluations and checkpoints."""
 
     steps: Count = key(100, "training steps (E-step + M-step)")
-    seed: Seed = key(0, "seed of sampling, order and adapter initialisation")
-    eval_every: CountOrZero = key(20, "steps between evaluations; 0: none at all, before and after included")
-    eval_limit: Count | None = key(None, "evaluate on so many rows, always the same ones; null: all")
-    save_every: Count = key(20, "steps between checkpoints; one always follows the last step")
-    keep: Count = key(2, "checkpoints kept")
+    seed: Seed = key(0, "seed for sampling, problem order and adapter initialization")
+    eval_every: CountOrZero = key(20, "steps between evaluations; 0: none, not even before and after")
+    eval_limit: Count | None = key(None, "evaluate at most this many rows, always the same ones; null: all")
+    save_every: Count = key(20, "steps between checkpoints; the last step is always saved")
+    keep: Count = key(2, "checkpoints to keep")
 
 
 class Recipe(Section):
-    """Everything a run needs to know."""
+    """All settings of a run."""
 
     model: ModelSection
     data: DataSection
@@ -236,7 +242,7 @@ class Recipe(Section):
         return self
 
     def resolved(self) -> Recipe:
-        """The recipe with everything filled in that depends on the data source."""
+        """The recipe with the keys that depend on the data source filled in."""
         kind = GYM if self.data.source.startswith(GYM) else self.data.source
         prompt, reward, tokens = _DEFAULTS_BY_SOURCE.get(kind, _OTHER_DEFAULTS)
         filled = {
@@ -247,36 +253,54 @@ class Recipe(Section):
         return self.model_copy(update={"data": self.data.model_copy(update=filled)})
 
 
-def is_template_file(prompt: str) -> bool:
-    """Whether ``data.prompt`` names a file: it is no built-in template and looks like a path."""
-    return prompt not in PROMPTS and bool(re.search(r"[/\\]|\.(txt|ya?ml)$", prompt))
+def _is_template_file(prompt: str) -> bool:
+    return prompt not in TEMPLATES and bool(re.search(r"[/\\]|\.(txt|ya?ml)$", prompt))
+
+
+def absolute_path(section: str, name: str, value: Any, base: Path) -> Any:
+    """A key's value, with a relative local path in it resolved against ``base``."""
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        return value
+    key = f"{section}.{name}"
+    if key == "data.reward" and "python:" in value:
+        from empg_lite.rewards.spec import with_absolute_file
+
+        return with_absolute_file(value, base)
+    if key == "model.name":
+        explicit = value.startswith((".", "/", "~"))
+        local = value not in BUNDLED and (explicit or os.path.isdir(base / value))
+    elif key == "data.prompt":
+        local = _is_template_file(value)
+    else:
+        local = "LocalPath" in sections()[section].__annotations__.get(name, "")
+    return os.path.abspath(base / os.path.expanduser(value)) if local else value
 
 
 def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
-    """(field, what, what to do) of settings that are fine alone and wrong together."""
+    """(field, what, what to do) for settings that are valid alone but contradict each other."""
     data, em = recipe.data, recipe.em
     if recipe.sampler.samples_per_problem == 1 and em.weighting in ("centered", "loo", "standardized"):
-        what = f"{em.weighting} compares the samples of a problem, and there is one"
+        what = f"{em.weighting} compares the samples of a problem, but there is only one"
         yield "em.weighting", what, "raise sampler.samples_per_problem"
     if em.baseline and em.weighting != "posterior":
-        what = f"the baseline is taken off posterior weights only, not off {em.weighting}"
+        what = f"a baseline applies to posterior weights only, not to {em.weighting}"
         yield "em.baseline", what, "set em.baseline to 0, or em.weighting to posterior"
     if data.source == "local" and not data.path:
         yield "data.path", "source local has no path", "set data.path to a file or a folder"
     made = "bundled" if data.source in BUNDLED else "generated" if data.source.startswith(GYM) else None
     if made and (data.path or data.eval_path):
         field = "data.path" if data.path else "data.eval_path"
-        yield field, f"the {data.source} problems are {made}, no file is read", "set data.source to local"
+        yield field, f"{data.source} problems are {made}, not read from files", "set data.source to local"
     if data.hub_config and (made or "/" not in data.source):
         what = f"source {data.source} has no configurations"
-        yield "data.hub_config", what, "remove it, or name a hub dataset id"
+        yield "data.hub_config", what, "remove it, or set data.source to a hub dataset ID"
     if data.reward and _correctness(data.reward) == "gym" and not data.source.startswith(GYM):
-        what = "reward gym asks the scorer of a Reasoning Gym task"
-        yield "data.reward", what, "set data.source to gym:TASK, or name another reward"
+        what = "reward gym needs the scorer of a Reasoning Gym task"
+        yield "data.reward", what, "set data.source to gym:TASK, or choose another reward"
     if data.split == data.eval_split and not data.eval_path:
-        yield "data.eval_split", "training and evaluation rows would be the same", "name another split"
+        yield "data.eval_split", "training and evaluation rows would be the same", "choose another split"
     if data.question_column and data.question_column == data.answer_column:
-        yield "data.answer_column", "question and answer are the same column", "name another column"
+        yield "data.answer_column", "question and answer are the same column", "choose another column"
 
 
 def _correctness(reward: str) -> str:
@@ -286,20 +310,20 @@ def _correctness(reward: str) -> str:
 
 
 def refused_sampling(recipe: Recipe) -> str | None:
-    """Why training would not sample from the policy itself, or None: the caller applies ``--force``."""
+    """Why training would not sample from the policy itself, or None. The caller handles ``--force``."""
     sampler = recipe.sampler
     for name, neutral in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 0)):
         if getattr(sampler, name) != neutral:
             return (
-                f"sampler.{name} {getattr(sampler, name)} trains on another distribution than the policy's; "
-                f"the EM gradient holds at {neutral}"
+                f"sampler.{name} {getattr(sampler, name)} does not sample from the policy itself; "
+                f"the EM gradient requires {neutral}"
             )
     return None
 
 
 @dataclass(frozen=True, slots=True)
 class FieldDoc:
-    """One key as the documentation prints it; ``default`` is ``required`` where there is none."""
+    """One key as documented; ``default`` is ``required`` if it has none."""
 
     key: str
     type: str
@@ -317,9 +341,9 @@ def field_docs() -> list[FieldDoc]:
 
 
 def recipe_schema() -> dict[str, Any]:
-    """The recipe as a JSON schema (draft 2020-12), for editors: keys, types, bounds, descriptions.
+    """The recipe as a JSON schema (draft 2020-12) for editors: keys, types, bounds, descriptions.
 
-    What it accepts may still be refused: it knows nothing of files, names and contradictions.
+    A recipe that satisfies it may still be invalid: it does not check files, names or contradictions.
     """
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -1,4 +1,4 @@
-"""What helps while typing: the JSON schema of recipes, and the shell's completion."""
+"""Editor and shell support: the JSON schema of recipes, and shell completion."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def accepted(values: dict[str, Any]) -> bool:
     return True
 
 
-def test_the_command_prints_it(cli) -> None:  # type: ignore[no-untyped-def]
+def test_the_command_prints_the_schema(cli) -> None:  # type: ignore[no-untyped-def]
     code, out, _ = cli("recipes", "schema")
     assert code == 0 and json.loads(out) == recipe_schema()
     code, line, _ = cli("recipes", "schema", "--json")
@@ -41,11 +41,11 @@ def test_the_command_prints_it(cli) -> None:  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("name", builtin_recipes())
-def test_every_shipped_recipe_is_valid(name: str) -> None:
+def test_every_built_in_recipe_is_valid(name: str) -> None:
     SCHEMA.validate(load_recipe(name).model_dump(mode="json"))
 
 
-def test_every_key_is_described() -> None:
+def test_every_key_has_a_description() -> None:
     schema = recipe_schema()
     described = {
         f"{section}.{key}": facts["description"]
@@ -57,7 +57,7 @@ def test_every_key_is_described() -> None:
     assert described == {d.key: d.description for d in field_docs()}
 
 
-#: Not 1.0: to a JSON schema it is a whole number.
+#: Not 1.0: JSON schema treats it as an integer.
 VALUES = st.sampled_from(
     [None, True, False, -1, 0, 1, 3, 2**33, 0.5, 1.5, "", "auto", "tiny", "posterior", "1", [], {}, [1]]
 )
@@ -66,18 +66,18 @@ VALUES = st.sampled_from(
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from([d.key for d in field_docs()]), VALUES)
 def test_schema_and_recipe_agree(key: str, value: Any) -> None:
-    """What the schema refuses the recipe refuses. It may refuse more: names, files, contradictions."""
+    """Whatever the schema rejects, the recipe rejects. It may reject more: names, files, contradictions."""
     values = deepcopy(TINY)
     section, name = key.split(".")
     values[section][name] = value
     if not SCHEMA.is_valid(values):
         assert not accepted(values), (key, value)
-    elif not isinstance(value, str):  # texts have meanings that a schema does not know
+    elif not isinstance(value, str):  # the schema cannot judge text values
         contradicts = {"data.path", "data.eval_path", "data.hub_config", "data.question_column"}
         assert accepted(values) or key in contradicts, (key, value)
 
 
-def test_unknown_keys_and_missing_ones() -> None:
+def test_unknown_and_missing_keys() -> None:
     assert SCHEMA.is_valid(TINY)
     assert not SCHEMA.is_valid({**TINY, "trainer": {}})
     assert not SCHEMA.is_valid({**TINY, "run": {**TINY["run"], "stepz": 3}})
@@ -85,7 +85,7 @@ def test_unknown_keys_and_missing_ones() -> None:
 
 
 def complete(words: str, folder: Path) -> list[str]:
-    """What bash would be offered after ``words``, in ``folder``."""
+    """The completions bash would offer after ``words`` in ``folder``."""
     asked = {
         "_EMPG_LITE_COMPLETE": "complete_bash",
         "COMP_WORDS": words,

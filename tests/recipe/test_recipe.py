@@ -1,4 +1,4 @@
-"""Recipes: defaults, shipped files, YAML in and out, overrides. Refusals are in ``test_broken_inputs.py``."""
+"""Recipes: defaults, built-in files, YAML round trips, overrides. Errors are in ``test_broken_inputs.py``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from empg_lite.core.errors import MissingInput, RecipeError
 from empg_lite.recipe import file as recipe_file
 from empg_lite.recipe.file import builtin_recipes, dump_recipe, find_recipe, load_recipe, recipe_summary
 from empg_lite.recipe.schema import (
-    PROMPTS,
     DataSection,
     EmSection,
     ModelSection,
@@ -40,7 +39,7 @@ SHIPPED = {
     "math-hard-3b": ("Qwen/Qwen2.5-3B", "math-hard"),
     "custom-jsonl": ("Qwen/Qwen2.5-0.5B", "local"),
 }
-#: The table of DESIGN section 6, and the keys its text adds.
+#: The documented default of every optional key.
 DEFAULTS = {
     "model.revision": None, "model.adapter": None, "model.backend": "auto", "model.dtype": "auto",
     "model.load_in_4bit": True, "model.lora_r": 32, "model.lora_alpha": 64,
@@ -72,13 +71,13 @@ def write(folder: Path, text: str, name: str = "r.yaml") -> str:
 # --- the models -----------------------------------------------------------------------------------
 
 
-def test_defaults_are_those_of_the_design() -> None:
+def test_defaults() -> None:
     dumped = a_recipe().model_dump()
     flat = {f"{s}.{k}": v for s, values in dumped.items() for k, v in values.items()}
     assert {k: v for k, v in flat.items() if k not in ("model.name", "data.source")} == DEFAULTS
 
 
-def test_frozen() -> None:
+def test_recipes_are_frozen() -> None:
     with pytest.raises(ValidationError):
         a_recipe().run.steps = 3  # type: ignore[misc]
 
@@ -93,7 +92,7 @@ def test_frozen() -> None:
         ("owner/set", ("qwen-boxed", "math", 1024)),
     ],
 )
-def test_resolved_fills_in_by_source(source: str, expected: tuple[str, str, int]) -> None:
+def test_resolved_fills_in_defaults_by_source(source: str, expected: tuple[str, str, int]) -> None:
     data = a_recipe(source=source).resolved().data
     assert (data.prompt, data.reward, data.max_prompt_tokens) == expected
     assert data.validation is None
@@ -101,7 +100,7 @@ def test_resolved_fills_in_by_source(source: str, expected: tuple[str, str, int]
     assert again.resolved() == again
 
 
-def test_resolved_keeps_what_is_written() -> None:
+def test_resolved_keeps_explicit_values() -> None:
     data = a_recipe(prompt="gsm8k", reward="exact", max_prompt_tokens=7).resolved().data
     assert (data.prompt, data.reward, data.max_prompt_tokens) == ("gsm8k", "exact", 7)
 
@@ -121,7 +120,7 @@ def test_changed_fields() -> None:
     assert changed_fields(old, a_recipe()) == {}
 
 
-def test_every_key_is_documented_once_for_all() -> None:
+def test_every_key_is_documented() -> None:
     docs = field_docs()
     assert [doc.key for doc in docs if doc.default != "required"] == list(DEFAULTS)
     assert [doc.key for doc in docs if doc.default == "required"] == ["model.name", "data.source"]
@@ -136,11 +135,9 @@ def test_every_key_is_documented_once_for_all() -> None:
     assert types["optim.gradient_checkpointing"] == "true | false | auto"
 
 
-def test_names_agree_with_the_modules_that_own_them() -> None:
+def test_choices_match_the_modules_that_implement_them() -> None:
     from empg_lite.em import NORMALIZATIONS, WEIGHTINGS
-    from empg_lite.policy.templates import TEMPLATES
 
-    assert set(PROMPTS) == set(TEMPLATES)
     types = {doc.key: doc.type for doc in field_docs()}
     assert types["em.weighting"] == " | ".join(WEIGHTINGS)
     assert types["em.normalization"] == " | ".join(NORMALIZATIONS)
@@ -159,7 +156,7 @@ def test_recipes_need_no_torch(tmp_path: Path) -> None:
     assert result.stdout.strip() == "[]", result.stderr
 
 
-# --- the shipped recipes --------------------------------------------------------------------------
+# --- built-in recipes -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -182,7 +179,7 @@ def test_shipped_recipe(name: str) -> None:
     assert max(map(len, text.splitlines())) <= 110
 
 
-def test_nothing_else_is_shipped() -> None:
+def test_the_list_of_built_in_recipes_is_complete() -> None:
     assert set(builtin_recipes()) == set(SHIPPED)
 
 
@@ -241,18 +238,18 @@ def test_words_of_yaml_1_1_are_text(word: str, tmp_path: Path) -> None:
     assert load_recipe(path).model.revision == word
 
 
-def test_whole_numbers_do_for_numbers(tmp_path: Path) -> None:
+def test_integers_are_valid_floats(tmp_path: Path) -> None:
     norm = load_recipe(write(tmp_path, MINIMAL + "optim: {max_grad_norm: 2}\n")).optim.max_grad_norm
     assert norm == 2.0 and isinstance(norm, float)
 
 
-def test_mark_crlf_and_commented_out_sections(tmp_path: Path) -> None:
+def test_byte_order_mark_crlf_and_commented_out_sections(tmp_path: Path) -> None:
     text = "\ufeff" + MINIMAL.replace("\n", "\r\n") + "run:\r\n  # steps: 3\r\nem:\r\n"
     (tmp_path / "r.yaml").write_bytes(text.encode())
     assert load_recipe(str(tmp_path / "r.yaml")) == a_recipe()
 
 
-def test_dump_and_load_of_the_shipped(tmp_path: Path) -> None:
+def test_built_in_recipes_survive_a_round_trip(tmp_path: Path) -> None:
     for name in SHIPPED:
         for recipe in (load_recipe(name), load_recipe(name).resolved()):
             text = dump_recipe(
@@ -260,7 +257,9 @@ def test_dump_and_load_of_the_shipped(tmp_path: Path) -> None:
             )
             assert load_recipe(write(tmp_path, text)) == recipe
             assert text.startswith(f"# empg-lite train --recipe {name}\n# second?[0m\n# line\n#\n# more")
-            assert all(f"  {key.partition('.')[2]}:" in text for key in DEFAULTS), "every value is written"
+            assert all(f"  {key.partition('.')[2]}:" in text for key in DEFAULTS), (
+                "every value is written out"
+            )
 
 
 texts = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=40).filter(str.strip)
@@ -268,7 +267,7 @@ texts = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_
 
 @settings(max_examples=80, deadline=None)
 @given(texts, texts, st.floats(1e-300, 1), st.floats(1e-6, 1e300), st.integers(0, 2**32 - 1), st.booleans())
-def test_dump_and_load_of_anything(
+def test_any_recipe_survives_a_round_trip(
     tmp_path_factory: pytest.TempPathFactory,
     revision: str,
     column: str,
@@ -295,7 +294,7 @@ def test_dump_and_load_of_anything(
 # --- overrides and paths --------------------------------------------------------------------------
 
 
-def test_overrides_go_through_the_same_types() -> None:
+def test_overrides_are_type_checked() -> None:
     overrides = ["run.steps=3", "run.steps=4", "run.eval_limit=null", "model.load_in_4bit=false"]
     overrides += ["optim.learning_rate=1e-4", "optim.micro_batch_tokens=4096", "em.baseline=1"]
     recipe = load_recipe("gsm8k-0.5b", overrides, seed=7)
@@ -314,21 +313,21 @@ def test_overrides_go_through_the_same_types() -> None:
         ("", None),
     ],
 )
-def test_text_is_taken_as_typed(typed: str, value: str | None) -> None:
+def test_text_overrides_are_literal(typed: str, value: str | None) -> None:
     assert load_recipe("tiny", [f"data.reward={typed}"]).data.reward == value
 
 
-def test_a_commit_of_digits_is_text() -> None:
+def test_an_all_digit_commit_is_text() -> None:
     assert load_recipe("tiny", ["model.revision=0012e3"]).model.revision == "0012e3"
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
-def test_seed_is_checked(seed: int) -> None:
+def test_seed_range(seed: int) -> None:
     with pytest.raises(RecipeError, match=f"--seed {seed}"):
         load_recipe("tiny", seed=seed)
 
 
-def test_paths_are_relative_to_the_file_or_to_the_cwd(
+def test_paths_resolve_against_the_file_or_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
@@ -351,26 +350,24 @@ def test_paths_are_relative_to_the_file_or_to_the_cwd(
     recipe = load_recipe(path, sets)
     assert recipe.data.path == str(tmp_path / "d.csv") and recipe.data.eval_path == str(here / "e")
     assert recipe.data.prompt == "plain"
-    assert recipe.model.name == "weights", "no such folder here: a hub id"
+    assert recipe.model.name == "weights", "no such folder here, so a hub ID"
     assert recipe.model.adapter == str(Path("~/a").expanduser())
     assert load_recipe(path, ["model.name=./weights"]).model.name == str(here / "weights")
 
 
-def test_an_override_leaves_the_file_s_other_values_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_override_does_not_affect_other_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, MINIMAL)
     (tmp_path / "elsewhere" / "m").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "elsewhere")  # where a folder happens to be called as the hub id
+    monkeypatch.chdir(tmp_path / "elsewhere")  # a folder here has the same name as the hub ID
     assert load_recipe(path, ["model.lora_r=4"]).model.name == "m"
 
 
-def test_tiny_stays_a_word_and_hub_ids_stay_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiny_and_hub_ids_are_not_turned_into_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tiny").mkdir()
     monkeypatch.chdir(tmp_path)
     assert load_recipe("tiny", ["model.name=tiny"]).model.name == "tiny"
     assert load_recipe("gsm8k-0.5b", ["model.name=Qwen/Qwen2.5-1.5B"]).model.name == "Qwen/Qwen2.5-1.5B"
 
 
-def test_schema_is_json() -> None:
+def test_the_json_schema_is_valid_json() -> None:
     assert json.loads(json.dumps(Recipe.model_json_schema()))["additionalProperties"] is False

@@ -152,7 +152,7 @@ RECIPES: list[Case] = [
     ("no-source", {"recipe.yaml": "model:\n  name: tiny\ndata:\n  split: train\n"},
      (), ["recipe.yaml:3: data.source", "data.source is missing"]),
     ("one-sample-centered", recipe("sampler:\n  samples_per_problem: 1\nem:\n  weighting: centered\n"),
-     (), ["recipe.yaml:9: em.weighting", "there is one"]),
+     (), ["recipe.yaml:9: em.weighting", "only one"]),
     ("baseline-of-loo", recipe("em:\n  weighting: loo\n  baseline: 0.5\n"),
      (), ["recipe.yaml:8: em.baseline", "posterior"]),
     ("sequence-mean", recipe("em:\n  normalization: sequence_mean\n"),
