@@ -1,10 +1,10 @@
 """The only calls that write to disk.
 
-A reader of a run directory must find either the old state or the new one, whatever instant the
-process or the machine died at. So files are written under a temporary name, synced, and published by
-one rename; a whole directory is published the same way. Everything that persists goes through here, and
-every change to the disk is one of the eight calls below: the crash tests replace them, to die or to fail at
-each. Files are the user's alone (0600, folders 0700), and a symbolic link is never written through.
+A reader of a run directory must find the old state or the new one, no matter when the process or the machine
+died. So a file is written under a temporary name, synced, and published with one rename; a whole directory is
+published the same way. All persistent output goes through this module, and every change to the disk is one of
+the eight calls below: the crash tests replace them to die or fail at each one. Files are private to the user
+(0600, directories 0700), and nothing is written through a symbolic link.
 """
 
 from __future__ import annotations
@@ -29,11 +29,14 @@ from empg_lite.core.errors import RunInUse, StorageError
 from empg_lite.core.safe_text import safe
 
 _TMP = ".tmp-"
+#: Limits of ``verify_dir``, in bytes and files. A manifest takes about 100 bytes per file; the optimizer
+#: state of a rank-256 adapter of a 7B model takes 5 GB.
+MAX_MANIFEST, MAX_FILES, MAX_FILE = 1 << 20, 1000, 1 << 33
 _reading_only = False
 P = ParamSpec("P")
 
 
-# --- the calls that change the disk ----------------------------------------------------------------------
+# --- the eight calls that change the disk ----------------------------------------------------------------
 
 
 def _open(path: Path, flags: int) -> int:
@@ -68,12 +71,12 @@ def _cut(fd: int, length: int) -> None:
     os.ftruncate(fd, length)
 
 
-# --- what is made of them --------------------------------------------------------------------------------
+# --- helpers ---------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def reading_only(active: bool = True) -> Iterator[None]:
-    """Within the block nothing here writes, locks or removes: another process of a launch does it."""
+    """Within the block nothing here writes, locks or removes: another process of the launch does."""
     global _reading_only
     before, _reading_only = _reading_only, active
     try:
@@ -83,7 +86,7 @@ def reading_only(active: bool = True) -> Iterator[None]:
 
 
 def _writes(call: Callable[P, None]) -> Callable[P, None]:
-    """What ``reading_only`` switches off."""
+    """Make ``call`` a no-op under ``reading_only``."""
 
     @functools.wraps(call)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -95,7 +98,7 @@ def _writes(call: Callable[P, None]) -> Callable[P, None]:
 
 @contextmanager
 def _storage_errors(path: Path, needed: int = 0) -> Iterator[None]:
-    """Turn an OSError into one line that names the path and, on a full disk, the bytes needed and left."""
+    """Turn an OSError into a StorageError that names the path and, on a full disk, bytes needed and free."""
     try:
         yield
     except OSError as error:
@@ -113,38 +116,52 @@ def _free_bytes(path: Path) -> int:
 
 
 def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
+    """The path, or its nearest existing parent."""
     while not path.exists() and path != path.parent:
         path = path.parent
     return path
 
 
-def _fsync_dir(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def _temporary(path: Path, kind: str = "") -> Path:
+    """A name beside ``path`` that ``sweep`` removes if this process dies."""
+    return path.with_name(f"{_TMP}{kind}{path.name}-{os.getpid()}")
+
+
+@contextmanager
+def _opened(path: Path, flags: int = 0) -> Iterator[int]:
+    fd = _open(path, os.O_WRONLY | flags)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _fsync_path(path: Path, flags: int) -> None:
+    fd = os.open(path, os.O_RDONLY | flags)
     try:
         _fsync(fd)
     finally:
         os.close(fd)
 
 
+def _fsync_dir(path: Path) -> None:
+    _fsync_path(path, os.O_DIRECTORY)
+
+
 def _write_all(fd: int, data: bytes) -> None:
-    """A write may take less than it was given."""
     view = memoryview(data)
-    while view:
+    while view:  # a write may be short
         view = view[_write(fd, view) :]
 
 
 def _write_synced(path: Path, data: bytes, flags: int = os.O_TRUNC) -> None:
-    fd = _open(path, os.O_WRONLY | flags)
-    try:
+    with _opened(path, flags) as fd:
         _write_all(fd, data)
         _fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _make_dirs(path: Path) -> None:
-    """What is missing of a folder and its parents, each entry synced into the folder above it."""
+    """Create ``path`` and missing parents, syncing each new entry into its parent."""
     above = _existing(path)
     for name in path.relative_to(above).parts:
         try:
@@ -157,7 +174,7 @@ def _make_dirs(path: Path) -> None:
 
 
 def _remove_tree(path: Path) -> None:
-    """A folder and all in it; symbolic links are removed, never followed."""
+    """Remove a directory tree; symbolic links are removed, never followed."""
     for entry in list(os.scandir(path)):
         if entry.is_dir(follow_symlinks=False):
             _remove_tree(Path(entry.path))
@@ -167,7 +184,7 @@ def _remove_tree(path: Path) -> None:
 
 
 def _discard(path: Path) -> None:
-    """Remove what a failed write left, as far as that goes: ``sweep`` removes the rest."""
+    """Remove what a failed write left, as far as possible; ``sweep`` removes the rest."""
     with suppress(OSError):
         _remove(path)
 
@@ -179,16 +196,22 @@ def _remove(path: Path) -> None:
         _unlink(path)
 
 
-@_writes
-def make_dirs(path: Path) -> None:
-    """Create ``path`` and its parents where they are missing."""
-    with _storage_errors(path):
-        _make_dirs(path)
+def _stage(path: Path) -> Path:
+    """A new empty temporary directory beside ``path``."""
+    _make_dirs(path.parent)
+    staged = _temporary(path)
+    if staged.exists():  # left by a dead process with the same pid
+        _remove_tree(staged)
+    _mkdir(staged)
+    return staged
+
+
+# --- what the rest of the package calls ------------------------------------------------------------------
 
 
 @_writes
 def write_file(path: Path, data: bytes | str) -> None:
-    """Replace ``path`` by ``data`` in one step: old content or new, never a part.
+    """Replace ``path`` atomically: readers see the old content or the new, never a part.
 
     Raises:
         StorageError: nothing was replaced.
@@ -196,7 +219,7 @@ def write_file(path: Path, data: bytes | str) -> None:
     data = data.encode("utf-8") if isinstance(data, str) else data
     with _storage_errors(path, len(data)):
         _make_dirs(path.parent)
-        staged = path.with_name(f"{_TMP}{path.name}-{os.getpid()}")
+        staged = _temporary(path)
         try:
             _write_synced(staged, data)
             _rename(staged, path)
@@ -208,9 +231,9 @@ def write_file(path: Path, data: bytes | str) -> None:
 
 @_writes
 def write_dir(path: Path, files: Mapping[str, bytes]) -> None:
-    """Publish a directory of ``files`` (flat names) at ``path`` in one rename, replacing an older one.
+    """Publish a directory of ``files`` (flat names) at ``path`` with one rename, replacing an older one.
 
-    A ``manifest.json`` with each file's size and SHA-256 is written last.
+    ``manifest.json``, with the size and SHA-256 of each file, is written last.
 
     Raises:
         StorageError: nothing was published.
@@ -219,36 +242,31 @@ def write_dir(path: Path, files: Mapping[str, bytes]) -> None:
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
     }
     with _storage_errors(path, sum(map(len, files.values()))):
-        _make_dirs(path.parent)
-        staged = path.with_name(f"{_TMP}{path.name}-{os.getpid()}")
-        if staged.exists():  # of a process that died and had our number
-            _remove_tree(staged)
+        staged = _stage(path)
         try:
-            _mkdir(staged)
             for name, data in files.items():
                 _write_synced(staged / name, data)
             _write_synced(staged / "manifest.json", json.dumps(manifest, indent=1).encode())
             _fsync_dir(staged)
-            if path.exists():
-                # rename() cannot replace a full directory: the old one steps aside first. Dying between
-                # the two renames leaves no `path`, but never a partial one.
-                aside = path.with_name(f"{_TMP}old-{path.name}-{os.getpid()}")
+            aside = _temporary(path, "old-") if path.exists() else None
+            if aside is not None:
+                # rename() cannot replace a non-empty directory. Dying between the two renames leaves no
+                # `path`, but never a partial one.
                 _rename(path, aside)
-                _rename(staged, path)
-                _fsync_dir(path.parent)
+            _rename(staged, path)
+            _fsync_dir(path.parent)
+            if aside is not None:
                 _remove_tree(aside)
-            else:
-                _rename(staged, path)
-                _fsync_dir(path.parent)
         except OSError:
             _discard(staged)
             raise
 
 
 def verify_dir(path: Path) -> str | None:
-    """What is wrong with a directory made by ``write_dir``, in words; None where it is whole.
+    """What is wrong with a directory made by ``write_dir``, in words; None if it is intact.
 
-    It may be anybody's: nothing is followed, no more is read than the manifest says, and that is small.
+    The directory is not trusted: no link is followed, and reads are bounded by the manifest and by the limits
+    below.
     """
     try:
         manifest = json.loads(read_regular(path / "manifest.json", MAX_MANIFEST))
@@ -272,15 +290,11 @@ def verify_dir(path: Path) -> str | None:
     return None
 
 
-#: A manifest of ours has some 100 bytes a file; the optimiser of a 7B model's adapter of rank 256 has 5 GB.
-MAX_MANIFEST, MAX_FILES, MAX_FILE = 1 << 20, 1000, 1 << 33
-
-
 def read_regular(path: Path, most: int) -> bytes:
-    """The content of a regular file of at most ``most`` bytes; a link, a pipe or a device is none.
+    """The content of a regular file of at most ``most`` bytes, not a link, pipe or device.
 
     Raises:
-        OSError: it is something else, larger, or cannot be read.
+        OSError: it is something else, is larger, or cannot be read.
     """
     with _regular(path, most) as file:
         return file.read(os.fstat(file.fileno()).st_size)
@@ -289,9 +303,9 @@ def read_regular(path: Path, most: int) -> bytes:
 def _regular(path: Path, most: int) -> BufferedReader:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     facts = os.fstat(fd)
-    why = "it is no regular file" if not stat.S_ISREG(facts.st_mode) else None
+    why = "" if stat.S_ISREG(facts.st_mode) else "not a regular file"
     if facts.st_size > most:
-        why = why or f"{facts.st_size:,} bytes where at most {most:,} belong"
+        why = why or f"{facts.st_size:,} bytes, at most {most:,} expected"
     if why:
         os.close(fd)
         raise OSError(errno.EINVAL, why, str(path))
@@ -299,7 +313,7 @@ def _regular(path: Path, most: int) -> BufferedReader:
 
 
 def file_digest(folder: Path, name: str) -> str | None:
-    """SHA-256 that the folder's manifest gives for a file; None where there is no such manifest or entry."""
+    """SHA-256 of a file according to the folder's manifest; None without a manifest or an entry."""
     try:
         return str(json.loads((folder / "manifest.json").read_bytes())[name]["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -308,26 +322,18 @@ def file_digest(folder: Path, name: str) -> str | None:
 
 @contextmanager
 def staged_dir(path: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes ``path`` in one rename when the block ends; an exception discards it.
+    """A folder to fill; it becomes ``path`` with one rename when the block ends, or is discarded on an error.
 
     Raises:
-        StorageError: it cannot be made, synced or renamed; ``path`` is as it was.
+        StorageError: it cannot be made, synced or renamed; ``path`` is unchanged.
     """
-    staged = path.with_name(f"{_TMP}{path.name}-{os.getpid()}")
     with _storage_errors(path):
-        _make_dirs(path.parent)
-        if staged.exists():  # of a process that died and had our number
-            _remove_tree(staged)
-        _mkdir(staged)
+        staged = _stage(path)
     try:
         yield staged
         with _storage_errors(path):
             for file in staged.iterdir():  # libraries that wrote here do not sync
-                fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
-                try:
-                    _fsync(fd)
-                finally:
-                    os.close(fd)
+                _fsync_path(file, os.O_NOFOLLOW)
             _fsync_dir(staged)
             _rename(staged, path)
             _fsync_dir(path.parent)
@@ -338,23 +344,23 @@ def staged_dir(path: Path) -> Iterator[Path]:
 
 @_writes
 def remove_dir(path: Path) -> None:
-    """Remove a directory; a half-removed one is never taken for a whole one (it is renamed first)."""
+    """Remove a directory, renamed first so that a half-removed one is never mistaken for an intact one."""
     if not path.exists():
         return
     with _storage_errors(path):
-        doomed = path.with_name(f"{_TMP}gone-{path.name}-{os.getpid()}")
+        doomed = _temporary(path, "gone-")
         _rename(path, doomed)
         _fsync_dir(path.parent)
         _remove_tree(doomed)
 
 
-def set_aside(path: Path, prefix: str = ".corrupt-") -> Path:
-    """Rename a directory out of the way (kept for inspection) and return its new path."""
+def set_aside(path: Path) -> Path:
+    """Rename a corrupt directory out of the way, keep it for inspection, and return its new path."""
     with _storage_errors(path):
-        target = path.with_name(f"{prefix}{path.name}")
+        target = path.with_name(f".corrupt-{path.name}")
         n = 1
         while target.exists():
-            n, target = n + 1, path.with_name(f"{prefix}{path.name}.{n}")
+            n, target = n + 1, path.with_name(f".corrupt-{path.name}.{n}")
         _rename(path, target)
         _fsync_dir(path.parent)
     return target
@@ -362,7 +368,7 @@ def set_aside(path: Path, prefix: str = ".corrupt-") -> Path:
 
 @_writes
 def sweep(folder: Path) -> None:
-    """Remove what interrupted writes left behind in ``folder``."""
+    """Remove the leftovers of interrupted writes from ``folder``."""
     if not folder.is_dir():
         return
     with _storage_errors(folder):
@@ -371,13 +377,13 @@ def sweep(folder: Path) -> None:
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one JSON object as a line. A torn last line is cut on resume (see ``truncate``)."""
+    """Append one JSON object as a line. An incomplete last line is cut on resume (see ``truncate``)."""
     append_text(path, json.dumps(record, ensure_ascii=False) + "\n")
 
 
 @_writes
 def append_text(path: Path, text: str) -> None:
-    """Append text in one write and sync it."""
+    """Append text with one write and sync it."""
     data = text.encode("utf-8", "surrogatepass")
     with _storage_errors(path, len(data)):
         _make_dirs(path.parent)
@@ -388,28 +394,23 @@ def append_text(path: Path, text: str) -> None:
 
 
 def size(path: Path) -> int:
-    """Bytes in ``path``; 0 where it does not exist."""
+    """Bytes in ``path``; 0 if it does not exist."""
     return path.stat().st_size if path.exists() else 0
 
 
 @_writes
 def truncate(path: Path, length: int) -> None:
-    """Cut a log back to ``length`` bytes: what came after the checkpoint is written again on resume."""
+    """Cut a log back to ``length`` bytes: what was logged after the checkpoint is written again on resume."""
     if not path.exists():
         return
     with _storage_errors(path):
-        if path.stat().st_size < length:
-            raise OSError(
-                errno.EIO, f"log is shorter than the checkpoint says ({path.stat().st_size} < {length})"
-            )
-        if path.stat().st_size == length:
-            return
-        fd = _open(path, os.O_WRONLY)
-        try:
-            _cut(fd, length)
-            _fsync(fd)
-        finally:
-            os.close(fd)
+        found = path.stat().st_size
+        if found < length:
+            raise OSError(errno.EIO, f"log is shorter than the checkpoint says ({found} < {length})")
+        if found > length:
+            with _opened(path) as fd:
+                _cut(fd, length)
+                _fsync(fd)
 
 
 def _size_text(size: int) -> str:
@@ -418,35 +419,33 @@ def _size_text(size: int) -> str:
 
 @_writes
 def check_disk_space(folder: Path, trial: int, needed: int) -> None:
-    """Write and remove ``trial`` bytes in ``folder``, where ``needed`` are to come.
+    """Check that ``needed`` bytes fit in ``folder``, and write and remove ``trial`` bytes there.
 
     Raises:
-        StorageError: there is no room for ``needed``, or nothing can be written.
+        StorageError: there is not enough space, or nothing can be written.
     """
     with _storage_errors(folder, trial):
         _make_dirs(folder)
     free = _free_bytes(folder)
     if free < needed:
         raise StorageError(
-            f"the disk is too full: {_size_text(needed)} needed, {_size_text(free)} free",
+            f"not enough disk space: {_size_text(needed)} needed, {_size_text(free)} free",
             str(folder),
             "free some space, name another --output-dir, or lower run.keep",
         )
-    path, chunk = folder / f"{_TMP}trial-{os.getpid()}", bytes(min(trial, 1 << 20))
-    with _storage_errors(path, trial):
-        fd = _open(path, os.O_WRONLY | os.O_TRUNC)
+    path, chunk = _temporary(folder / "trial"), bytes(min(trial, 1 << 20))
+    with _storage_errors(path, trial), _opened(path, os.O_TRUNC) as fd:
         try:
             for start in range(0, trial, len(chunk)):
                 _write_all(fd, chunk[: trial - start])
             _fsync(fd)
         finally:
-            os.close(fd)
             _unlink(path)
 
 
 @contextmanager
 def run_lock(run: Path) -> Iterator[None]:
-    """Hold ``RUN/LOCK`` while the block runs; the kernel frees it when the process dies.
+    """Hold ``RUN/LOCK`` while the block runs; the kernel releases it when the process dies.
 
     Raises:
         RunInUse: another process holds it.
@@ -454,28 +453,17 @@ def run_lock(run: Path) -> Iterator[None]:
     if _reading_only:
         yield
         return
-    make_dirs(run)
     path = run / "LOCK"
+    with _storage_errors(run):
+        _make_dirs(run)
     with _storage_errors(path):
         fd = _open(path, os.O_RDWR)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunInUse(
-                f"run directory in use by {_holder(fd)}",
-                str(run),
-                "wait for it, or choose another --output-dir",
-            ) from error
-        except OSError as error:
-            raise StorageError(
-                f"the file system takes no locks ({error.strerror})",
-                str(path),
-                "put the run on another disk, and copy it when it has ended",
-            ) from error
+        _lock(fd, run)
         with _storage_errors(path):
             _cut(fd, 0)
-            _write_all(fd, f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n".encode())
+            since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+            _write_all(fd, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode())
         yield
         with _storage_errors(path):
             _cut(fd, 0)
@@ -483,15 +471,28 @@ def run_lock(run: Path) -> Iterator[None]:
         os.close(fd)
 
 
+def _lock(fd: int, run: Path) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RunInUse(
+            f"run directory in use by {_holder(fd)}",
+            str(run),
+            "wait for it, or choose another --output-dir",
+        ) from error
+    except OSError as error:
+        raise StorageError(
+            f"the file system does not support locks ({error.strerror})",
+            str(run / "LOCK"),
+            "put the run on another disk, and copy it when it has finished",
+        ) from error
+
+
 def _holder(fd: int) -> str:
-    """What the holder of a lock says of itself; it may be about to say it."""
+    """The lock file's description of its holder, which may be just about to write it."""
     for _ in range(20):
-        said = os.pread(fd, 400, 0).decode("utf-8", "replace")
-        if said.endswith("\n"):
-            return safe(said.strip())
+        text = os.pread(fd, 400, 0).decode("utf-8", "replace")
+        if text.endswith("\n"):
+            return safe(text.strip())
         time.sleep(0.01)
-    return "a process that has not said which"
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S %z")
+    return "an unknown process"

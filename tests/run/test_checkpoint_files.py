@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_recipe
 from crash_harness import SETTINGS, Ended, Plant, digest, side_by_side
+from fixture_recipe import write_recipe
+from hostile import DEEP
 from safetensors.torch import load, save
 
 from empg_lite.core.errors import CheckpointError, RecipeError, StorageError
@@ -173,7 +174,6 @@ OVERFLOW = '{"a":{"dtype":"F32","shape":[9223372036854775807,9223372036854775807
 MANY = (
     "{" + ",".join(f'"t{i}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(300_000)) + "}"
 )
-DEEP = b"[" * 1_000_000 + b"]" * 1_000_000
 ATTACKS: dict[str, Attack] = {
     **{f"pickle as {name}": poisoned(name) for name in (WEIGHTS, MOMENTS, RNG, "state.json")},
     "header of a terabyte": written(WEIGHTS, struct.pack("<Q", 1 << 40) + b"{}"),
@@ -350,7 +350,7 @@ def test_a_disk_that_is_too_small_is_found_before_the_first_step(
             assert train(recipe, run)["steps"] == 3
             continue
         with pytest.raises(
-            StorageError, match=r"the disk is too full: [\d.]+ MB needed, [\d.]+ MB free"
+            StorageError, match=r"not enough disk space: [\d.]+ MB needed, [\d.]+ MB free"
         ) as raised:
             train(recipe, run)
         assert raised.value.exit_code == 74

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import write_recipe
+from fixture_recipe import write_recipe
 
 from empg_lite import api
 from empg_lite.cli import main
 from empg_lite.core.errors import StorageError
-from empg_lite.loop.recorder import Session
+from empg_lite.loop import begin
 from empg_lite.run.checkpoint import newest_valid
 from empg_lite.run.journal import read_metrics, stable
 
@@ -68,7 +68,7 @@ def test_too_small_a_disk_is_found_before_the_first_step_and_never_later(  # typ
             ended[size] = True
         except StorageError as error:
             ended[size] = False
-            assert "the disk is too full" in str(error) and "needed" in str(error), (size, error)
+            assert "not enough disk space" in str(error) and "needed" in str(error), (size, error)
             assert not list((place / "run").glob("rollouts/*")), "something was sampled"
     outcome = list(ended.values())
     assert outcome == sorted(outcome) and outcome.count(False) >= 3 and outcome.count(True) >= 3, ended
@@ -77,7 +77,7 @@ def test_too_small_a_disk_is_found_before_the_first_step_and_never_later(  # typ
     )
 
     # The control: without the question a disk that is a little too small is found out half-way.
-    monkeypatch.setattr(Session, "check_disk_space", lambda *args: None)
+    monkeypatch.setattr(begin, "check_disk_space", lambda *args: None)
     place = disk(int(0.9 * needed))
     with pytest.raises(StorageError, match="No space left"):
         api.run(recipe, place / "run")

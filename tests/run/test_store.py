@@ -149,7 +149,7 @@ def test_a_file_system_without_locks_is_not_a_run_in_use(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(store.fcntl, "flock", refuse)
-    with pytest.raises(StorageError, match="takes no locks .No locks available.") as raised:
+    with pytest.raises(StorageError, match="does not support locks .No locks available.") as raised:
         with store.run_lock(tmp_path / "run"):
             raise AssertionError("entered")
     assert raised.value.exit_code == 74
