@@ -27,7 +27,7 @@ class Watcher(View):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> tuple[api.Run, Path, Watcher]:
     """A run of three steps by the API, its recipe, and who watched."""
-    from conftest import write_recipe
+    from fixture_recipe import write_recipe
 
     folder = tmp_path_factory.mktemp("api")
     recipe, watcher = write_recipe(folder, model_dir), Watcher()
@@ -165,7 +165,8 @@ def test_overrides_take_python_values() -> None:
 
 
 def test_no_name_hides_a_module_and_all_are_typed_and_documented() -> None:
-    modules = {p.stem for p in Path(empg_lite.__file__).parent.iterdir()} - {"run"}  # a folder, of no use alone
+    # ``run`` is also a folder, but one that is of no use by itself.
+    modules = {p.stem for p in Path(empg_lite.__file__).parent.iterdir()} - {"run"}
     assert not set(api.__all__) & modules
     assert (Path(empg_lite.__file__).parent / "py.typed").is_file()
     for name in api.__all__:

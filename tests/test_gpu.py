@@ -21,9 +21,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import quick_recipe
 from fixture_model import build_model
-from test_out_of_memory import only, rows_at_once
+from fixture_recipe import quick_recipe
+from little_memory import only, rows_at_once
 
 from empg_lite.core.rationale import Rationale
 from empg_lite.loop import mstep
@@ -182,7 +182,7 @@ def test_graphs_survive_what_happens_in_a_run(
         base = drawn()
         nearly(policy, prompts, base, fresh(), decoding)
     assert base != expected and drawn() == expected
-    real, calls = Decoder.begin, 0
+    real, calls = Decoder.prefill, 0
 
     def failing(self: Decoder, *args: Any) -> None:
         nonlocal calls
@@ -191,7 +191,7 @@ def test_graphs_survive_what_happens_in_a_run(
             raise torch.OutOfMemoryError("pretended")
         real(self, *args)
 
-    monkeypatch.setattr(Decoder, "begin", failing)
+    monkeypatch.setattr(Decoder, "prefill", failing)
     nearly(policy, prompts, drawn(), expected, decoding)
     assert calls > 2 and (sampler.batch_rows or 0) < 24
     kept = {name: p.detach().clone() for name, p in policy.trainable().items()}

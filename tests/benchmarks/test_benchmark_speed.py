@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import load_fixture_policy
+from fixture_model import load_fixture_policy
 
 from empg_lite.core.rationale import Problem
 from empg_lite.loop import mstep

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from broken_inputs import BROKEN, write_case
 from packaging.utils import canonicalize_name
-from test_broken_inputs import BROKEN, write_case
 
 COMMANDS = (
     "train",

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HANGS
+from processes import HANGS
 from rich.console import Console
 from rich.text import Text
 from stored_runs import rationale, record, step_rows
 
-from empg_lite.core import view as views
-from empg_lite.core.view import ConsoleView, LiveView, NotebookView, Status, clock_text, sparkline
+from empg_lite.tools import view as views
+from empg_lite.tools.view import ConsoleView, LiveView, NotebookView, Status, clock_text, sparkline
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J[bold red]\u202e" + "wide 好 " * 200 + "#### 7"
 
@@ -67,6 +67,15 @@ def test_the_status_says_what_was_recorded() -> None:
             assert status.lines()[3] == "grading: 0 of 4"
         assert status.lines()[3] == "sampling: 100 of 128"
     assert len(status.lines()) == 3
+
+
+def test_the_status_shows_the_memory_that_the_plan_predicts() -> None:
+    """The card's peak on a GPU, where the process's own is another matter; the process's on a CPU."""
+    status, measured = Status(), {**record(1, step_rows(1)), "memory/peak_rss_mb": 5200.0}
+    status.step(measured, 25)
+    assert status.lines()[2].endswith("peak 5.2 GB")
+    status.step({**measured, "memory/peak_gpu_mb": 3100.0}, 25)
+    assert status.lines()[2].endswith("peak 3.1 GB")
 
 
 @pytest.mark.parametrize(("width", "height"), [(120, 40), (80, 24), (60, 20)])
@@ -141,7 +150,7 @@ from rich.console import Console
 sys.path.insert(1, {tests!r} + "/..")
 from stored_runs import record, rationale, step_rows
 from empg_lite.core.control import stop_request
-from empg_lite.core.view import LiveView
+from empg_lite.tools.view import LiveView
 view = LiveView(Console())
 with stop_request(announce=False) as stop, view:
     view.step({{**record(1, step_rows(1)), "em/updates": 1, "em/staleness": 0.0}}, 9)
@@ -193,8 +202,8 @@ def test_a_command_in_a_notebook_is_plain(recipe_file: Path, tmp_path: Path) -> 
     for name, extra in (("terminal", {}), ("notebook", {"JPY_PARENT_PID": "1"})):
         ours, theirs = pty.openpty()
         code = (
-            "from empg_lite.cli.options import Output; from rich.text import Text;"
-            "Output(False).print(Text('hello', style='bold red'))"
+            "from empg_lite.cli.output import Output; from rich.text import Text;"
+            "Output(False).show(Text('hello', style='bold red'))"
         )
         subprocess.run(
             [*command[:1], "-c", code],

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from conftest import one_line
+from processes import one_line
 
 from empg_lite.core.errors import DataError, GraderUnusable, MissingInput
 from empg_lite.data.gym import SPLITS, gym_problems, parse_source
@@ -158,12 +158,13 @@ def test_gym_scores(stand_in: None, tmp_path: Path) -> None:
 
 def test_gym_pay_for_nothing_is_nothing() -> None:
     """0.01 for any answer would make a problem without a right answer weigh as much as a solved one."""
-    from empg_lite.rewards.functions import GYM_LEAST, Question, reward_of
+    from empg_lite.rewards.kind import WorkerRequest
+    from empg_lite.rewards.kinds.gym import LEAST_SCORE
 
     meta = {"gym": {"task": "t", "params": {}, "metadata": {}}}
-    question = reward_of(parse_spec("gym").correctness)(Case("5", r"\boxed{6}", "?", meta))
-    assert isinstance(question, Question)
-    paid = [question.read({"score": s}) for s in (0.0, 0.01, 0.0999, GYM_LEAST, 0.5, 1.0)]
+    question = parse_spec("gym").kind.grade(Case("5", r"\boxed{6}", "?", meta), "")
+    assert isinstance(question, WorkerRequest)
+    paid = [question.read({"score": s}) for s in (0.0, 0.01, 0.0999, LEAST_SCORE, 0.5, 1.0)]
     assert [o.score for o in paid] == [0.0, 0.0, 0.0, 0.1, 0.5, 1.0]
     assert [o.reason for o in paid] == ["different"] * 5 + ["equal"]
 

@@ -29,7 +29,7 @@ Trained = tuple[Path, dict[str, Any]]
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Trained:
     """Twelve steps of the fixture recipe: (run, result)."""
-    from conftest import write_recipe
+    from fixture_recipe import write_recipe
 
     folder = tmp_path_factory.mktemp("trained")
     recipe = load_recipe(str(write_recipe(folder, model_dir)), ["run.steps=12"])

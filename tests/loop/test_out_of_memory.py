@@ -10,16 +10,19 @@ import sys
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import events, load_fixture_policy, quick_recipe
+from fitting import SETTINGS, sgd
+from fixture_model import load_fixture_policy
+from fixture_recipe import quick_recipe
+from little_memory import only, rows_at_once
+from rationales import rationale
+from run_files import events
 from safetensors.torch import load_file
-from test_sampler import ids_of, prompts_of, same_but_for_rounding
-from test_steps import SETTINGS, rationale, sgd
+from sampling import ids_of, prompts_of, same_but_for_rounding
 
 from empg_lite.core.errors import OutOfMemory, explained, is_out_of_memory
 from empg_lite.loop import mstep
@@ -58,20 +61,6 @@ def test_torch_s_own_words_on_a_cpu() -> None:
 
 
 Sizes = list[int]
-
-
-def only(most: int, sizes: Sizes, at: int = 0) -> Callable[..., Any]:
-    """``completion_loss`` of a machine that has room for so many rows, and once runs out at call ``at``."""
-    real = Policy.completion_loss
-
-    def loss(self: Policy, pairs: Any, reduce: Any) -> Any:
-        sizes.append(len(pairs))
-        if len(pairs) > most or len(sizes) == at:
-            sizes[-1] *= -1  # refused
-            raise torch.OutOfMemoryError("pretended")
-        return real(self, pairs, reduce)
-
-    return loss
 
 
 def many() -> list[Any]:
@@ -152,7 +141,7 @@ def test_control_a_mean_of_means_and_gradients_that_are_kept(
     real = Policy.completion_loss
     with monkeypatch.context() as patch:  # each micro-batch's own mean
         patch.setattr(
-            Policy, "completion_loss", lambda self, pairs, loss: real(self, pairs, loss) * 4 / len(pairs)
+            Policy, "completion_loss", lambda self, pairs, *rest: real(self, pairs, *rest) * 4 / len(pairs)
         )
         assert error(gradient(model_dir, 40, torch.float64)[0]) > 0.05
     with monkeypatch.context() as patch:  # what was summed before memory ran out, counted twice
@@ -192,12 +181,12 @@ def test_where_one_row_does_not_fit_the_run_ends_with_a_checkpoint(
     assert cli(*command, straight)[0] == 0
     real, steps = Policy.completion_loss, 0
 
-    def loss(self: Policy, pairs: Any, reduce: Any) -> Any:
+    def loss(self: Policy, pairs: Any, *rest: Any) -> Any:
         nonlocal steps
         steps += 1
         if steps > 2:  # of the preflight's and the first step's fits, one each
             raise torch.OutOfMemoryError("pretended")
-        return real(self, pairs, reduce)
+        return real(self, pairs, *rest)
 
     monkeypatch.setattr(Policy, "completion_loss", loss)
     code, _, err = cli(*command, run)
@@ -218,9 +207,9 @@ def test_what_did_not_fit_is_free_before_the_retry(model_dir: Path, monkeypatch:
     policy = load_fixture_policy(model_dir)
     real, tried, alive = Policy.completion_loss, list[Any](), list[bool]()
 
-    def loss(self: Policy, pairs: Any, reduce: Any) -> Any:
+    def loss(self: Policy, pairs: Any, *rest: Any) -> Any:
         alive.append(any(reference() is not None for reference in tried))
-        activations = real(self, pairs, reduce)  # and all that its graph keeps
+        activations = real(self, pairs, *rest)  # and all that its graph keeps
         if len(tried) < 2:
             tried.append(weakref.ref(activations))
             raise torch.OutOfMemoryError("pretended")
@@ -295,9 +284,9 @@ def test_with_a_real_shape_the_retry_begins_with_the_memory_that_was_free(
     given = dataclasses.replace(SETTINGS, micro_batch_tokens=256)
     real, moments = Policy.completion_loss, list[int]()
 
-    def loss(self: Policy, pairs: Any, reduce: Any) -> Any:
+    def loss(self: Policy, pairs: Any, *rest: Any) -> Any:
         moments.append(time.time_ns())
-        found = real(self, pairs, reduce)
+        found = real(self, pairs, *rest)
         if len(moments) == 1:
             raise torch.OutOfMemoryError("pretended")
         return found
@@ -318,18 +307,6 @@ def test_with_a_real_shape_the_retry_begins_with_the_memory_that_was_free(
 
 
 # --- out of memory in the E-step ---------------------------------------------------------------------------
-
-
-def rows_at_once(most: int) -> Callable[..., None]:
-    """A decoder's ``__init__`` on a machine with room for so many rows."""
-    real = Decoder.__init__
-
-    def init(self: Decoder, *args: Any) -> None:
-        if args[4] > most:
-            raise torch.OutOfMemoryError("pretended")
-        real(self, *args)
-
-    return init
 
 
 @pytest.mark.parametrize("most", [32, 16, 8])

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_plan_terms import BASE, CPU, FIXTURE
+from plan_settings import BASE, CPU, FIXTURE
 
 from empg_lite.core.errors import DataError, MissingInput, OutOfMemory, UsageError
 from empg_lite.loop import plan as choose

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_backends import assert_sound, run_probe
+from backends import assert_sound, run_probe
 
 pytestmark = [pytest.mark.slow, pytest.mark.shared]
 

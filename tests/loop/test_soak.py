@@ -10,8 +10,8 @@ from statistics import linear_regression
 from typing import Any
 
 import pytest
-from conftest import quick_recipe
 from crash_harness import Plant, side_by_side
+from fixture_recipe import quick_recipe
 
 from empg_lite.core.view import View
 from empg_lite.loop.train import TrainOptions, train

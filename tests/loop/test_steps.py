@@ -7,28 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_fixture_policy
+from fitting import SETTINGS, sgd
+from fixture_model import load_fixture_policy
 from rationales import rationale
 
 from empg_lite.core.errors import OutOfMemory
 from empg_lite.core.rationale import Group, Problem, Rationale, flatten, group_rationales
 from empg_lite.loop import mstep
-from empg_lite.loop.estep import estep_metrics, mixture_metrics, reward_matrix, sample_rationales, weigh
-from empg_lite.loop.mstep import FitSettings, m_step
+from empg_lite.loop.estep import reward_matrix, sample_rationales, weigh
+from empg_lite.loop.metrics import estep_metrics, mixture_metrics
+from empg_lite.loop.mstep import m_step
 from empg_lite.policy.policy import collate
 from empg_lite.rewards import Grader
 from empg_lite.rewards.scorer import Scorer
 from empg_lite.sampler import Decoding, make_sampler
 
-SETTINGS = FitSettings(
-    learning_rate=1e-2,
-    max_grad_norm=1e9,
-    passes=1,
-    kl_stop=1e9,
-    normalization="tokens",
-    max_new_tokens=9,
-    micro_batch_tokens=10_000,
-)
 WEIGHTS = [2.0, 0.0, 1.0, 0.5, 0.0, -1.0]
 
 
@@ -44,10 +37,6 @@ def rows(weights=WEIGHTS):  # type: ignore[no-untyped-def]
         )
         for i, w in enumerate(weights)
     ]
-
-
-def sgd(policy, rate: float = 1.0) -> torch.optim.Optimizer:  # type: ignore[no-untyped-def]
-    return torch.optim.SGD(list(policy.trainable().values()), lr=rate)
 
 
 def parameters(policy) -> torch.Tensor:  # type: ignore[no-untyped-def]
@@ -116,7 +105,7 @@ def test_zero_weight_rows_are_not_computed(model_dir: Path, monkeypatch: pytest.
     policy = load_fixture_policy(model_dir)
     real = policy.completion_loss
     monkeypatch.setattr(
-        policy, "completion_loss", lambda pairs, loss: seen.append(len(pairs)) or real(pairs, loss)
+        policy, "completion_loss", lambda pairs, *rest: seen.append(len(pairs)) or real(pairs, *rest)
     )
     m_step(policy, sgd(policy), rows(), SETTINGS)
     assert sum(seen) == sum(w != 0 for w in WEIGHTS)
@@ -220,12 +209,12 @@ def test_out_of_memory_halves_the_micro_batch_and_nothing_else(
     policy = load_fixture_policy(model_dir)
     before, real, calls = parameters(policy), policy.completion_loss, 0
 
-    def failing(pairs, loss):  # type: ignore[no-untyped-def]
+    def failing(pairs, *rest):  # type: ignore[no-untyped-def]
         nonlocal calls
         calls += 1
         if calls == fail_on_call:  # 2: with half of the gradient summed already
             raise torch.OutOfMemoryError("pretended")
-        return real(pairs, loss)
+        return real(pairs, *rest)
 
     monkeypatch.setattr(policy, "completion_loss", failing)
     settings = dataclasses.replace(SETTINGS, micro_batch_tokens=31, learning_rate=1.0)
@@ -239,7 +228,7 @@ def test_out_of_memory_ends_when_one_row_does_not_fit(
 ) -> None:
     policy = load_fixture_policy(model_dir)
 
-    def failing(pairs, loss):  # type: ignore[no-untyped-def]
+    def failing(pairs, *rest):  # type: ignore[no-untyped-def]
         raise torch.OutOfMemoryError("pretended")
 
     monkeypatch.setattr(policy, "completion_loss", failing)

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import events, quick_recipe, write_recipe
+from fixture_recipe import quick_recipe, write_recipe
+from run_files import events
 from safetensors.torch import load_file
 
 from empg_lite.core.errors import GraderUnusable, NumericalStop, explained
@@ -98,7 +99,7 @@ def overflow_above(most: float) -> Callable[..., Any]:
 
 def with_scaler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give runs the loss scaler of float16, in float32: powers of two change no digit."""
-    from empg_lite.loop import recorder as session
+    from empg_lite.loop import begin as session
 
     real = session.build_learner
 
@@ -219,10 +220,10 @@ def test_rewards_that_say_nothing(
 ) -> None:
     """Every completion ends here: the fixture's reward is replaced, and truncation switched off with it."""
     from empg_lite.loop import train as module
-    from empg_lite.sampler.native import _Batch
+    from empg_lite.sampler.native import _Scheduler
 
-    ended = _Batch._completion
-    monkeypatch.setattr(_Batch, "_completion", lambda self, row, reason: ended(self, row, "stop"))
+    ended = _Scheduler._completion
+    monkeypatch.setattr(_Scheduler, "_completion", lambda self, row, reason: ended(self, row, "stop"))
     monkeypatch.setattr(module, "refuse_hopeless", lambda *_: None)  # the loop's own stop is asked about
     settings = ("run.steps=12", f"em.weighting={weighting}", f"data.reward={reward}")
     recipe, run = quick_recipe(tmp_path, model_dir, *settings, "sampler.max_new_tokens=3"), tmp_path / "run"

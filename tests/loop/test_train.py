@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,7 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import events, wait_until, write_recipe
+from fixture_recipe import write_recipe
+from processes import wait_until
+from run_files import digest, events
 
 from empg_lite.core.errors import (
     CheckpointError,
@@ -33,15 +34,6 @@ from empg_lite.rewards import Verdict
 from empg_lite.run.checkpoint import list_checkpoints
 from empg_lite.run.journal import read_metrics, stable
 from empg_lite.run.rollouts import read_rollouts
-
-
-def digest(run: Path) -> tuple[str, str, str]:
-    """What a resumed run must share with the straight one: adapter, optimiser, metrics without clocks."""
-    newest = list_checkpoints(run)[-1]
-    records = [stable(record) for record in read_metrics(run / "metrics.jsonl")]
-    parts = [(newest / n).read_bytes() for n in ("adapter_model.safetensors", "optimizer.safetensors")]
-    parts.append(json.dumps(records).encode())
-    return tuple(hashlib.sha256(part).hexdigest() for part in parts)  # type: ignore[return-value]
 
 
 class StopAfter(View):
@@ -202,7 +194,7 @@ def test_a_dead_signal_stops_the_run_unless_forced(
 ) -> None:
     monkeypatch.setattr("empg_lite.loop.recorder.DEAD_STEPS", 2)
     monkeypatch.setattr(
-        "empg_lite.loop.train.run_preflight", lambda *_: None
+        "empg_lite.loop.begin.run_preflight", lambda *_: None
     )  # it would stop the run before step 1
     recipe = load_recipe(str(recipe_file), ["data.reward='regex:never this'", "run.eval_every=0"])
     with pytest.raises(NoSignal, match="no signal in 2 steps") as raised:
@@ -233,13 +225,13 @@ def test_a_grader_that_fails_stops_the_run(
     recipe = load_recipe(str(recipe_file), ["run.eval_every=0", "run.steps=6", "run.save_every=100"])
     real, run = module.e_step, tmp_path / "run"
 
-    def failing(session: Any, *rest: Any) -> Any:
-        if session.learner.state.step >= 2:
+    def failing(*given: Any) -> Any:
+        if given[-1].learner.state.step >= 2:
             crashed = Verdict(0.0, "crash", None, None, "", 0.0, error="no such module")
             future: Future[Verdict] = Future()
             future.set_result(crashed)
             monkeypatch.setattr(module.Grader, "submit", lambda *_: future)
-        return real(session, *rest)
+        return real(*given)
 
     monkeypatch.setattr(module, "e_step", failing)
     with pytest.raises(
@@ -432,17 +424,19 @@ def test_verdicts_are_not_asked_for_twice(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step that was graded before the run was cut off is not graded again."""
+    from empg_lite.loop import begin
     from empg_lite.loop import train as module
+    from empg_lite.loop.recorder import Recorder
 
     recipe = load_recipe(str(recipe_file), ["run.eval_every=0", "run.save_every=100"])
     run = tmp_path / "run"
     monkeypatch.setattr(
-        module.Session, "checkpoint_due", lambda self: (_ for _ in ()).throw(KeyboardInterrupt)
+        Recorder, "checkpoint_due", lambda self: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
         train(recipe, run)  # dies after step 1, before any checkpoint
     monkeypatch.undo()
-    monkeypatch.setattr(module, "run_preflight", lambda *_: None)  # this and the self-test grade too
+    monkeypatch.setattr(begin, "run_preflight", lambda *_: None)  # this and the self-test grade too
     monkeypatch.setattr(module.Grader, "self_test", lambda *_: None)
     stored = run / "rollouts" / "step-000001.jsonl"
     assert stored.is_file() and not list_checkpoints(run)

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import load_fixture_policy
-from test_sampler import ids_of, prompts_of
+from fixture_model import load_fixture_policy
+from sampling import ids_of, prompts_of
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from empg_lite.core.sizes import PREFILL_TOKENS
-from empg_lite.policy import packing
+from empg_lite.policy import attention
 from empg_lite.policy.attention import attention_kernels
 from empg_lite.sampler import Decoding, make_sampler
-from empg_lite.sampler.decoder import Decoder, pieces
+from empg_lite.sampler.decoder import Decoder, prefill_batches
 
 PAIRS = [((1, 2, 3), (4, 5, 6, 256)), ((1, 2, 3), (7, 256)), ((9, 8, 7, 6, 5), (4, 3, 256))]
 
@@ -33,8 +33,8 @@ def test_heads_share_keys_from_sm80_on(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], shares: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert packing.shares_keys(torch.device("cuda")) is shares
-    assert packing.shares_keys(torch.device("cpu"))
+    assert attention.shares_keys(torch.device("cuda")) is shares
+    assert attention.shares_keys(torch.device("cpu"))
 
 
 def test_keys_written_out_change_no_number(policy, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
@@ -56,7 +56,7 @@ def test_keys_written_out_change_no_number(policy, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
     ids, logprobs = found()
     assert any(asked)
-    monkeypatch.setattr(packing, "shares_keys", lambda device: False)
+    monkeypatch.setattr(attention, "shares_keys", lambda device: False)
     written_ids, written = found()
     assert asked and not any(asked)
     assert written_ids == ids
@@ -74,13 +74,13 @@ def test_torch_itself_says_which_kernel_it_takes(policy) -> None:  # type: ignor
     assert (found["prompts"], found["fitting"]) == ("math", "math")
 
 
-# --- prompts in pieces --------------------------------------------------------------------------------
+# --- prefill batches ----------------------------------------------------------------------------------
 
 
-def test_pieces_hold_all_prompts_and_no_more_than_they_may() -> None:
+def test_prefill_batches_hold_all_prompts_within_the_limit() -> None:
     lengths = [1, 2, 2, 3, 5, 5, 9]
     for most in range(1, 40):
-        found = list(pieces(lengths, most))
+        found = list(prefill_batches(lengths, most))
         assert [i for piece in found for i in piece] == list(range(7))
         padded = [len(piece) * max(lengths[i] for i in piece) for piece in found]
         assert all(size <= most or len(piece) == 1 for size, piece in zip(padded, found, strict=True))
@@ -89,19 +89,19 @@ def test_pieces_hold_all_prompts_and_no_more_than_they_may() -> None:
             assert (len(piece) + 1) * max(lengths[i] for i in (*piece, after[0])) > most
 
 
-def test_prompts_in_pieces_draw_the_same_and_bound_the_pass(
+def test_prefill_in_batches_draws_the_same_and_bounds_its_size(
     policy,  # type: ignore[no-untyped-def]
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     prompts, decoding = prompts_of(policy, 40, 2), Decoding(6)
     passes: list[list[int]] = []  # lengths of the prompts that go through together
-    real = Decoder._prefill
+    real = Decoder._prefill_batch
 
     def prefill(self: Decoder, together: Any, *rest: Any) -> torch.Tensor:
         passes.append([len(prompt) for prompt in together])
         return real(self, together, *rest)
 
-    monkeypatch.setattr(Decoder, "_prefill", prefill)
+    monkeypatch.setattr(Decoder, "_prefill_batch", prefill)
     whole = make_sampler(policy, "native").sample(prompts, decoding)
     assert [len(lengths) for lengths in passes] == [40]
     passes.clear()

@@ -2,48 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-needs_unsloth = pytest.mark.skipif(
-    importlib.util.find_spec("unsloth") is None, reason="Unsloth is not installed (extra `gpu`)"
-)
-
-
-def run_probe(backend: str, model: Path, cwd: Path) -> dict[str, Any]:
-    """What ``backend_probe.py`` finds, in full precision and in NF4: one process, which imports once."""
-    return run_script("backend_probe.py", backend, str(model), "4", "4", "12", cwd=cwd)
-
-
-def run_script(name: str, *arguments: str, cwd: Path, env: dict[str, str] | None = None) -> dict:  # type: ignore[type-arg]
-    """The JSON object that a script beside the tests prints last, run in a process of its own."""
-    tests = Path(__file__).parents[1]
-    script = tests / "support" / name
-    paths = os.pathsep.join(str(tests / folder) for folder in ("", "sampler", ".."))
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**(env or os.environ), "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def assert_sound(facts: dict) -> None:  # type: ignore[type-arg]
-    """Acceptance c and the mechanics of a step, for one backend."""
-    assert facts["native_equals_generate"]
-    assert facts["gap_batch"] <= 1e-4 and facts["gap_alone"] <= 1e-4
-    assert facts["adapter_effect"] > 1e-3
-    assert facts["grad_norm"] > 0 and facts["all_b_changed"] and facts["base_unchanged"]
+from backends import assert_sound, needs_unsloth, run_probe
 
 
 @pytest.fixture(scope="module")

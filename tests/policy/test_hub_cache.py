@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import write_recipe
+from fixture_recipe import write_recipe
 from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.slow

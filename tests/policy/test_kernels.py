@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import load_fixture_policy
-from test_backends import needs_unsloth, run_script
-from test_sampler import ids_of, prompts_of
-from test_steps import SETTINGS, rationale, sgd
+from backends import needs_unsloth
+from fitting import SETTINGS, sgd
+from fixture_model import load_fixture_policy
+from processes import run_script
+from rationales import rationale
+from sampling import ids_of, prompts_of
 
 from empg_lite.loop.mstep import m_step
 from empg_lite.policy import backends, kernels
-from empg_lite.policy.kernels import PLAIN, Kernels, proven
+from empg_lite.policy.kernels import PLAIN, Kernels, verified
 from empg_lite.policy.packing import pack
 from empg_lite.policy.shared_prefix import check_pairs, stream
 from empg_lite.sampler import Decoding, make_sampler
@@ -62,7 +64,7 @@ def off_by(share: float, name: str) -> Any:
 
 
 def test_those_that_agree_are_used_and_sample_alike(nf4: Any) -> None:
-    found = proven(borrowed(), nf4.causal, torch.float32)
+    found = verified(borrowed(), nf4.causal, torch.float32)
     assert found.borrowed == NAMES and found.notes == ()
     prompts, decoding = prompts_of(nf4, 4, 4), Decoding(12)
     expected = [ids_of(NativeSampler(nf4, merged=m).sample(prompts, decoding)) for m in (True, False)]
@@ -77,7 +79,7 @@ def test_those_that_agree_are_used_and_sample_alike(nf4: Any) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_one_that_differs_in_one_number_is_left_out(nf4: Any, name: str) -> None:
     wrong = borrowed(**{name: off_by(1e-5, name)} | ({"angles": PLAIN.angles} if name == "rotate" else {}))
-    found = proven(wrong, nf4.causal, torch.float32)
+    found = verified(wrong, nf4.causal, torch.float32)
     assert found.borrowed == tuple(n for n in NAMES if n != name)
     assert getattr(found, name) is getattr(PLAIN, name) and found.angles is (
         PLAIN.angles if name == "rotate" else wrong.angles
@@ -85,7 +87,7 @@ def test_one_that_differs_in_one_number_is_left_out(nf4: Any, name: str) -> None
     (note,) = found.notes
     assert note.startswith(f"{name}: differs from plain torch by 1.0e-05")
     within = {name: off_by(1e-8, name)} | ({"angles": PLAIN.angles} if name == "rotate" else {})
-    assert proven(borrowed(**within), nf4.causal, torch.float32).borrowed == NAMES
+    assert verified(borrowed(**within), nf4.causal, torch.float32).borrowed == NAMES
 
 
 def test_what_raises_gives_nan_or_another_type_is_left_out(nf4: Any) -> None:
@@ -97,7 +99,7 @@ def test_what_raises_gives_nan_or_another_type_is_left_out(nf4: Any) -> None:
         rotate=lambda turning, turns: turning * float("nan"),
         dequantize=lambda packed, state: PLAIN.dequantize(packed, state).double(),
     )
-    found = proven(odd, nf4.causal, torch.float32)
+    found = verified(odd, nf4.causal, torch.float32)
     assert found.borrowed == ("add_norm",) and found.swiglu is PLAIN.swiglu
     notes = dict(note.split(": ", 1) for note in found.notes)
     assert notes["swiglu"] == "RuntimeError: no kernel image is available for execution on the device"
@@ -105,16 +107,16 @@ def test_what_raises_gives_nan_or_another_type_is_left_out(nf4: Any) -> None:
 
 
 def test_without_nf4_there_is_nothing_to_dequantize(policy) -> None:  # type: ignore[no-untyped-def]
-    found = proven(borrowed(), policy.causal, torch.float32)
+    found = verified(borrowed(), policy.causal, torch.float32)
     assert found.borrowed == NAMES[:3] and found.notes == ("dequantize: the weights are not in NF4",)
 
 
 def test_sixteen_bits_are_allowed_their_rounding(nf4: Any) -> None:
     """Two roundings of bfloat16, not more."""
     right = borrowed(swiglu=off_by(0.01, "swiglu"))
-    assert "swiglu" in proven(right, nf4.causal, torch.bfloat16).borrowed
+    assert "swiglu" in verified(right, nf4.causal, torch.bfloat16).borrowed
     wrong = borrowed(swiglu=off_by(0.05, "swiglu"))
-    assert "swiglu" not in proven(wrong, nf4.causal, torch.bfloat16).borrowed
+    assert "swiglu" not in verified(wrong, nf4.causal, torch.bfloat16).borrowed
 
 
 # --- Unsloth's forward pass ---------------------------------------------------------------------------

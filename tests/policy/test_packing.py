@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_fixture_policy
+from fixture_model import load_fixture_policy
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -51,12 +52,7 @@ def gradient(policy: Policy, backward: Callable[[], object]) -> Tensor:
 
 def weighted(policy: Policy, pairs: Sequence[Pair], weights: Sequence[float]) -> Tensor:
     """The loss of the M-step, packed; Z is 10."""
-    w = torch.tensor(weights)
-
-    def loss(rows: Tensor, logprobs: Tensor) -> Tensor:
-        return m_step_loss(logprobs[:, None], torch.ones(len(rows), 1, dtype=torch.bool), w[rows], 10.0)
-
-    return policy.completion_loss(pairs, loss)
+    return policy.completion_loss(pairs, torch.tensor(weights), partial(m_step_loss, denominator=10.0))
 
 
 def by_row(policy: Policy, pairs: Sequence[Pair], weights: Sequence[float]) -> Tensor:
@@ -201,8 +197,15 @@ def test_head_loss_value_and_gradient(monkeypatch: pytest.MonkeyPatch, chunk: in
     monkeypatch.setitem(LOGIT_CHUNK, "cpu", chunk)
     torch.manual_seed(0)
     hidden, weight = torch.randn(37, 16, requires_grad=True), torch.randn(301, 16)
-    targets, w = torch.randint(0, 301, (37,)), torch.randn(37)
-    loss = head_loss(hidden, weight, targets, lambda at, logprobs: (w[at] * logprobs.square()).sum())
+    targets, lengths, row_weights = torch.randint(0, 301, (37,)), [9, 1, 20, 7], torch.randn(4)
+    w = row_weights.repeat_interleave(torch.tensor(lengths))
+
+    def squares(logprobs: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
+        assert logprobs.shape == mask.shape and weights.shape == logprobs.shape[:1]
+        assert not logprobs[~mask].any()
+        return (weights[:, None] * logprobs.square()).sum()
+
+    loss = head_loss(hidden, weight, targets, lengths, row_weights, squares)
     (3.0 * loss).backward()
     reference = hidden.detach().double().requires_grad_()
     full = (reference @ weight.double().T).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
@@ -215,7 +218,8 @@ def test_head_loss_value_and_gradient(monkeypatch: pytest.MonkeyPatch, chunk: in
 def test_head_loss_says_when_the_policy_is_broken() -> None:
     hidden = torch.randn(4, 8)
     hidden[2, 0] = torch.inf
-    loss = head_loss(hidden, torch.randn(9, 8), torch.tensor([1, 2, 3, 4]), lambda at, logp: logp.sum())
+    targets, weights = torch.tensor([1, 2, 3, 4]), torch.ones(2)
+    loss = head_loss(hidden, torch.randn(9, 8), targets, [1, 3], weights, lambda logprobs, *_: logprobs.sum())
     assert not torch.isfinite(loss)
 
 
@@ -236,7 +240,9 @@ def test_head_loss_never_holds_full_logits() -> None:
     hidden = torch.randn(512, 8, requires_grad=True)
     weight, targets = torch.randn(151_936, 8), torch.randint(0, 151_936, (512,))
     with Watch():
-        head_loss(hidden, weight, targets, lambda at, logprobs: logprobs.sum()).backward()
+        head_loss(
+            hidden, weight, targets, [512], torch.ones(1), lambda logprobs, *_: logprobs.sum()
+        ).backward()
         packed = largest
         chosen_logprobs(hidden.detach(), weight, targets)
     assert 151_936 <= packed <= LOGIT_CHUNK["cpu"] < 512 * 151_936

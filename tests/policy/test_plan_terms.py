@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import load_fixture_policy
-from fixture_model import build_model
+from fixture_model import build_model, load_fixture_policy
+from plan_settings import BASE, CPU, FIXTURE
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,9 +23,8 @@ from empg_lite.core import sizes
 from empg_lite.loop.batching import packed_batches
 from empg_lite.loop.plan import predict
 from empg_lite.policy import load_policy, logprobs
-from empg_lite.policy.adam import make_adamw
+from empg_lite.policy.adapter import make_adamw
 from empg_lite.policy.memory import terms as t
-from empg_lite.policy.memory.machine import Machine
 from empg_lite.policy.memory.shape import KNOWN, Shape, read_shape
 from empg_lite.policy.memory.terms import Settings
 from empg_lite.policy.merged import MergedCopy
@@ -34,26 +33,6 @@ from empg_lite.policy.policy import Policy
 from empg_lite.recipe.schema import ModelSection
 from empg_lite.sampler import Decoding, Prompt, make_sampler
 from empg_lite.sampler.draw import draw
-
-FIXTURE = Shape(layers=2, hidden=64, intermediate=128, heads=4, kv_heads=2, head_dim=16, vocab=259, tied=True)
-BASE = Settings(
-    itemsize=4,
-    four_bit=False,
-    lora_r=4,
-    adam_8bit=False,
-    problems=4,
-    samples=4,
-    prompt_tokens=40,
-    new_tokens=24,
-    batch_rows=16,
-    merged=False,
-    micro_batch_tokens=16 * 64,
-    checkpointing=False,
-    evaluates=False,
-    device="cpu",
-)
-CPU = Machine("cpu", 10**12)
-
 
 # --- exact where it can be ------------------------------------------------------------------------
 
@@ -478,7 +457,7 @@ def test_what_graphs_hold() -> None:
 
 def test_a_cache_on_a_gpu_is_aligned() -> None:
     s = replace(BASE, prompt_tokens=41, device="cuda", itemsize=2)
-    assert (s.row_tokens, s.room, replace(s, device="cpu").room) == (65, 72, 65)
+    assert (s.row_tokens, s.cache_len, replace(s, device="cpu").cache_len) == (65, 72, 65)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -501,13 +480,13 @@ def test_a_head_allocates_what_the_plan_says(
     """
     monkeypatch.setitem(sizes.LOGIT_CHUNK, "cpu", 1 << 23)
 
-    def loss(at: slice, logprobs: torch.Tensor) -> torch.Tensor:
-        return logprobs.sum()
+    def loss(padded: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return padded.sum()
 
-    vocab, d = 40_000, 8
+    vocab, d, one = 40_000, 8, torch.ones(1)
     hidden = torch.randn(rows, d, dtype=dtype, requires_grad=True)
     weight, targets = torch.randn(vocab, d, dtype=dtype), torch.arange(rows)
-    found = most_alive(lambda: logprobs.head_loss(hidden, weight, targets, loss).backward())
+    found = most_alive(lambda: logprobs.head_loss(hidden, weight, targets, [rows], one, loss).backward())
     s = replace(BASE, itemsize=dtype.itemsize, problems=rows, samples=1, prompt_tokens=1, new_tokens=1)
     s = replace(s, micro_batch_tokens=rows)
     assert t.head_chunk(replace(FIXTURE, vocab=vocab, hidden=d), s) == pytest.approx(found, rel=0.01)

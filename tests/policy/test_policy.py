@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_fixture_policy
+from fixture_model import load_fixture_policy
 
 from empg_lite.core.errors import DataError, MissingInput, ModelUnusable, RecipeError, UsageError
 from empg_lite.core.sizes import LOGIT_CHUNK
@@ -155,7 +155,7 @@ def test_an_nf4_base_holds_no_weights_file(
     from empg_lite.policy import backends
 
     if not left:
-        monkeypatch.setattr(backends, "leave_the_file", lambda model: None)
+        monkeypatch.setattr(backends, "copy_out_of_file", lambda model: None)
     own = shutil.copytree(model_dir, tmp_path / "own")  # other tests hold the shared one
     held = load_fixture_policy(own, load_in_4bit=True)
     maps = Path("/proc/self/maps").read_text("utf-8")

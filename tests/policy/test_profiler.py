@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import load_fixture_policy
-from test_plan import BASE, FIXTURE
+from fixture_model import load_fixture_policy
+from plan_settings import BASE, FIXTURE
 
 from empg_lite.core.rationale import Rationale
 from empg_lite.loop.mstep import FitSettings, m_step
@@ -86,12 +86,12 @@ def test_an_engine_counts_what_it_computes(
     policy = load_fixture_policy(model_dir)
     sampler = make_sampler(policy, engine, 16)
     seen: list[tuple[int, int]] = []  # rows and width of every pass of the network
-    begin, step = Decoder.begin, Decoder.step
+    prefill, step = Decoder.prefill, Decoder.step
     monkeypatch.setattr(
         Decoder,
-        "begin",
+        "prefill",
         lambda self, prompts, owner, *rest: (
-            seen.append((len(owner), max(map(len, prompts)))) or begin(self, prompts, owner, *rest)
+            seen.append((len(owner), max(map(len, prompts)))) or prefill(self, prompts, owner, *rest)
         ),
     )
     monkeypatch.setattr(Decoder, "step", lambda self, n, m: seen.append((n, 1)) or step(self, n, m))
@@ -187,7 +187,7 @@ def test_train_profiles_when_asked_and_only_then(
     assert found["rows_skipped"] == pytest.approx(skipped / len(drawn))
     assert 0 <= found["wasted_row_steps"] < 1 and found["of_floor"]["fitting"] > 0
 
-    monkeypatch.setattr("empg_lite.loop.recorder.probe", lambda *a: pytest.fail("probed without being asked"))
+    monkeypatch.setattr("empg_lite.policy.memory.profile.probe", lambda *a: pytest.fail("probed without being asked"))
     code, _, _ = cli("train", "-r", recipe_file, "-o", tmp_path / "plain", "--max-steps", 1)
     assert code == 0 and not (tmp_path / "plain" / "profile.json").exists()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from adversarial import ATTACKS, CODE, GOLDS, QUICK, Attack
-from conftest import in_thread
+from processes import in_thread
 
 from empg_lite.core.rationale import FAILURES, VERDICTS
 from empg_lite.rewards import Grader, Verdict

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import HANGS
+from processes import HANGS
 
 from empg_lite.core.errors import GraderUnusable
 from empg_lite.rewards import Case, Grader, check_reward
-from empg_lite.rewards.choice import options_of, read_letter
+from empg_lite.rewards.kinds.choice import options_of, read_letter
 from empg_lite.rewards.spec import parse_spec
 from empg_lite.tools.check import written_gold
 
@@ -179,7 +179,7 @@ def test_the_self_test_finds_a_broken_import(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_self_test_finds_wrong_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("empg_lite.rewards.functions.compare", lambda *_: True)
+    monkeypatch.setattr("empg_lite.rewards.math.compare.compare", lambda *_: True)
     with Grader() as grader, pytest.raises(GraderUnusable, match="self-test: equal instead of different"):
         grader.self_test("math")
 

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import HANGS, alive, in_thread, wait_until, wait_until_busy
+from processes import HANGS, alive, in_thread, wait_until, wait_until_busy
 
 from empg_lite.core.errors import GraderUnusable
 from empg_lite.rewards import Grader, Verdict

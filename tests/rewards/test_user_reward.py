@@ -9,12 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import HANGS, alive, one_line, wait_until
+from processes import HANGS, alive, one_line, wait_until
 
 from empg_lite.core.errors import DataError, GraderUnusable, MissingInput
 from empg_lite.recipe.file import load_recipe
 from empg_lite.rewards import Case, Grader, pin
-from empg_lite.rewards.worker.usercode import checked_terms
+from empg_lite.rewards.worker.python import checked_terms
 from empg_lite.run.rollouts import read_rollouts
 
 # ---- your own function -------------------------------------------------------------------------------

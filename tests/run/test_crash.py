@@ -18,10 +18,10 @@ from typing import Any
 
 import crash_harness as harness
 import pytest
-from crash_harness import PHASES, Ended, Plant, digest, side_by_side
+from crash_harness import PHASES, Ended, Plant, digest, side_by_side, violations
 
 from empg_lite.loop import recorder as session
-from empg_lite.loop import train as train_module
+from empg_lite.loop import estep
 from empg_lite.run import checkpoint, store
 from empg_lite.run.checkpoint import list_checkpoints
 from empg_lite.run.journal import Journal
@@ -169,8 +169,8 @@ def forget(**values: Any) -> None:
 
 
 def other_random_numbers() -> None:
-    real = train_module.sample_rationales
-    train_module.sample_rationales = lambda *args, **kw: real(*args, **{**kw, "seed": kw["seed"] + 1})
+    real = estep.sample_rationales
+    estep.sample_rationales = lambda *args, **kw: real(*args, **{**kw, "seed": kw["seed"] + 1})
 
 
 def keep_logs() -> None:
@@ -226,39 +226,6 @@ def test_control_a_checkpoint_written_in_place_is_found(
 
 
 # --- the order of writing, syncing and renaming -----------------------------------------------------------
-
-
-def violations(calls: list[tuple[str, str]], told: list[int]) -> list[str]:
-    """What of a log of calls would lose or tear something when the machine dies.
-
-    What a rename publishes was synced before it: each file after its last write, and the folder; the folder
-    above is synced after it, before the next change under another name, and before the user is told anything.
-    """
-    found, dirty, made = [], set(), set()
-    unsynced: str | None = None  # folder whose entries changed by the rename just done
-    for n, (name, path) in enumerate(calls):
-        if unsynced is not None and (name != "_fsync" or path != unsynced):
-            if not (name == "_rename" and str(Path(path).parent) == unsynced):  # the second of two
-                found.append(f"{n}: {name} {path} before {unsynced} is synced")
-                unsynced = None
-        if unsynced is not None and n in told:
-            found.append(f"{n}: told before {unsynced} is synced")
-        if name in ("_write", "_cut"):
-            dirty.add(path)
-        elif name == "_mkdir":
-            made.add(path)
-        elif name == "_fsync":
-            dirty.discard(path)
-            made.discard(path)
-            unsynced = None if path == unsynced else unsynced
-        elif name == "_rename":
-            below = [p for p in dirty | made if p == path or p.startswith(f"{path}/")]
-            if below:
-                found.append(f"{n}: {path} is renamed, {below[0]} is not synced")
-            dirty.difference_update(below)
-            made.difference_update(below)
-            unsynced = str(Path(path).parent)
-    return found
 
 
 def without_file_sync() -> None:

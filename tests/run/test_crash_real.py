@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from conftest import write_recipe
-from test_crash import violations
+from crash_harness import violations
+from fixture_recipe import write_recipe
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import kills

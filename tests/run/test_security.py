@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import load_fixture_policy, wait_until, write_recipe
+from fixture_model import load_fixture_policy
+from fixture_recipe import write_recipe
+from hostile import DEEP
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_checkpoint_files import DEEP
+from processes import wait_until
 
 from empg_lite.core.errors import DataError, EmpgError, MissingInput, ModelUnusable, RecipeError
 from empg_lite.core.safe_text import safe, without_passwords
@@ -27,7 +29,7 @@ from empg_lite.loop.train import TrainOptions, train
 from empg_lite.policy.policy import Policy
 from empg_lite.policy.templates import TEMPLATES
 from empg_lite.recipe.file import load_recipe
-from empg_lite.rewards.math.extract import extract
+from empg_lite.rewards.math import extract
 from empg_lite.run import store
 from empg_lite.run.journal import Journal, read_metrics
 from empg_lite.run.rollouts import encode_rollouts, read_rollouts

@@ -30,12 +30,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from conftest import write_recipe
+from fixture_recipe import write_recipe
 
 from empg_lite.core.errors import explained
 from empg_lite.core.view import View
 from empg_lite.loop import learner
-from empg_lite.loop.recorder import Session
+from empg_lite.loop.recorder import Recorder
 from empg_lite.loop.train import TrainOptions, train
 from empg_lite.recipe.file import load_recipe
 from empg_lite.recipe.schema import Recipe
@@ -186,7 +186,7 @@ class Plant:
         Grader.self_test = lambda *_: None  # type: ignore[method-assign,assignment]
         Grader.submit = _graded  # type: ignore[method-assign,assignment]
         Scorer.scored = report.within("grading", _slowly(Scorer.scored))  # type: ignore[method-assign]
-        Session.checkpoint = report.within("saving", Session.checkpoint)  # type: ignore[method-assign]
+        Recorder.checkpoint = report.within("saving", Recorder.checkpoint)  # type: ignore[method-assign]
         if change is not None:
             change()
         _wrap_store(report.calls, at, how)
@@ -355,3 +355,36 @@ def side_by_side(jobs: Iterable[Callable[[], Any]], processes: int = 2) -> list[
                 assert status == 0, f"job {number} failed"
                 results[number] = json.loads(Path(file).read_text("utf-8"))
     return [results[number] for number in sorted(results)]
+
+
+def violations(calls: list[tuple[str, str]], told: list[int]) -> list[str]:
+    """What of a log of calls would lose or tear something when the machine dies.
+
+    What a rename publishes was synced before it: each file after its last write, and the folder; the folder
+    above is synced after it, before the next change under another name, and before the user is told anything.
+    """
+    found, dirty, made = [], set(), set()
+    unsynced: str | None = None  # folder whose entries changed by the rename just done
+    for n, (name, path) in enumerate(calls):
+        if unsynced is not None and (name != "_fsync" or path != unsynced):
+            if not (name == "_rename" and str(Path(path).parent) == unsynced):  # the second of two
+                found.append(f"{n}: {name} {path} before {unsynced} is synced")
+                unsynced = None
+        if unsynced is not None and n in told:
+            found.append(f"{n}: told before {unsynced} is synced")
+        if name in ("_write", "_cut"):
+            dirty.add(path)
+        elif name == "_mkdir":
+            made.add(path)
+        elif name == "_fsync":
+            dirty.discard(path)
+            made.discard(path)
+            unsynced = None if path == unsynced else unsynced
+        elif name == "_rename":
+            below = [p for p in dirty | made if p == path or p.startswith(f"{path}/")]
+            if below:
+                found.append(f"{n}: {path} is renamed, {below[0]} is not synced")
+            dirty.difference_update(below)
+            made.difference_update(below)
+            unsynced = str(Path(path).parent)
+    return found

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from empg_lite.policy.policy import Policy
 
 END, START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -78,3 +82,34 @@ def _special(text: str) -> dict[str, object]:
         "rstrip": False,
         "single_word": False,
     }
+
+
+def load_fixture_policy(
+    model_dir: Path, *, perturb: bool = True, load_in_4bit: bool = False, prompt: str = "plain"
+):
+    """A fresh policy over the fixture model; ``perturb`` moves LoRA B off zero: the adapter matters."""
+    from empg_lite.policy import load_policy
+    from empg_lite.recipe.schema import ModelSection
+
+    section = ModelSection(
+        name=str(model_dir),
+        backend="transformers",
+        dtype="float32",
+        load_in_4bit=load_in_4bit,
+        lora_r=4,
+        lora_alpha=8,
+    )
+    loaded = load_policy(section, prompt, seed=0)
+    if perturb:
+        perturb_adapter(loaded)
+    return loaded
+
+
+def perturb_adapter(policy: Policy) -> None:
+    """Move every LoRA weight by 0.1 times a normal number, from a fixed seed."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import load_fixture_policy
+from fixture_model import load_fixture_policy
 from rationales import rationale
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from empg_lite.core.rationale import Problem, Rationale
 from empg_lite.em import denominator
 from empg_lite.loop import mstep
 from empg_lite.loop.batching import whole_problems
-from empg_lite.loop.estep import by_group, sample_rationales
+from empg_lite.loop.estep import sample_rationales
 from empg_lite.loop.mstep import FitSettings, FitStats, m_step
 from empg_lite.loop.train import train
 from empg_lite.policy.packing import Ids
@@ -197,7 +197,7 @@ def samples(model_dir: Path, world: World) -> dict[str, object]:
         draw = sample_rationales(
             policy, sampler, mine, Decoding(12), samples=4, seed=3, step=1, policy_step=0
         )
-        return by_group(draw.groups, [r for g in draw.groups for r in g.rationales])
+        return [list(g.rationales) for g in draw.groups]
 
     shared, alone = world.share(problems, ask), ask(problems)
     return {

@@ -14,7 +14,7 @@ from typing import Any
 
 def load(model: str) -> Any:
     """The fixture model by Unsloth in NF4, its adapter not zero."""
-    from conftest import perturb_adapter
+    from fixture_model import perturb_adapter
 
     from empg_lite.policy import load_policy
     from empg_lite.recipe.schema import ModelSection
@@ -109,14 +109,14 @@ def attend_by_segments(policy: Any) -> None:
 
 
 def kernels(model: str) -> dict[str, Any]:
-    """Unsloth's Triton kernels under Triton's interpreter: proven, and sampled with."""
+    """Unsloth's Triton kernels under Triton's interpreter: verified, and sampled with."""
     import torch
 
     policy = load(model)
-    from test_sampler import ids_of, prompts_of
+    from sampling import ids_of, prompts_of
     from unsloth.kernels import rope_embedding
 
-    from empg_lite.policy.kernels import PLAIN, proven, unsloth_kernels
+    from empg_lite.policy.kernels import PLAIN, verified, unsloth_kernels
     from empg_lite.sampler import Decoding
     from empg_lite.sampler.native import NativeSampler
 
@@ -128,7 +128,7 @@ def kernels(model: str) -> dict[str, Any]:
         return True
 
     rope_embedding.decode_rope_inplace = rope
-    found = proven(unsloth_kernels(), policy.causal, torch.float32)
+    found = verified(unsloth_kernels(), policy.causal, torch.float32)
     result: dict[str, Any] = {"borrowed": found.borrowed, "notes": found.notes}
     prompts, decoding = prompts_of(policy, 3, 4), Decoding(6)
     for merged in (True, False):

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HANGS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import HANGS
 from stored_runs import rationale
 
 from empg_lite.cli.marks import MARKS, legend, marked
@@ -35,7 +35,7 @@ from empg_lite.tools.chat import Chat, vote
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
-    from conftest import write_recipe
+    from fixture_recipe import write_recipe
 
     from empg_lite import api
 

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_recipe
+from fixture_recipe import write_recipe
 
 from empg_lite.core.errors import CheckFailed, StorageError
 from empg_lite.loop.learner import build_learner
 from empg_lite.rewards import Grader
 from empg_lite.run.rollouts import read_rollouts
 from empg_lite.run.target import resolve_target
-from empg_lite.tools.export import compare, export_merged, models, upload_adapter
+from empg_lite.tools.export import compare, gguf, hub, merged
 
 #: What a stranger does: only transformers and peft; the probe rows and where the logits go come as arguments.
 STRANGER = """
@@ -167,9 +167,9 @@ def test_the_original_base_is_the_one_on_disk(
     """What --onto original writes is W + scale B A of the unquantised W, tensor by tensor."""
     from safetensors.torch import load_file
 
-    monkeypatch.setattr(models, "THRESHOLD", 0.0)
+    monkeypatch.setattr(merged, "THRESHOLD", 0.0)
     target = resolve_target(str(run_nf4))
-    export_merged(target, tmp_path / "o", grader, onto="original")
+    merged.export(target, tmp_path / "o", grader, onto="original")
     written, base = (
         load_file(tmp_path / "o" / "model.safetensors"),
         load_file(model_dir / "model.safetensors"),
@@ -190,7 +190,7 @@ def test_the_original_base_is_the_one_on_disk(
 def test_an_export_that_acts_otherwise_is_refused(  # type: ignore[no-untyped-def]
     run: Path, tmp_path: Path, grader, monkeypatch, sabotage: str
 ) -> None:
-    whole = models.whole_tensors
+    whole = merged.merged_tensors
 
     def wrong(policy, dtype):  # type: ignore[no-untyped-def]
         with torch.no_grad():
@@ -202,18 +202,18 @@ def test_an_export_that_acts_otherwise_is_refused(  # type: ignore[no-untyped-de
         for name, tensor in whole(policy, dtype):
             yield name, -tensor if sabotage == "a scaled head" and name == "model.norm.weight" else tensor
 
-    monkeypatch.setattr(models, "whole_tensors", wrong)
+    monkeypatch.setattr(merged, "merged_tensors", wrong)
     with pytest.raises(CheckFailed, match="nothing was written"):
-        export_merged(resolve_target(str(run)), tmp_path / "m", grader)
+        merged.export(resolve_target(str(run)), tmp_path / "m", grader)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_sizes_and_shards(run: Path, tmp_path: Path, grader, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     from safetensors.torch import load_file
 
-    one = export_merged(resolve_target(str(run)), tmp_path / "one", grader)
-    monkeypatch.setattr(models, "SHARD", 40_000)
-    many = export_merged(resolve_target(str(run)), tmp_path / "many", grader)
+    one = merged.export(resolve_target(str(run)), tmp_path / "one", grader)
+    monkeypatch.setattr(merged, "SHARD", 40_000)
+    many = merged.export(resolve_target(str(run)), tmp_path / "many", grader)
     shards = sorted((tmp_path / "many").glob("model-*.safetensors"))
     assert len(shards) > 3 and many["argmax_agreement"] == one["argmax_agreement"] == 1.0
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())["weight_map"]
@@ -229,7 +229,7 @@ def test_a_full_disk_is_said_before_anything_is_written(
 ) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr("empg_lite.run.store._free_bytes", lambda path: 10_000)
     with pytest.raises(StorageError, match="too full"):
-        export_merged(resolve_target(str(run)), tmp_path / "m", grader)
+        merged.export(resolve_target(str(run)), tmp_path / "m", grader)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -292,16 +292,16 @@ class Hub:
 
 
 def test_upload_sends_the_adapter_and_only_where_asked(cli, run: Path, grader) -> None:  # type: ignore[no-untyped-def]
-    hub = Hub()
-    facts = upload_adapter(resolve_target(str(run)), "me/mine", grader, api=hub)
+    fake = Hub()
+    facts = hub.export(resolve_target(str(run)), Path("unused"), grader, repo="me/mine", api=fake)
     assert (
-        hub.calls == [("me/mine", {"private": True, "exist_ok": True})]
+        fake.calls == [("me/mine", {"private": True, "exist_ok": True})]
         and facts["export"] == "https://hub/me/mine"
     )
-    assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= hub.files.keys()
-    assert not any(name.startswith(("optimizer", "rng", "state")) for name in hub.files)
+    assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= fake.files.keys()
+    assert not any(name.startswith(("optimizer", "rng", "state")) for name in fake.files)
     with pytest.raises(Exception, match="no way there"):
-        upload_adapter(resolve_target(str(run)), "me/mine", grader, api=Hub(refuse=True))
+        hub.export(resolve_target(str(run)), Path("unused"), grader, repo="me/mine", api=Hub(refuse=True))
     for arguments in (("--to", "hub"), ("--to", "merged", "--repo", "me/mine")):
         code, _, err = cli("export", run, *arguments)
         assert code == 2 and "--repo" in err.splitlines()[-1]
@@ -335,20 +335,19 @@ def test_llama_cpp_runs_the_gguf(tmp_path: Path, grader, kind: str, monkeypatch)
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (extra: gguf)")
     pytest.importorskip("gguf", reason="gguf is not installed (extra: gguf)")
     from empg_lite import api
-    from empg_lite.tools.export import export_gguf
 
     short = {"run.steps": 3, "run.eval_every": 0, "optim.learning_rate": 0.02}
     run = api.run("tiny", tmp_path / "run", overrides=short).path
-    facts = export_gguf(resolve_target(str(run)), tmp_path / "g", grader, kind=kind)
+    facts = gguf.export(resolve_target(str(run)), tmp_path / "g", grader, kind=kind)
     assert facts["compared_tokens"] >= 1000 and facts["argmax_agreement"] >= 0.95
     assert (tmp_path / "g" / f"model-{kind}.gguf").is_file()
     print(f"{kind}: {facts['argmax_agreement']:.2%} of {facts['compared_tokens']} tokens")
     if kind == "f32":
         assert facts["argmax_agreement"] >= 0.998
-        whole = models.write_gguf
-        monkeypatch.setattr(models, "write_gguf", lambda p, f, k, name: _without_delta(whole, p, f, k, name))
+        write = gguf.write_gguf
+        monkeypatch.setattr(gguf, "write_gguf", lambda p, f, k, name: _without_delta(write, p, f, k, name))
         with pytest.raises(CheckFailed, match="llama.cpp"):
-            export_gguf(resolve_target(str(run)), tmp_path / "bad", grader, kind=kind)
+            gguf.export(resolve_target(str(run)), tmp_path / "bad", grader, kind=kind)
         assert not (tmp_path / "bad").exists()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile import HOSTILE
 from stored_runs import make_run, rationale, step_rows
 
 from empg_lite.core.behaviors import behavior_rates, spans
@@ -20,11 +21,6 @@ from empg_lite.tools.report.charts import all_charts
 from empg_lite.tools.report.drawing import inline_svg, picture
 from empg_lite.tools.report.reading import arms_of, differences, read_run
 from empg_lite.tools.report.samples import LONGEST, choose, pieces
-
-HOSTILE = (
-    "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1> \u202eevil\x1b[31m "
-    "<!--<script> &lt;b&gt; {{ 7*7 }} \ud800 #### 7"
-)
 
 
 def changed(section: str, **values: Any):  # type: ignore[no-untyped-def]

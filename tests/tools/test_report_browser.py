@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile import HOSTILE
 from stored_runs import make_run, rationale, step_rows
-from test_report import HOSTILE
 
 from empg_lite.core.behaviors import spans
 from empg_lite.tools.report import write_report
