@@ -3,14 +3,13 @@
 ``python benchmarks/kills.py --loops 50`` trains the bundled model for four short steps. Each loop starts the
 command in a session of its own, kills it after a random time, by turns the whole process group or the parent
 alone, and gives the same command again until it ends by itself. It prints kills, loops whose result differs
-(adapter, optimiser, metrics without clocks), and processes still there five seconds after a kill; any of the
+(adapter, optimizer, metrics without clocks), and processes still there five seconds after a kill; any of the
 last two is exit code 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -23,8 +22,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from empg_lite.run.checkpoint import list_checkpoints
-from empg_lite.run.journal import read_metrics, stable
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+
+from run_files import digest  # noqa: E402
 
 SETTINGS = (
     "sampler.problems_per_step=4",
@@ -85,7 +85,7 @@ def _start(run: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def _straight(run: Path) -> tuple[str, float]:
+def _straight(run: Path) -> tuple[tuple[str, ...], float]:
     started = time.monotonic()
     assert _start(run).wait() == 0, "the command itself fails"
     return digest(run), time.monotonic() - started
@@ -125,14 +125,6 @@ def _of_session(session: int) -> list[int]:
         if int(fields[3]) == session and fields[0] != "Z":
             found.append(int(path.parent.name))
     return found
-
-
-def digest(run: Path) -> str:
-    """Of the last adapter, the optimiser and the metrics without clocks."""
-    newest = list_checkpoints(run)[-1]
-    parts = [(newest / n).read_bytes() for n in ("adapter_model.safetensors", "optimizer.safetensors")]
-    parts.append(json.dumps([stable(r) for r in read_metrics(run / "metrics.jsonl")]).encode())
-    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 
 if __name__ == "__main__":

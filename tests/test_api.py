@@ -1,19 +1,25 @@
-"""The Python API does what the commands do: the same files, the same figures, the same errors."""
+"""The Python API matches the commands: the same files, figures and errors."""
 
 from __future__ import annotations
 
 import ast
 import inspect
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
+from run_files import stable
 
 import empg_lite
 from empg_lite import api
+from empg_lite.api import LoadedPolicy
+from empg_lite.cli import app
 from empg_lite.core.errors import DataError, EmpgError, MissingInput, RecipeError, UsageError
+from empg_lite.core.rationale import Problem
 from empg_lite.core.view import View
-from empg_lite.run.journal import stable
 
 
 class Watcher(View):
@@ -26,7 +32,7 @@ class Watcher(View):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> tuple[api.Run, Path, Watcher]:
-    """A run of three steps by the API, its recipe, and who watched."""
+    """A run of three steps through the API, its recipe, and the view that watched it."""
     from fixture_recipe import write_recipe
 
     folder = tmp_path_factory.mktemp("api")
@@ -47,7 +53,7 @@ def test_run_is_train(cli, trained: tuple[api.Run, Path, Watcher], tmp_path: Pat
     assert run.recipe.run.seed == 5 and run.recipe == other.recipe
 
 
-def test_what_a_run_stored(trained: tuple[api.Run, Path, Watcher]) -> None:
+def test_run_reads_what_was_stored(trained: tuple[api.Run, Path, Watcher]) -> None:
     run = trained[0]
     rows = run.rationales(2)
     assert len(rows) == 24 and {r.step for r in rows} == {2}
@@ -67,7 +73,7 @@ def test_evaluate_model_is_eval(cli, trained: tuple[api.Run, Path, Watcher]) -> 
     assert figures["pass@1"] == run.summary["accuracy_after"]
 
 
-def test_a_loaded_policy_answers_as_in_chat(cli, trained: tuple[api.Run, Path, Watcher]) -> None:  # type: ignore[no-untyped-def]
+def test_loaded_policy_answers_as_in_chat(cli, trained: tuple[api.Run, Path, Watcher]) -> None:  # type: ignore[no-untyped-def]
     run, _, _ = trained
     policy = api.load_policy(run)
     answer = policy.answer("3 + 4 = ?")
@@ -88,7 +94,7 @@ def test_a_loaded_policy_answers_as_in_chat(cli, trained: tuple[api.Run, Path, W
         policy.answer("1 + " * 5000)
 
 
-def test_a_loop_of_sample_score_fit(trained: tuple[api.Run, Path, Watcher], tmp_path: Path) -> None:
+def test_sample_score_fit_is_a_step_of_train(trained: tuple[api.Run, Path, Watcher], tmp_path: Path) -> None:
     run, recipe, _ = trained
     out = tmp_path / "rollouts.jsonl"
     said = api.sample_rationales(recipe, out, problems=3, overrides={"run.seed": 5})
@@ -100,7 +106,7 @@ def test_a_loop_of_sample_score_fit(trained: tuple[api.Run, Path, Watcher], tmp_
     )
     (record,) = fitted.metrics()
     first = run.metrics()[1]
-    # The first step of the run drew, scored and fitted the very same rationales.
+    # The first step of the run sampled, scored and fitted the same rationales.
     assert (record["reward"], record["loss"], record["grad_norm"]) == (
         first["reward"],
         first["loss"],
@@ -128,8 +134,10 @@ def test_report_and_export(trained: tuple[api.Run, Path, Watcher], tmp_path: Pat
     run = trained[0]
     made = api.write_report(run, tmp_path / "r.html")
     assert made["runs"] == 1 and (tmp_path / "r.html").is_file()
-    twice = api.write_report([run, str(run.path)], tmp_path / "two.html")
-    assert twice["runs"] == 2
+    shutil.copytree(run.path, tmp_path / "copy")
+    assert api.write_report([run, str(tmp_path / "copy")], tmp_path / "two.html")["runs"] == 2
+    with pytest.raises(UsageError, match="twice"):
+        api.write_report([run, str(run.path)], tmp_path / "two.html")
     merged = api.export_run(run, "merged", tmp_path / "m", dtype="float32")
     assert merged["dtype"] == "float32" and merged["argmax_agreement"] == 1.0
     assert api.export_run(run, "sft-dataset", tmp_path / "s.jsonl")["rows"] > 0
@@ -137,7 +145,7 @@ def test_report_and_export(trained: tuple[api.Run, Path, Watcher], tmp_path: Pat
         api.export_run(run, "onnx", tmp_path / "x")
 
 
-def test_errors_are_those_of_the_command(trained: tuple[api.Run, Path, Watcher], tmp_path: Path) -> None:
+def test_errors_match_the_command(trained: tuple[api.Run, Path, Watcher], tmp_path: Path) -> None:
     run, recipe, _ = trained
     with pytest.raises(RecipeError, match="learning_rate"):
         api.run(recipe, tmp_path / "a", overrides={"optim.learning_rate": "fast"})
@@ -154,7 +162,10 @@ def test_errors_are_those_of_the_command(trained: tuple[api.Run, Path, Watcher],
     with pytest.raises(UsageError, match="allow-code"):
         api.grade_answer("x", "y", mine)
     assert api.grade_answer("x", "y", mine, allow_code=True).reward == 1
-    assert not list(tmp_path.glob("[ab]")), "a refused run leaves nothing"
+    for seeds, more in (((1, 1), {}), ((0, 1), {"seed": 3})):
+        with pytest.raises(UsageError, match="--seeds"):
+            api.run(recipe, tmp_path / "a", seeds=seeds, **more)
+    assert not list(tmp_path.glob("[ab]")), "a refused run leaves nothing behind"
 
 
 def test_overrides_take_python_values() -> None:
@@ -162,6 +173,62 @@ def test_overrides_take_python_values() -> None:
     assert recipe.run.eval_limit is None and recipe.model.load_in_4bit is True
     assert api.read_recipe("tiny", overrides={"optim.learning_rate": 1e-5}).optim.learning_rate == 1e-5
     assert api.read_recipe("tiny", overrides={"data.eval_split": "007"}).data.eval_split == "007"
+
+
+#: Options whose parameter has another name, or that only matter for what is printed.
+RENAMED = {"set": "overrides", "track": "trackers", "to": "to", "from": "source", "cases": "file"}
+PRINTING = {"help", "json", "debug", "dry-run"}
+
+
+@pytest.mark.parametrize(
+    ("command", "functions"),
+    [
+        ("train", [api.run]),
+        ("sample", [api.sample_rationales]),
+        ("score", [api.score_rationales]),
+        ("fit", [api.fit_rationales]),
+        ("eval", [api.find_model, api.evaluate_model]),
+        ("chat", [api.find_model, api.open_chat, LoadedPolicy.answer]),
+        ("check", [api.check_recipe]),
+        ("plan", [api.plan_memory]),
+        ("grade", [api.grade_answer, api.grade_cases]),
+        ("report", [api.write_report]),
+    ],
+)
+def test_every_option_of_a_command_is_a_parameter(command: str, functions: list[Any]) -> None:
+    """What the command line can do, Python can: ``--max-steps`` and ``--seed`` are overrides, too."""
+    known = {name for function in functions for name in inspect.signature(function).parameters}
+    options = {o[2:] for p in typer.main.get_command(app).commands[command].params for o in p.opts}  # type: ignore[attr-defined]
+    wanted = {RENAMED.get(o, o.replace("-", "_")) for o in options - PRINTING if o}
+    if "overrides" in known:
+        wanted -= {"seed", "max_steps"}
+    if command == "chat":  # what the conversation asks
+        wanted -= {"prompt", "gold", "compare", "file"}
+    assert wanted <= known, wanted - known
+
+
+def test_the_small_functions_match_their_commands(cli, trained: tuple[api.Run, Path, Watcher]) -> None:  # type: ignore[no-untyped-def]
+    run, recipe, _ = trained
+
+    def printed(*words: object) -> dict[str, Any]:
+        return json.loads(cli(*words, "--json")[1].splitlines()[-1])
+
+    assert api.resolve_recipe(recipe, seed=3).model_dump(mode="json") == printed(
+        "train", "--recipe", recipe, "--seed", 3, "--dry-run"
+    )
+    assert api.resolve_recipe(None, run.path, resume=True) == run.recipe
+    assert json.loads(json.dumps(api.check_recipe(recipe).facts())) == printed("check", "--recipe", recipe)
+    assert {"recipes": api.list_recipes()} == printed("recipes")
+    path, rows = api.read_rationales(run, 2)
+    assert path.name == "step-000002.jsonl" and rows == run.rationales(2)
+    plan = api.plan_memory("gsm8k-7b", "12GB", overrides=["sampler.batch_rows=256"])
+    advice = api.advise_memory(plan)
+    assert advice and api.plan_memory("gsm8k-7b", "12GB", overrides=["sampler.batch_rows=256", *advice]).fits
+    verdict = api.grade_answer("#### 7", "8", "gsm8k")
+    assert api.explain_grade(verdict, "#### 7", "gsm8k")[-1] == "reward 0: different"
+    with api.open_chat(run) as (chat, grader):
+        (reply,) = chat.ask(Problem.asked("3 + 4 = ?", "7"), grader)
+    assert reply.rationale.completion == api.load_policy(run).answer("3 + 4 = ?").completion
 
 
 def test_no_name_hides_a_module_and_all_are_typed_and_documented() -> None:

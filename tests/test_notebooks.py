@@ -16,8 +16,9 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import DeadKernelError
+from run_files import stable
 
-from empg_lite.run.journal import read_metrics, stable
+from empg_lite.run.journal import read_metrics
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NAMES = ("tiny_cpu", "your_own_data", "gsm8k_0_5b")

@@ -1,7 +1,7 @@
-"""The files of an evaluation's answers, written as they come: a kill costs at most the batch at hand.
+"""Answer files of an evaluation, one rollout file per pass, written batch by batch.
 
-One rollout file a pass. Opening it again finds the answers that a killed process left, whole batches only, so
-that what follows is drawn in the same batches as it would have been.
+A kill costs at most the current batch. Reopening the file keeps only whole batches, so that the remaining
+answers are sampled in the same batches as in an uninterrupted evaluation.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from empg_lite.core.rationale import Rationale
 from empg_lite.run import store
 from empg_lite.run.rollouts import RolloutHeader, Segment, encode_rollouts, rationale_line, read_rollouts
 
-#: The one setting that never changes an answer: a file begun with another value keeps it.
+#: The one sampler setting that never changes an answer: a file started with another value keeps it.
 _LAYOUT = "batch_rows"
 
 
 class AnswerFile:
-    """The answers of one pass over the problems, k a problem, in the order they are asked for.
+    """The answers of one pass over the problems, k per problem, in problem order.
 
     Args:
-        path: may be absent, whole, or cut off anywhere; None keeps the answers in memory alone.
-        header: who answers, and how; ``sampler`` holds ``batch_rows``.
-        total: answers of the whole pass.
-        k: answers a problem.
-        replace_other: begin anew where the file holds another evaluation, instead of refusing it.
+        path: may be absent, complete, or cut off anywhere; None keeps the answers in memory only.
+        header: who answers, and how; ``sampler`` contains ``batch_rows``.
+        total: number of answers in the whole pass.
+        k: answers per problem.
+        replace_other: start over if the file belongs to another evaluation, instead of refusing it.
 
     Attributes:
         rows: the answers so far.
-        batch: problems of a batch.
+        batch: problems per batch.
 
     Raises:
-        UsageError: the file holds another evaluation.
-        DataError: a line in the middle of it is broken.
+        UsageError: the file belongs to another evaluation.
+        DataError: a line before the last is broken.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class AnswerFile:
         found = _read(path) if path else None
         if found is not None and _settings(found.header) != _settings(header):
             if not replace_other:
-                raise UsageError("the file holds another evaluation", str(path), "move it away")
+                raise UsageError("the file belongs to another evaluation", str(path), "move it away")
             found = None
         header = found.header if found else header
         self.batch = max(1, int(header.sampler[_LAYOUT]) // k)
@@ -54,18 +54,18 @@ class AnswerFile:
             self.rows = list(found.rationales[: total if left >= total else left // unit * unit])
         if path is not None:
             text = encode_rollouts(header, self.rows)
-            if store.size(path) != len(text):  # one byte a character: the lines are ASCII
+            if store.size(path) != len(text):  # the lines are ASCII: one byte per character
                 store.write_file(path, text)
 
     def add(self, rows: Sequence[Rationale]) -> None:
-        """Keep the answers of a batch."""
+        """Append the answers of a batch."""
         self.rows += rows
         if self.path is not None:
             store.append_text(self.path, "".join(rationale_line(r) + "\n" for r in rows))
 
 
 def _read(path: Path) -> Segment | None:
-    """What the file holds; None where not even its header was written."""
+    """The file's content; None if not even its header was completed."""
     if not store.size(path):
         return None
     segment = read_rollouts(path, torn_tail=True)[0]

@@ -1,8 +1,8 @@
-"""What a checkpoint holds, which one is the newest whole one, and how it is put back.
+"""Saving, finding and restoring checkpoints.
 
-``step-NNNNNN/`` holds the adapter (plain PEFT), the optimiser's moments by parameter *name* (an index would
-shift when a parameter comes or goes), every random generator, and ``state.json``: step, data position,
-counters and the byte lengths of the logs. safetensors and JSON only; one rename publishes it.
+``step-NNNNNN/`` contains the adapter (plain PEFT), the optimizer moments by parameter *name* (indices shift
+when parameters change), every random generator, and ``state.json``: step, data position, counters and the
+byte lengths of the logs. Only safetensors and JSON, published with one rename.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,29 +25,29 @@ if TYPE_CHECKING:
     from empg_lite.policy.policy import Policy
 
 OPTIMIZER, RNG = "optimizer.safetensors", "rng.safetensors"
-#: Bytes of ``state.json``.
+#: Size limit of ``state.json`` in bytes.
 MAX_STATE = 1 << 20
 _NAME = re.compile(r"step-(\d{6,})")
-#: Adam's state of the parameter's own shape, by torch's names and bitsandbytes'.
+#: Adam state with the parameter's shape, under torch's names and bitsandbytes'.
 MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")
 
 
 @dataclass(slots=True)
 class TrainState:
-    """Where a run stands, between two steps. Everything here is restored by ``--resume``.
+    """Training progress between two steps. ``--resume`` restores all of it.
 
     Attributes:
-        step: steps done (E-step + M-step, with or without an update).
-        policy_step: optimiser steps done.
+        step: completed steps (E-step + M-step, with or without an update).
+        policy_step: completed optimizer steps.
         position: problems drawn from the stream.
-        first_step: step this run began at: 0, or that of the checkpoint that ``fit --from`` went on from.
+        first_step: the step this run started at: 0, or the step of the checkpoint given to ``fit --from``.
         num_tokens: completion tokens sampled so far.
-        no_signal: steps in a row, up to now, with every weight 0; ``steps_without_update`` counts all.
-        skipped_nonfinite: passes thrown away for a non-finite gradient; ``nonfinite_in_a_row`` up to now.
-        micro_batch_tokens, batch_rows: the sizes after any out-of-memory back-off; 0: the recipe's.
+        no_signal: consecutive steps up to now with all weights 0; ``steps_without_update`` is the total.
+        skipped_nonfinite: passes discarded for a non-finite gradient; ``nonfinite_in_a_row`` up to now.
+        micro_batch_tokens, batch_rows: sizes after out-of-memory back-off; 0 means the recipe's.
         pending: metrics of the step just fitted, until they are validated and logged.
-        seconds: training time without set-up and evaluation.
-        best_accuracy, best_step: best validation accuracy so far, and where.
+        seconds: training time, excluding setup and evaluation.
+        best_accuracy, best_step: best validation accuracy so far, and its step.
     """
 
     step: int = 0
@@ -73,20 +73,20 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Published checkpoints, oldest first, valid or not."""
+    """Published checkpoints, valid or not, oldest first."""
     folder = run / "checkpoints"
     found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
-def newest_valid(run: Path, *, on_invalid: Any = None) -> Path | None:
-    """The newest whole checkpoint; None where there is none at all.
+def newest_valid(run: Path, *, on_invalid: Callable[[Path, str], object] = lambda *_: None) -> Path | None:
+    """The newest valid checkpoint; None if there are no checkpoints.
 
     Args:
-        on_invalid: called with (path, reason) for each newer one passed over.
+        on_invalid: called with (path, reason) for each newer, invalid one.
 
     Raises:
-        CheckpointError: checkpoints exist and none is valid.
+        CheckpointError: checkpoints exist but none is valid.
     """
     found = list_checkpoints(run)
     reasons = []
@@ -95,8 +95,7 @@ def newest_valid(run: Path, *, on_invalid: Any = None) -> Path | None:
         if reason is None:
             return path
         reasons.append(f"{path.name}: {reason}")
-        if on_invalid is not None:
-            on_invalid(path, reason)
+        on_invalid(path, reason)
     if found:
         raise CheckpointError(
             f"none of {len(found)} checkpoints is valid ({reasons[0]})", str(run / "checkpoints")
@@ -105,10 +104,10 @@ def newest_valid(run: Path, *, on_invalid: Any = None) -> Path | None:
 
 
 def require_valid(path: Path) -> Path:
-    """A checkpoint that was named: valid, or an error; never another one instead.
+    """``path``, if it is a valid checkpoint; a named checkpoint is never replaced by another.
 
     Raises:
-        CheckpointError: it is not whole.
+        CheckpointError: it is damaged or incomplete.
     """
     reason = store.verify_dir(path)
     if reason is not None:
@@ -129,13 +128,13 @@ def save_checkpoint(
     """Publish the checkpoint of ``state.step`` and prune older ones down to ``keep``.
 
     Args:
-        logs: byte length of each log file at this moment; on resume they are cut back to it.
+        logs: current byte length of each log file; on resume they are cut back to it.
 
     Raises:
         StorageError: nothing was published.
     """
     path = checkpoint_path(run, state.step)
-    if path.exists():  # of a step that was stopped before it was logged: as good, and never without one
+    if path.exists():  # the run stopped after this step's checkpoint and before its log entry
         return path
     record = {
         "format": 1,
@@ -155,52 +154,52 @@ def save_checkpoint(
 
 
 def stored_state(path: Path) -> TrainState:
-    """The state in a checkpoint, without loading any weights.
+    """The state in a checkpoint, without loading weights.
 
     Raises:
-        CheckpointError: it is not whole, or of another format.
+        CheckpointError: it is damaged, incomplete or of another format.
     """
     require_valid(path)
     return _read_state(path)[0]
 
 
 def _read_state(path: Path) -> tuple[TrainState, dict[str, Any]]:
-    """The state, and all of ``state.json``.
+    """The state, and the whole content of ``state.json``.
 
     Raises:
         CheckpointError: it is not what ``save_checkpoint`` writes.
     """
     try:
         record = json.loads(store.read_regular(path / "state.json", MAX_STATE))
-        state = TrainState(**record["state"])  # knows every key; the types are looked at next
+        state = TrainState(**record["state"])  # refuses unknown keys; types are checked next
         TypeAdapter(TrainState).validate_json(json.dumps(record["state"]), strict=True)
         if state.step != int(path.name[5:]) or min(state.step, state.policy_step, state.position) < 0:
-            raise ValueError(f"it is of step {state.step}")
+            raise ValueError(f"it belongs to step {state.step}")
         if not isinstance(record["logs"], dict) or not all(type(n) is int for n in record["logs"].values()):
-            raise ValueError("logs are no lengths")
+            raise ValueError("logs must be byte lengths")
         return state, record
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"state.json cannot be read ({said})", str(path)) from error
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"state.json cannot be read ({reason})", str(path)) from error
 
 
 def load_checkpoint(
     path: Path, policy: Policy, optimizer: Any, scaler: Any
 ) -> tuple[TrainState, dict[str, int]]:
-    """Put a checkpoint back into policy, optimiser and generators.
+    """Restore policy, optimizer, loss scaler and random generators from a checkpoint.
 
     Returns:
         The state, and the byte lengths of the logs.
 
     Raises:
-        CheckpointError: it is not whole, or does not belong to this model and recipe.
+        CheckpointError: it is damaged, incomplete, or does not fit this model and recipe.
     """
     require_valid(path)
     state, record = _read_state(path)
     files = {name: path / name for name in (WEIGHTS, OPTIMIZER, RNG)}
     try:
         numbers = sum(p.numel() for p in policy.trainable().values())
-        # Adam has two moments and codes; the generators of CUDA devices take 16 bytes each
+        # Adam: two moments and quantization codes; a CUDA generator state takes 16 bytes
         most = {WEIGHTS: 8 * numbers, OPTIMIZER: 16 * numbers, RNG: 0}
         data = {n: store.read_regular(file, most[n] + 2 * MAX_HEADER) for n, file in files.items()}
         load_adapter_bytes(policy, data[WEIGHTS], str(files[WEIGHTS]))
@@ -234,7 +233,7 @@ def _load_optimizer(policy: Policy, optimizer: Any, tensors: Mapping[str, Any]) 
     parameters = policy.trainable()
     unknown = {key.rsplit("/", 1)[0] for key in tensors} - parameters.keys()
     if unknown:
-        raise ValueError(f"optimizer state for {sorted(unknown)[0]}, which is not trained here")
+        raise ValueError(f"optimizer state for {sorted(unknown)[0]}, which is not a trainable parameter")
     for key, value in tensors.items():
         name, moment = key.rsplit("/", 1)
         parameter = parameters[name]
@@ -242,12 +241,12 @@ def _load_optimizer(policy: Policy, optimizer: Any, tensors: Mapping[str, Any]) 
             raise ValueError(f"{key} holds NaN or infinity")
         if moment in MOMENTS and value.shape != parameter.shape:
             raise ValueError(
-                f"{key} has shape {tuple(value.shape)}, the parameter's is {tuple(parameter.shape)}"
+                f"{key} has shape {tuple(value.shape)}, the parameter has {tuple(parameter.shape)}"
             )
         state = optimizer.state[parameter]
         if moment != "step":
             state[moment] = value.to(parameter.device)
-        else:  # torch counts in a tensor on the CPU, bitsandbytes in a number
+        else:  # torch keeps a CPU tensor, bitsandbytes an int
             state[moment] = int(value) if f"{name}/state1" in tensors else value
 
 

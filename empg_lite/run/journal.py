@@ -1,7 +1,7 @@
-"""One JSON object a step.
+"""The append-only logs of a run: metrics and events, as JSON Lines.
 
-Names follow TRL where the quantity is the same; EM's own stand under ``em/``. Only ``step_time``, ``time/*``
-and ``memory/*`` may differ between a straight and a resumed run.
+Names follow TRL where the quantity is the same; quantities specific to EM are under ``em/``. Only
+``step_time``, ``time/*`` and ``memory/*`` may differ between an uninterrupted and a resumed run.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 from empg_lite.core.safe_text import without_passwords
 from empg_lite.run import store
 
-#: Names whose values are wall-clock or machine facts.
-VOLATILE = ("step_time", "time/", "memory/")
+#: Longest text in an event, in characters: messages from user code and libraries are unbounded.
+LONGEST = 4000
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file; a torn last line is left out."""
+    """The records of a metrics file, without an incomplete last line."""
     if not path.is_file():
         return []
     records = []
@@ -30,15 +30,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return records
-
-
-def stable(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record without what may differ between a straight and a resumed run."""
-    return {key: value for key, value in record.items() if not key.startswith(VOLATILE)}
-
-
-#: Characters of a text in an event: what a user's function or a library says has no bound.
-LONGEST = 4000
 
 
 def _short(value: Any) -> Any:
@@ -52,10 +43,10 @@ def _finite(value: Any) -> Any:
 
 
 class Journal:
-    """The append-only logs of a run: ``metrics.jsonl`` and ``events.jsonl``.
+    """Writes ``metrics.jsonl`` and ``events.jsonl``.
 
     Attributes:
-        sinks: told of every metrics record too, once it is written.
+        sinks: called with every metrics record after it is written.
     """
 
     def __init__(self, run: Path) -> None:
@@ -63,22 +54,22 @@ class Journal:
         self._paths = {name: run / name for name in ("metrics.jsonl", "events.jsonl")}
 
     def metrics(self, record: Mapping[str, Any]) -> None:
-        """One object a step; a number that is not finite is null: JSON has no other name for it."""
+        """Log one record; non-finite numbers become null because JSON cannot express them."""
         finite = {k: _finite(v) for k, v in record.items()}
         store.append_line(self._paths["metrics.jsonl"], finite)
         for sink in self.sinks:
             sink(finite)
 
     def event(self, event: str, **facts: Any) -> None:
-        """Something that is not a step: a resume, a back-off, a skipped step, a warning."""
+        """Log anything else: a resume, a back-off, a skipped step, a warning."""
         record = {"event": event, **{k: _short(v) for k, v in facts.items()}}
         store.append_line(self._paths["events.jsonl"], record)
 
     def lengths(self) -> dict[str, int]:
-        """Bytes of each log now; goes into the checkpoint."""
+        """Current bytes of each log, for the checkpoint."""
         return {name: store.size(path) for name, path in self._paths.items()}
 
     def cut_back(self, lengths: Mapping[str, int]) -> None:
-        """Forget what was logged after a checkpoint: it is about to happen again."""
+        """Drop what was logged after a checkpoint: those steps run again."""
         for name, path in self._paths.items():
             store.truncate(path, lengths.get(name, 0))

@@ -16,10 +16,10 @@ from empg_lite.run.layout import RECIPE, is_run, newest_run, run_of, trained_ada
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A model to evaluate or talk to.
+    """A model to evaluate or chat with.
 
     Attributes:
-        recipe: how to load and prompt it; ``model.adapter`` names the adapter, if there is one.
+        recipe: how to load and prompt it; ``model.adapter`` names the adapter, if any.
         run: the run directory it belongs to, if any.
         label: for tables and titles.
     """
@@ -32,17 +32,17 @@ class Target:
 def resolve_target(
     name: str | None, recipe: str | None = None, overrides: Sequence[str] = (), seed: int | None = None
 ) -> Target:
-    """Say what RUN|ADAPTER|MODEL means; None is the newest run, or the recipe's own model where one is given.
+    """Resolve RUN|ADAPTER|MODEL; None means the recipe's own model if a recipe is given, else the newest run.
 
     Args:
         name: a run directory, an adapter or checkpoint folder, a model folder, or a hub id.
-        recipe: how to prompt and grade; needed for what is not part of a run, else the run's own.
+        recipe: how to prompt and grade; required for anything outside a run, else the run's own.
         overrides, seed: as for ``load_recipe``.
 
     Raises:
-        MissingInput: nothing is there.
+        MissingInput: it does not exist.
         UsageError: an adapter or model without a recipe.
-        CheckpointError: a checkpoint was named and is not valid.
+        CheckpointError: the named checkpoint is not valid.
     """
     if name is None:
         if recipe is not None:
@@ -56,7 +56,7 @@ def resolve_target(
             require_valid(path)
         adapter = trained_adapter(path) if path == run else path
         own = load_recipe(str(run / RECIPE), overrides if recipe is None else (), seed)
-        if recipe is not None:  # other data or another prompt, but the run's own model
+        if recipe is not None:  # other data or another prompt with the run's model
             own = load_recipe(recipe, overrides, seed).model_copy(update={"model": own.model})
         return Target(_with_adapter(own, adapter), run, f"{run.name}/{adapter.name}")
     is_adapter = (path / "adapter_config.json").is_file()

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from run_files import stable
 
 from empg_lite.core.errors import MissingInput
-from empg_lite.run.journal import read_metrics, stable
+from empg_lite.run.journal import read_metrics
 from empg_lite.run.layout import newest_run, runs_of
 
 WEIGHTS = "adapter/adapter_model.safetensors"
@@ -70,7 +71,7 @@ def test_time_is_that_of_all_together(cli, recipe_file: Path, tmp_path: Path) ->
     [
         ("0,x", (), "0,1,2"),
         ("", (), "0,1,2"),
-        ("1,01", (), "twice"),
+        ("1,01", (), "duplicate"),
         ("-1", (), "0,1,2"),
         (f"0,{2**32}", (), "2**32"),
         ("0,1", ("--seed", 3), "one of them"),

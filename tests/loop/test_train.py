@@ -16,7 +16,7 @@ import pytest
 import torch
 from fixture_recipe import write_recipe
 from processes import wait_until
-from run_files import digest, events
+from run_files import digest, events, stable
 
 from empg_lite.core.errors import (
     CheckpointError,
@@ -32,7 +32,7 @@ from empg_lite.loop.train import TrainOptions, train
 from empg_lite.recipe.file import load_recipe
 from empg_lite.rewards import Verdict
 from empg_lite.run.checkpoint import list_checkpoints
-from empg_lite.run.journal import read_metrics, stable
+from empg_lite.run.journal import read_metrics
 from empg_lite.run.rollouts import read_rollouts
 
 
@@ -430,9 +430,7 @@ def test_verdicts_are_not_asked_for_twice(
 
     recipe = load_recipe(str(recipe_file), ["run.eval_every=0", "run.save_every=100"])
     run = tmp_path / "run"
-    monkeypatch.setattr(
-        Recorder, "checkpoint_due", lambda self: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+    monkeypatch.setattr(Recorder, "checkpoint_due", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         train(recipe, run)  # dies after step 1, before any checkpoint
     monkeypatch.undo()

@@ -20,8 +20,8 @@ import crash_harness as harness
 import pytest
 from crash_harness import PHASES, Ended, Plant, digest, side_by_side, violations
 
-from empg_lite.loop import recorder as session
 from empg_lite.loop import estep
+from empg_lite.loop import recorder as session
 from empg_lite.run import checkpoint, store
 from empg_lite.run.checkpoint import list_checkpoints
 from empg_lite.run.journal import Journal

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 from fixture_recipe import write_recipe
+from run_files import stable
 
 from empg_lite import api
 from empg_lite.cli import main
 from empg_lite.core.errors import StorageError
 from empg_lite.loop import begin
 from empg_lite.run.checkpoint import newest_valid
-from empg_lite.run.journal import read_metrics, stable
+from empg_lite.run.journal import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.mount]
 WEIGHTS = "adapter/adapter_model.safetensors"

@@ -19,7 +19,7 @@ from fixture_recipe import write_recipe
 from hypothesis import given
 from hypothesis import strategies as st
 from rationales import rationale
-from run_files import digest
+from run_files import digest, stable
 from team_probe import CASES
 
 from empg_lite import cli as command_line
@@ -29,7 +29,7 @@ from empg_lite.loop.train import TrainOptions, train
 from empg_lite.recipe.file import load_recipe
 from empg_lite.run import store
 from empg_lite.run.checkpoint import list_checkpoints
-from empg_lite.run.journal import read_metrics, stable
+from empg_lite.run.journal import read_metrics
 from empg_lite.run.parallel import SINGLE, World, join
 
 ROOT = Path(__file__).parents[2]

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from fixture_recipe import write_recipe
+from run_files import stable
 
 from empg_lite.core.errors import explained
 from empg_lite.core.view import View
@@ -43,7 +44,7 @@ from empg_lite.rewards import Case, Grader, Verdict
 from empg_lite.rewards.scorer import Scorer
 from empg_lite.run import store
 from empg_lite.run.checkpoint import list_checkpoints
-from empg_lite.run.journal import read_metrics, stable
+from empg_lite.run.journal import read_metrics
 
 CALLS = ("_open", "_write", "_fsync", "_rename", "_unlink", "_mkdir", "_rmdir", "_cut")
 #: What a child was doing when it was killed, by the number it keeps in shared memory.
