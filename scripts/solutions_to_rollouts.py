@@ -4,10 +4,10 @@
     empg-lite score solutions.jsonl
     empg-lite fit solutions.jsonl --recipe gsm8k-0.5b --output-dir runs/from-solutions
 
-One rationale a problem of the recipe's training split (validation and evaluation rows stay out), in the order
-that the recipe's seed gives. The text is the row's `solution`, or its answer cell where that holds more than
-the answer. GSM8K's calculator marks (`<<48/2=24>>`) are removed: a model is not to write them. Nothing is
-graded here: `score` does it, by the reward that the recipe names.
+One rationale per problem of the recipe's training split (without validation and evaluation rows), in the
+order given by the recipe's seed. The text is the row's `solution`, or its answer cell if that holds more than
+the answer. GSM8K's calculator annotations (`<<48/2=24>>`) are removed, so that the model does not learn to
+write them. Nothing is graded here: `score` does that, with the recipe's reward.
 """
 
 from __future__ import annotations
@@ -17,27 +17,52 @@ import re
 import sys
 from pathlib import Path
 
-from empg_lite.core.errors import DataError, EmpgError, UsageError
-from empg_lite.core.rationale import Problem, Rationale
+from empg_lite.core.bundled import BUNDLED
+from empg_lite.core.errors import DataError, EmpgError, MissingInput, UsageError
+from empg_lite.core.rationale import Problem, Rationale, problem_id
 from empg_lite.core.safe_text import safe
-from empg_lite.data.sources import ProblemStream, load_solutions, load_splits
+from empg_lite.data.rows import ANSWER_COLUMNS, QUESTION_COLUMNS, column_of, source_rows
+from empg_lite.data.sources import ProblemStream, load_splits
 from empg_lite.policy.templates import Template, load_template
 from empg_lite.recipe.file import load_recipe
-from empg_lite.recipe.schema import Recipe
+from empg_lite.recipe.schema import GYM, DataSection, Recipe
 from empg_lite.run import store
 from empg_lite.run.rollouts import RolloutHeader, encode_rollouts
 
 _CALCULATOR = re.compile(r"<<[^<>\n]*=[^<>\n]*>>")
 
 
+def load_solutions(data: DataSection, column: str | None = None) -> dict[str, str]:
+    """Worked solutions of the training rows, as stored, by problem ID.
+
+    Args:
+        column: where they are; None means ``solution``, or else the answer column.
+
+    Raises:
+        MissingInput: no such split, or a source without files.
+        DataError: naming ``file:line: field``.
+    """
+    if data.source in BUNDLED or data.source.startswith(GYM):
+        what = f"the {data.source} problems have no written solutions"
+        raise MissingInput(what, "data.source", "use a source with files, such as gsm8k or local")
+    found: dict[str, str] = {}
+    for row in source_rows(data, data.split, data.path):
+        question = row.fields[column_of(row, data.question_column, QUESTION_COLUMNS, "question")]
+        named = column or ("solution" if "solution" in row.fields else data.answer_column)
+        cell = row.fields[column_of(row, named, ANSWER_COLUMNS, "answer")]
+        if isinstance(question, str) and isinstance(cell, str):
+            found.setdefault(problem_id(question.strip()), cell.strip())
+    return found
+
+
 def as_completion(solution: str, prompt: str) -> str:
-    """A solution as the model would have to write it after the prompt: a word needs a space before it."""
+    """A solution as the model would write it after the prompt: with a space before the first word."""
     text = _CALCULATOR.sub("", solution).strip()
     return text if prompt[-1:].isspace() else f" {text}"
 
 
 def rationale(problem: Problem, solution: str, template: Template) -> Rationale:
-    """An ungraded rationale, text only: `fit` tokenises it."""
+    """An ungraded, text-only rationale: `fit` tokenizes it."""
     prompt = template.render(problem.question)
     return Rationale(
         problem_id=problem.id,
@@ -59,8 +84,8 @@ def convert(recipe: Recipe, out: Path, column: str | None = None) -> tuple[int, 
     """Write the file: (rationales in it, problems without a worked solution).
 
     Raises:
-        UsageError: another file is there.
-        MissingInput, DataError: what `load_splits` and `load_solutions` say, or there is no solution at all.
+        UsageError: another file exists at ``out``.
+        MissingInput, DataError: from `load_splits` and `load_solutions`, or there is no solution at all.
     """
     recipe = recipe.resolved()
     template = load_template(str(recipe.data.prompt))
@@ -73,13 +98,11 @@ def convert(recipe: Recipe, out: Path, column: str | None = None) -> tuple[int, 
     ]
     if not rows:
         where = str(recipe.data.path or recipe.data.source)
-        raise DataError(
-            f"none of {len(problems)} rows holds more than its answer", where, "name the --column"
-        )
+        raise DataError(f"none of {len(problems)} rows contains more than its answer", where, "set --column")
     header = RolloutHeader("written", template=template.sha256, reward_name=recipe.data.reward)
     text = encode_rollouts(header, rows)
     if out.exists() and out.read_bytes() != text.encode():
-        raise UsageError("another file is there", str(out), "name another --out")
+        raise UsageError("another file exists", str(out), "choose another --out")
     store.write_file(out, text)
     return len(rows), len(problems) - len(rows)
 
@@ -93,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--recipe", "-r", required=True, help="built-in recipe or a YAML file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a recipe key")
     parser.add_argument("--seed", type=int, help="shorthand for --set run.seed=N")
-    parser.add_argument("--column", help="where the solutions stand (default: solution, or the answer's)")
+    parser.add_argument("--column", help="column of the solutions (default: solution, or the answer column)")
     parser.add_argument("--out", type=Path, default=Path("solutions.jsonl"), help="default: %(default)s")
     a = parser.parse_args(argv)
     try:

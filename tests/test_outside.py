@@ -325,7 +325,7 @@ def test_solutions_become_rows_that_are_right(
     before = file.read_bytes()
     assert convert([solved(n) for n in range(20)])[0] == 0 and file.read_bytes() == before
     code, _, err = convert([solved(n) for n in range(20)], "--seed", 1)
-    assert code == 2 and "another file is there" in err and file.read_bytes() == before
+    assert code == 2 and "another file exists" in err and file.read_bytes() == before
 
     code, out, _ = cli("score", file, "--json")
     assert code == 0 and json.loads(out)["reasons"] == {"equal": 16}
@@ -345,13 +345,13 @@ def test_a_wrong_solution_earns_nothing(convert: Any, cli: Cli, tmp_path: Path) 
 def test_bare_answers_are_no_solutions(convert: Any, recipe_file: Path, tmp_path: Path) -> None:
     bare = [{"question": f"{n}?", "answer": str(n)} for n in range(20)]
     code, _, err = convert(bare)
-    assert code == 65 and "none of 16 rows holds more than its answer" in err and "--column" in err
+    assert code == 65 and "none of 16 rows contains more than its answer" in err and "--column" in err
     assert not (tmp_path / "s.jsonl").exists()
     code, out, _ = convert([{**row, "why": f"Because {row['answer']}."} for row in bare], "--column", "why")
     assert code == 0 and rows_of(tmp_path / "s.jsonl")[0].completion.startswith(" Because ")
     assert convert(bare, "--column", "absent", "--out", tmp_path / "t.jsonl")[0] == 65
     code, _, err = convert(bare, "--set", "data.source=tiny", "--set", "data.path=null")
-    assert code == 66 and "without written solutions" in err
+    assert code == 66 and "have no written solutions" in err
 
 
 @pytest.mark.shared

@@ -1,1 +1,1 @@
-"""Where problems come from."""
+"""Data sources: named data sets, local files, Reasoning Gym and the bundled problems."""

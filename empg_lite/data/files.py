@@ -1,7 +1,7 @@
-"""Rows of local data files, each with the place it came from, so that an error can name it.
+"""Rows of local data files, each with its location for error messages.
 
-JSON Lines, a JSON list, CSV and Parquet. A place is ``file:line`` (physical line on which the row begins,
-also behind quoted newlines) or ``file:row`` for Parquet, which has no lines.
+JSON Lines, a JSON list, CSV and Parquet. A location is ``file:line`` (the physical line on which the row
+starts, even after quoted newlines), or ``file:row`` for Parquet.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row as it was read: column -> value; or why it cannot be."""
+    """One row, column -> value, or the error that prevents reading it."""
 
     fields: Mapping[str, Any]
     where: str
@@ -35,8 +35,8 @@ def find_file(path: Path, split: str, source: str) -> Path:
     """The data file: ``path`` itself, or in a folder ``{split}.{ext}``, else ``{source}_{split}.{ext}``.
 
     Raises:
-        MissingInput: there is none.
-        DataError: there are two.
+        MissingInput: no such file.
+        DataError: two files match.
     """
     if not os.path.isdir(path):
         return path
@@ -47,7 +47,7 @@ def find_file(path: Path, split: str, source: str) -> Path:
         if found:
             return found[0]
     todo = f"put {split}.jsonl or {source}_{split}.jsonl (or {', '.join(SUFFIXES[1:])}) there"
-    raise MissingInput(f"no file of the split {split!r} in the folder", str(path), todo)
+    raise MissingInput(f"no file for split {split!r} in the folder", str(path), todo)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -55,8 +55,8 @@ def read_rows(path: Path) -> list[Row]:
 
     Raises:
         MissingInput: no such file, or it cannot be opened.
-        DataError: naming ``file:line`` where the file is broken, empty, or of another kind. A broken line of
-            a .jsonl file comes as a row with its error.
+        DataError: naming ``file:line`` if the file is damaged, empty or of an unknown type. A broken line of
+            a .jsonl file becomes a row with an error instead.
     """
     readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
     if path.suffix not in readers:
@@ -73,13 +73,13 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
-    with open(path, "rb") as file:  # bytes: only \n ends a line, whatever else Unicode calls one
+    with open(path, "rb") as file:  # bytes: only \n ends a line, no other Unicode separator
         for number, raw in enumerate(file, 1):
             try:
                 text = _decode(raw, path, number)
                 if text.strip():
                     yield _row(_from_json(text.rstrip(), path, number), f"{path}:{number}")
-            except DataError as error:  # of this line alone: the others may be sound
+            except DataError as error:  # only this line: the others may be fine
                 yield Row({}, f"{path}:{number}", error)
 
 
@@ -87,9 +87,11 @@ def _json_rows(path: Path) -> Iterator[Row]:
     text = _decode(path.read_bytes(), path, 1)
     values = _from_json(text, path, 1)
     if not isinstance(values, list):
-        raise DataError("not a list of rows", f"{path}:1", "for one object a line name the file .jsonl")
+        raise DataError(
+            "not a list of rows", f"{path}:1", "rename it to .jsonl if it has one object per line"
+        )
     decoder, line, counted, at = json.JSONDecoder(), 1, 0, text.index("[") + 1
-    for value in values:  # decoded once more, one by one: where does each begin?
+    for value in values:  # decoded again one by one to find where each starts
         start = _BETWEEN_ROWS.match(text, at).end()  # type: ignore[union-attr]
         line, counted = line + text.count("\n", counted, start), start
         yield _row(value, f"{path}:{line}")
@@ -104,7 +106,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
     reader = csv.reader(StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
     while True:
-        line = reader.line_num + 1  # where the record begins, not where a quoted newline lets it end
+        line = reader.line_num + 1  # where the record starts; quoted newlines may end it later
         try:
             record = next(reader, None)
         except csv.Error as error:
@@ -117,7 +119,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
             header = _checked_header(record, f"{path}:{line}")
         elif len(record) != len(header):
             what = f"{len(record)} cells where the header has {len(header)}"
-            raise DataError(what, f"{path}:{line}", "quote cells that hold commas")
+            raise DataError(what, f"{path}:{line}", "quote cells that contain commas")
         else:
             yield Row(dict(zip(header, record, strict=True)), f"{path}:{line}")
 
@@ -127,7 +129,7 @@ def _checked_header(record: list[str], where: str) -> list[str]:
     for name in header:
         if header.count(name) > 1:
             shown = safe(" ".join(name.split())) or "header"
-            raise DataError("two columns of one name", f"{where}: {shown}", "rename one")
+            raise DataError("two columns with one name", f"{where}: {shown}", "rename one")
     return header
 
 
@@ -142,9 +144,9 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                 for fields in batch.to_pylist():
                     number += 1
                     yield Row(fields, f"{path}:{number}")
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # any, for a damaged file
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # a damaged file can raise any
             reason = safe(" ".join(str(error).split()))[:100]
-            raise DataError(f"not Parquet ({reason})", f"{path}:{number + 1}", "write it again") from None
+            raise DataError(f"not Parquet ({reason})", f"{path}:{number + 1}", "export it again") from None
 
 
 def _from_json(text: str, path: Path, first_line: int) -> Any:
@@ -153,7 +155,7 @@ def _from_json(text: str, path: Path, first_line: int) -> Any:
     except json.JSONDecodeError as error:
         reason, line = f"{error.msg}, column {error.colno}", first_line + error.lineno - 1
     except ValueError:
-        reason, line = "a number of too many digits", first_line
+        reason, line = "a number with too many digits", first_line
     except RecursionError:
         reason, line = "nested too deep", first_line
     raise DataError(f"not JSON ({reason})", f"{path}:{line}", "repair the row")

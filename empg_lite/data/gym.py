@@ -1,9 +1,9 @@
 """Reasoning Gym as a data source: ``gym:TASK`` or ``gym:TASK?PARAMETER=VALUE&...``.
 
-Entries are made in the killable worker that also scores them: there the hash seed and the shared random
-generators are fixed, so that a task gives the same entries every time, and the library is never imported
-here. Only entries whose own answer scores 1 after a round trip through JSON are used: a rollout file carries
-what the scorer needs, and nothing else.
+Entries are generated in the worker process that also scores them. It fixes the hash seed and the global
+random generators, so a task always yields the same entries, and the library is never imported here. Only
+entries whose own answer scores 1 after a round trip through JSON are used, since a rollout file carries
+exactly that.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from urllib.parse import parse_qsl
 
 from empg_lite.core.errors import DataError, GraderUnusable, MissingInput
 from empg_lite.core.rationale import Problem, problem_id
+from empg_lite.recipe.schema import GYM
 from empg_lite.rewards.worker.pool import Reply, WorkerPool
 
-PREFIX = "gym:"
-#: Entries of a split and the seed they begin at; entry i of a task is drawn from seed + i.
+#: Size and first seed of each split; entry i of a task is generated from seed + i.
 SPLITS = {"train": (1_000, 0), "test": (200, 1_000_000)}
 _ENTRY_SECONDS = 60.0
 _WORKERS = 2
-#: Entries that are made first: a task none of whose first ones can be used is refused.
+#: Entries generated first: a task is rejected if none of them is usable.
 _PROBE = 8
 
 
 def parse_source(source: str) -> tuple[str, dict[str, Any]]:
-    """Task and parameters of ``gym:TASK?NAME=VALUE&...``; a value is JSON, or else text.
+    """Task and parameters of ``gym:TASK?NAME=VALUE&...``; a value is JSON if it parses, else text.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: it is malformed.
 
     >>> parse_source("gym:chain_sum?min_terms=2&max_terms=4")
     ('chain_sum', {'min_terms': 2, 'max_terms': 4})
     """
-    task, question_mark, query = source.removeprefix(PREFIX).partition("?")
+    task, question_mark, query = source.removeprefix(GYM).partition("?")
     if not task.isidentifier():
-        raise ValueError(f"no task in {source!r}: write it as in gym:chain_sum?min_terms=2")
+        raise ValueError(f"no task in {source!r}: write it like gym:chain_sum?min_terms=2")
     try:
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(question_mark))
     except ValueError:
@@ -60,12 +60,12 @@ def _value(text: str) -> Any:
 
 
 def gym_problems(source: str, split: str) -> tuple[list[Problem], dict[str, int]]:
-    """The problems of a split, each text once, and how many entries were left out, by cause.
+    """The problems of a split, each text once, and the number of dropped entries by cause.
 
-    ``Problem.meta["gym"]`` is what reward ``gym`` needs: ``task``, ``params``, and the entry's ``metadata``.
+    ``Problem.meta["gym"]`` holds what reward ``gym`` needs: ``task``, ``params``, the entry's ``metadata``.
 
     Raises:
-        MissingInput: Reasoning Gym is not installed, or there is no such split.
+        MissingInput: Reasoning Gym is not installed, or no such split.
         DataError: no such task or parameter, or a task whose entries cannot be scored from a file.
     """
     if split not in SPLITS:
@@ -103,7 +103,7 @@ def _entries(
         pool.close()
     for index, reply in enumerate(replies):
         if reply.failure:
-            what = f"entry {index} cannot be made: {_why(reply)}"
+            what = f"entry {index} cannot be generated: {_why(reply)}"
             raise DataError(what, source, "choose easier parameters")
         if reply.result.get("altogether"):
             raise _unusable(task, source, reply)
@@ -113,7 +113,7 @@ def _entries(
 
 def _unusable(task: str, source: str, reply: Reply) -> DataError:
     what = f"the task {task} cannot be used: {_why(reply)}"
-    return DataError(what, source, "docs/rewards.md lists the tasks that cannot")
+    return DataError(what, source, "docs/rewards.md lists the unusable tasks")
 
 
 def _why(reply: Reply) -> str:

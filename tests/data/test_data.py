@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from empg_lite.core.errors import DataError, MissingInput
 from empg_lite.core.rationale import Problem, problem_id
+from empg_lite.data.rows import last_boxed
 from empg_lite.data.sources import (
     ProblemStream,
     Splits,
     find_overlap,
-    last_boxed,
     load_problems,
     load_splits,
     subset,
@@ -402,7 +402,7 @@ def test_the_order_is_fair() -> None:
 
 def test_more_problems_a_step_than_there_are() -> None:
     with pytest.raises(
-        DataError, match=r"9 problems a step, and 8 training rows · sampler\.problems_per_step"
+        DataError, match=r"9 problems per step, but only 8 training rows · sampler\.problems_per_step"
     ):
         ProblemStream(problems(8), 0).take(0, 9)
 
