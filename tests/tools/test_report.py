@@ -116,6 +116,19 @@ def test_pictures_are_the_same_each_time_and_ids_do_not_meet(tmp_path: Path) -> 
     assert "var(--" not in picture(charts[0], "svg").decode()
 
 
+def test_memory_on_a_gpu_is_the_memory_of_the_card(tmp_path: Path) -> None:
+    """The plan is about the card there; the process's memory on the host must not stand next to it."""
+    run = make_run(tmp_path / "run")
+    metrics = run / "metrics.jsonl"
+    records = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
+    for on_gpu, peak in ((False, 900.0), (True, 700.0)):
+        gpu = {"memory/peak_gpu_mb": 700.0} if on_gpu else {}
+        metrics.write_text("".join(json.dumps(r | gpu) + "\n" for r in records), "utf-8")
+        memory = next(c for c in all_charts(arms_of([read_run(run)])) if c.name == "memory")
+        assert [line.label for line in memory.lines] == ["peak", "planned"]
+        assert [line.y for line in memory.lines] == [(peak,) * 4, (1000.0,) * 4]
+
+
 # --- rationales ---------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""A run as one page that needs nothing but a browser, and its figures as files."""
+"""A report of runs: one self-contained HTML page, and its figures as files."""
 
 from empg_lite.tools.report.build import write_report
 

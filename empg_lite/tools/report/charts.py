@@ -1,10 +1,15 @@
-"""What is drawn: plain numbers, from the records of runs. How they look is ``drawing.py``'s business."""
+"""The numbers behind each chart, from the records of runs.
+
+``charts.toml`` lists the charts and their texts; ``drawing.py`` draws them.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
 from random import Random
 from statistics import fmean
 from typing import Any
@@ -14,16 +19,16 @@ from empg_lite.core.rationale import Rationale
 from empg_lite.core.stats import wilson
 from empg_lite.tools.report.reading import Arm, StoredRun
 
-#: Rationales of a step that are searched for behaviours: enough to see a share, quick for long answers.
+#: Rationales per step that are searched for behaviors (as the caption says): enough for a share, and fast.
 BEHAVIOR_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A series: ``y`` over ``x``, with an interval around it where ``low`` and ``high`` are given.
+    """A series: ``y`` over ``x``, with an interval where ``low`` and ``high`` are given.
 
     Attributes:
-        marks: draw points, not a line: single measurements.
+        marks: draw separate points instead of a line.
     """
 
     label: str
@@ -44,113 +49,64 @@ class Chart:
 
     Attributes:
         name: of its files.
-        caption: how to read it, for a person.
-        percent: values are fractions, shown as percentages; the axis goes from 0 to 1.
-        stacked: the lines add up, drawn as areas.
+        caption: how to read it.
+        percent: values are fractions, shown as percentages on an axis from 0 to 1.
+        stacked: the lines add up and are drawn as areas.
+        series: metrics of a run and their labels.
+        metric: compared between runs.
     """
 
     name: str
     title: str
     caption: str
     y_label: str
-    lines: tuple[Line, ...] = field(default=())
     percent: bool = False
     stacked: bool = False
+    series: Mapping[str, str] = field(default_factory=dict)
+    metric: str = ""
+    lines: tuple[Line, ...] = ()
 
 
 def all_charts(arms: Sequence[Arm]) -> list[Chart]:
-    """Every chart that there are numbers for: of one run in detail, of several beside each other."""
-    made = _of_one(arms[0].runs[0]) if len(arms) == 1 and len(arms[0].runs) == 1 else _of_several(arms)
+    """Every chart that has data: one run in detail, or several compared."""
+    single = len(arms) == 1 and len(arms[0].runs) == 1
+    made = _of_one(arms[0].runs[0]) if single else _of_several(arms)
     return [chart for chart in made if chart.lines]
+
+
+def _described(kind: str) -> list[Chart]:
+    """The charts of ``charts.toml``, without lines; ``kind`` is ``run`` or ``comparison``."""
+    text = files(__package__).joinpath("charts.toml").read_text("utf-8")
+    return [Chart(**values) for values in tomllib.loads(text)[kind]]
 
 
 # --- one run ------------------------------------------------------------------------------------------
 
 
 def _of_one(run: StoredRun) -> list[Chart]:
-    steps, lengths = run.steps, _lengths_and_behaviours(run)
+    computed = {
+        "accuracy": (*_validation(run), *_evaluation(run), *_series(run, {"reward": "reward of samples"})),
+        "memory": _memory(run),
+        **_lengths_and_behaviors(run),
+    }
     return [
-        Chart(
-            "accuracy",
-            "Accuracy",
-            "Greedy accuracy on held-out training problems, with its 95% Wilson interval; the two points are "
-            "the evaluation rows, before and after. The reward is that of the samples, at temperature 1.",
-            "right",
-            (*_validation(run), *_evaluation(run), *_series(steps, {"reward": "reward of samples"})),
-            percent=True,
-        ),
-        Chart(
-            "signal",
-            "Where the signal is",
-            "Problems of a step by their samples. Those with both right and wrong ones teach most; where all "
-            "are wrong there is nothing to fit.",
-            "problems",
-            _series(
-                steps,
-                {
-                    "em/frac_mixed": "right and wrong",
-                    "em/frac_all_wrong": "all wrong",
-                    "em/frac_all_right": "all right",
-                },
-            ),
-            percent=True,
-            stacked=True,
-        ),
-        Chart(
-            "length",
-            "Length",
-            "Mean tokens of the samples, stop included. Conciseness is the length of the right ones, at the "
-            "accuracy above.",
-            "tokens",
-            lengths["length"],
-        ),
-        Chart(
-            "behaviors",
-            "Ways of reasoning",
-            f"Share of the samples (at most {BEHAVIOR_ROWS} a step) with a sentence that sets up a "
-            "sub-problem, checks a result, turns back, or works backwards. Patterns find them, no model.",
-            "samples",
-            lengths["behaviors"],
-            percent=True,
-        ),
-        Chart(
-            "time",
-            "Where the time goes",
-            "Seconds of each step. Grading runs while samples are drawn; what is shown was left of it.",
-            "seconds",
-            _series(steps, {"time/sample": "sampling", "time/score": "grading", "time/fit": "fitting"}),
-            stacked=True,
-        ),
-        Chart("memory", "Memory", "Peak so far, and what the plan allowed for.", "MB", _memory(steps)),
-        Chart(
-            "entropy",
-            "Entropy",
-            "Mean surprise of a sampled token. A fall to zero means that the model always writes the same.",
-            "nats a token",
-            _series(steps, {"entropy": "entropy"}),
-        ),
-        Chart(
-            "loss",
-            "Loss",
-            "Weighted surprise at what worked, over all sampled tokens. Each step has its own problems: it "
-            "need not fall.",
-            "nats a token",
-            _series(steps, {"loss": "loss"}),
-        ),
+        replace(chart, lines=computed.get(chart.name) or _series(run, chart.series))
+        for chart in _described("run")
     ]
 
 
-def _series(steps: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> tuple[Line, ...]:
-    lines = []
-    for name, label in names.items():
-        points = [(r["step"], r[name]) for r in steps if _is_number(r.get(name))]
-        if points:
-            lines.append(_line(label, points))
-    return tuple(lines)
+def _series(run: StoredRun, names: Mapping[str, str]) -> tuple[Line, ...]:
+    """A line for each metric that was recorded; ``names`` maps metrics to labels."""
+    points = {
+        label: [(r["step"], r[name]) for r in run.steps if _is_number(r.get(name))]
+        for name, label in names.items()
+    }
+    return tuple(_line(label, found) for label, found in points.items() if found)
 
 
-def _line(label: str, points: Sequence[tuple[float, float]], *, marks: bool = False) -> Line:
-    return Line(label, tuple(x for x, _ in points), tuple(y for _, y in points), marks=marks)
+def _line(label: str, points: Iterable[tuple[float, float]]) -> Line:
+    x, y = zip(*points, strict=True)
+    return Line(label, x, y)
 
 
 def _is_number(value: Any) -> bool:
@@ -158,15 +114,13 @@ def _is_number(value: Any) -> bool:
 
 
 def _validation(run: StoredRun) -> tuple[Line, ...]:
+    lines = _series(run, {"eval/accuracy": "greedy, held-out rows"})
     records = [r for r in run.steps if _is_number(r.get("eval/accuracy"))]
-    if not records:
-        return ()
-    x, y = tuple(r["step"] for r in records), tuple(r["eval/accuracy"] for r in records)
-    label = "greedy, held-out rows"
-    if not all(_is_number(r.get("eval/n")) for r in records):  # a run of an older version
-        return (Line(label, x, y),)
+    if not lines or not all(_is_number(r.get("eval/n")) for r in records):  # an older version's run
+        return lines
     bounds = [wilson(round(r["eval/accuracy"] * r["eval/n"]), r["eval/n"]) for r in records]
-    return (Line(label, x, y, tuple(low for low, _ in bounds), tuple(high for _, high in bounds)),)
+    low, high = zip(*bounds, strict=True)
+    return (replace(lines[0], low=low, high=high),)
 
 
 def _evaluation(run: StoredRun) -> tuple[Line, ...]:
@@ -178,29 +132,29 @@ def _evaluation(run: StoredRun) -> tuple[Line, ...]:
     return (Line(f"greedy, {found[0]['split']} rows", x, y, low, high, marks=True),)
 
 
-def _memory(steps: Sequence[Mapping[str, Any]]) -> tuple[Line, ...]:
-    labels = {name: "peak" for name in ("memory/peak_rss_mb", "memory/peak_mb")}
-    return _series(steps, {**labels, "memory/predicted_mb": "planned"})
+def _memory(run: StoredRun) -> tuple[Line, ...]:
+    """The peak that the plan predicts: of the card's memory on a GPU, else of the process's."""
+    on_gpu = any("memory/peak_gpu_mb" in r for r in run.steps)
+    peak = "memory/peak_gpu_mb" if on_gpu else "memory/peak_rss_mb"
+    return _series(run, {peak: "peak", "memory/predicted_mb": "planned"})
 
 
-def _lengths_and_behaviours(run: StoredRun) -> dict[str, tuple[Line, ...]]:
-    """One pass over the rollouts of a run."""
-    right: list[tuple[float, float]] = []
-    wrong: list[tuple[float, float]] = []
-    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in BEHAVIORS}
+def _lengths_and_behaviors(run: StoredRun) -> dict[str, tuple[Line, ...]]:
+    """Both read the rollouts, so they share one pass."""
+    points: dict[str, list[tuple[float, float]]] = {name: [] for name in ("right", "wrong", *BEHAVIORS)}
     for step, rows in run.rollouts():
-        for points, chosen in (
-            (right, [r for r in rows if r.right]),
-            (wrong, [r for r in rows if not r.right]),
-        ):
-            if chosen:
-                points.append((step, fmean(len(r.completion_ids) for r in chosen)))
+        for label, right in (("right", True), ("wrong", False)):
+            lengths = [len(r.completion_ids) for r in rows if r.right is right]
+            if lengths:
+                points[label].append((step, fmean(lengths)))
         for name, share in behavior_rates([r.completion for r in _some(rows, step)]).items():
-            rates[name].append((step, share))
-    lengths = _series(run.steps, {"completions/mean_length": "all"})
-    lengths += tuple(_line(label, p) for label, p in (("right", right), ("wrong", wrong)) if p)
-    found = [name for name in BEHAVIORS if any(share for _, share in rates[name])]
-    return {"length": lengths, "behaviors": tuple(_line(n.replace("_", " "), rates[n]) for n in found)}
+            points[name].append((step, share))
+    every = _series(run, {"completions/mean_length": "all"})
+    shown = [name for name in BEHAVIORS if any(share for _, share in points[name])]
+    return {
+        "length": every + tuple(_line(name, points[name]) for name in ("right", "wrong") if points[name]),
+        "behaviors": tuple(_line(name.replace("_", " "), points[name]) for name in shown),
+    }
 
 
 def _some(rows: Sequence[Rationale], step: int) -> Sequence[Rationale]:
@@ -209,66 +163,17 @@ def _some(rows: Sequence[Rationale], step: int) -> Sequence[Rationale]:
 
 # --- several runs -------------------------------------------------------------------------------------
 
-_COMPARED = (
-    (
-        "accuracy",
-        "Accuracy",
-        "eval/accuracy",
-        "right",
-        True,
-        "Greedy accuracy on held-out training problems.",
-    ),
-    ("reward", "Reward", "reward", "reward", True, "Mean reward of the samples, drawn at temperature 1."),
-    (
-        "signal",
-        "Where the signal is",
-        "em/frac_mixed",
-        "problems",
-        True,
-        "Problems of a step with both right and wrong samples.",
-    ),
-    (
-        "length",
-        "Length",
-        "completions/mean_length",
-        "tokens",
-        False,
-        "Mean tokens of the samples, stop included.",
-    ),
-    (
-        "length-right",
-        "Length of right answers",
-        "completions/mean_length_right",
-        "tokens",
-        False,
-        "Mean tokens of the right samples: conciseness, at the accuracy above.",
-    ),
-    ("entropy", "Entropy", "entropy", "nats a token", False, "Mean surprise of a sampled token."),
-    ("time", "Time of a step", "step_time", "seconds", False, "Sampling, grading, fitting, and validation."),
-    (
-        "speed",
-        "Sampling speed",
-        "time/tokens_per_second",
-        "tokens a second",
-        False,
-        "Sampled tokens for each second of the E-step.",
-    ),
-)
-
 
 def _of_several(arms: Sequence[Arm]) -> list[Chart]:
-    note = " Lines are means over the seeds; bands reach from the lowest to the highest."
     banded = any(len(arm.runs) > 1 for arm in arms)
+    note = " Lines are means over seeds; bands span the lowest to the highest." if banded else ""
     return [
-        Chart(
-            name,
-            title,
-            caption + (note if banded else ""),
-            y_label,
-            tuple(line for arm in arms if (line := _arm_line(arm, key))),
-            percent=percent,
+        replace(
+            chart,
+            caption=chart.caption + note,
+            lines=tuple(line for arm in arms if (line := _arm_line(arm, chart.metric))),
         )
-        for name, title, key, y_label, percent, caption in _COMPARED
+        for chart in _described("comparison")
     ]
 
 
@@ -278,8 +183,9 @@ def _arm_line(arm: Arm, key: str) -> Line | None:
     shared = sorted(set.intersection(*(set(r) for r in runs)))
     if not shared:
         return None
-    over: Callable[[Callable[[list[float]], float]], tuple[float, ...]] = lambda f: tuple(  # noqa: E731
-        f([r[step] for r in runs]) for step in shared
-    )
+
+    def over(f: Callable[[list[float]], float]) -> tuple[float, ...]:
+        return tuple(f([r[step] for r in runs]) for step in shared)
+
     band = (over(min), over(max)) if len(runs) > 1 else ((), ())
     return Line(arm.label, tuple(shared), over(fmean), *band)

@@ -1,5 +1,5 @@
 "use strict";
-// Text of models only ever becomes text nodes: nothing here parses it.
+// Model output only becomes text nodes; nothing here parses it as HTML.
 (function () {
   const data = JSON.parse(document.getElementById("data").textContent);
   const PAGE = 20;
@@ -66,7 +66,7 @@
     return item;
   }
 
-  // A list with filters: `accept` says whether an entry passes the values of the controls.
+  // A filtered list: `accept` decides whether an entry matches the values of the controls.
   function browser(name, entries, draw, accept) {
     const list = byId(name + "-list");
     if (!list) return;
@@ -77,7 +77,7 @@
     let shown = 0;
     function show() {
       const end = Math.min(found.length, shown + PAGE);
-      // A problem's text stands once, above the first of its answers.
+      // Show a problem's text once, above its first answer.
       for (let i = shown; i < end; i++) list.append(draw(found[i], i > shown ? found[i - 1] : null));
       shown = end;
       count.textContent = found.length + " of " + entries.length + " match, " + shown + " shown";

@@ -1,4 +1,4 @@
-"""What a run directory holds, as the report wants it. A run killed half-way is read as far as it goes."""
+"""Run directories as the report reads them. Interrupted runs are read as far as they go."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from empg_lite.run.journal import read_metrics
 from empg_lite.run.layout import ENVIRONMENT, EVENTS, METRICS, RECIPE
 from empg_lite.run.rollouts import read_rollouts
 
-#: Sizes that ``auto`` settles by the machine: they never change what is learned.
+#: Sizes that ``auto`` derives from the machine; they do not change what is learned.
 _LAYOUT = {"sampler": {"batch_rows", "merged"}, "optim": {"micro_batch_tokens", "gradient_checkpointing"}}
 
 
@@ -25,9 +25,9 @@ class StoredRun:
     """One run.
 
     Attributes:
-        steps: the records of training steps, in order.
-        before, after: figures of the evaluation around training; None where there was none (yet).
-        answers: (base, tuned) greedy answers to the same problems, in order; () unless both were evaluated.
+        steps: records of the training steps, in order.
+        before, after: figures of the evaluations before and after training; None if missing.
+        answers: (base, tuned) greedy answers to the same problems; () unless both evaluations exist.
     """
 
     path: Path
@@ -41,26 +41,25 @@ class StoredRun:
 
     @property
     def name(self) -> str:
-        """For titles: a seed's folder alone says little."""
+        """For titles; a seed's folder is shown with its parent."""
         path = self.path.absolute()
         return f"{path.parent.name}/{path.name}" if path.name.startswith("seed-") else path.name
 
     @property
     def command(self) -> str:
-        """What was typed to make it, from the first line of its recipe."""
+        """The command that started it, from the first line of its recipe; may be empty."""
         first = (self.path / RECIPE).read_text("utf-8").partition("\n")[0]
         return first.removeprefix("# made by: ") if first.startswith("# made by: ") else ""
 
     def rollouts(self) -> Iterator[tuple[int, list[Rationale]]]:
-        """(step, its rationales) of every training step that is stored and readable; preflight left out."""
+        """(step, its rationales) of every stored training step; unreadable files are skipped."""
         for path in sorted((self.path / "rollouts").glob("step-*.jsonl")):
             step = int(path.stem[5:])
-            rows = _rationales(path)
-            if step and rows:
+            if step and (rows := _rationales(path)):
                 yield step, rows
 
     def method(self) -> dict[str, Any]:
-        """The recipe without its seed and what depends on the machine: equal for the runs of a sweep."""
+        """The recipe without its seed and machine-dependent sizes: equal for all runs of a sweep."""
         values = self.recipe.model_dump(mode="json")
         for section, names in _LAYOUT.items():
             for name in names:
@@ -71,7 +70,7 @@ class StoredRun:
 
 
 def read_run(path: Path) -> StoredRun:
-    """Read a run directory, leaving its rollouts for later.
+    """Read a run directory; its rollouts are read on demand.
 
     Raises:
         RecipeError: its recipe cannot be read.
@@ -112,14 +111,14 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """Runs that differ in their seed alone."""
+    """Runs that differ only in their seed."""
 
     label: str
     runs: tuple[StoredRun, ...]
 
 
 def arms_of(runs: Sequence[StoredRun]) -> list[Arm]:
-    """The runs by what they do, in order of first appearance; several seeds of one recipe are one arm."""
+    """Group the runs by recipe, in order of first appearance; the seeds of one recipe are one arm."""
     by_method: dict[str, list[StoredRun]] = {}
     for run in runs:
         by_method.setdefault(json.dumps(run.method(), sort_keys=True), []).append(run)

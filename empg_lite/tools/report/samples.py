@@ -1,8 +1,8 @@
-"""The rationales that a page can hold: a fair choice of them, cut into pieces that can be marked."""
+"""The rationales that a page shows: a balanced choice, cut into pieces that can be highlighted."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from random import Random
 from typing import Any
 
@@ -11,19 +11,37 @@ from empg_lite.core.rationale import Rationale
 from empg_lite.core.safe_text import safe
 from empg_lite.tools.report.reading import StoredRun
 
-#: Characters of one rationale that are shown, from its end: the answer is there.
+#: Characters shown of one rationale, counted from its end, where the answer is.
 LONGEST = 6000
+#: Characters that an entry takes besides its completion, roughly.
+_OVERHEAD = 300
+
+
+class Questions:
+    """Each problem once; the entries refer to it by number."""
+
+    def __init__(self) -> None:
+        self.entries: list[dict[str, str]] = []
+        self._numbers: dict[tuple[str, str], int] = {}
+
+    def number(self, r: Rationale) -> int:
+        key = (r.problem_id, r.gold)
+        if key not in self._numbers:
+            self._numbers[key] = len(self.entries)
+            text = safe(r.question or r.prompt)[:4000]
+            self.entries.append({"id": r.problem_id, "text": text, "gold": safe(r.gold)[-400:]})
+        return self._numbers[key]
 
 
 def pieces(r: Rationale) -> list[list[str]]:
-    """The completion as ``[text]`` or ``[text, marks]`` pieces that give it back when joined.
+    """The completion, made safe to show, as ``[text]`` or ``[text, marks]`` pieces in order.
 
-    Marks are space-separated: ``answer`` where the extracted answer last stands in the text, and the
-    behaviours of the sentence. Text is made safe to show first.
+    Marks are space-separated: ``answer`` at the last occurrence of the extracted answer, and the behaviors of
+    the sentence.
     """
     text = safe(r.completion)
     if len(text) > LONGEST:
-        text = f"[{len(text) - LONGEST} characters left out] ... {text[-LONGEST:]}"
+        text = f"[{len(text) - LONGEST} characters omitted] ... {text[-LONGEST:]}"
     marked = [(span.start, span.end, span.behavior) for span in spans(text)]
     wanted = safe(r.extracted or "")
     at = text.rfind(wanted) if wanted else -1
@@ -37,14 +55,14 @@ def pieces(r: Rationale) -> list[list[str]]:
     return found
 
 
-def rationale_entry(r: Rationale, run: int, question: int) -> dict[str, Any]:
-    """What the page's table needs of a rationale."""
+def rationale_entry(r: Rationale, run: int, questions: Questions) -> dict[str, Any]:
+    """A row of the table of rationales."""
     parts = pieces(r)
-    marks = {mark for part in parts[:] if len(part) > 1 for mark in part[1].split()}
+    marks = {mark for part in parts if len(part) > 1 for mark in part[1].split()}
     return {
         "run": run,
         "step": r.step,
-        "q": question,
+        "q": questions.number(r),
         "k": r.sample_index,
         "reward": r.reward,
         "reason": r.reason,
@@ -58,10 +76,25 @@ def rationale_entry(r: Rationale, run: int, question: int) -> dict[str, Any]:
     }
 
 
-def choose(rows: Iterable[tuple[int, Rationale]], room: int, seed: int = 0) -> list[tuple[int, Rationale]]:
-    """Some of (run, rationale) pairs: as many as ``room`` characters of completions hold.
+def answer_entries(run: StoredRun, number: int, questions: Questions, room: int) -> list[dict[str, Any]]:
+    """Base and tuned answers to the same problems, changed outcomes first, within ``room`` characters."""
+    entries: list[dict[str, Any]] = []
+    for pair in sorted(run.answers, key=lambda pair: pair[0].right == pair[1].right):
+        room -= _OVERHEAD + sum(len(r.completion) for r in pair)
+        if room < 0:
+            break
+        sides = [
+            {"right": r.right, "tokens": len(r.completion_ids), "rule": r.rule, "parts": pieces(r)}
+            for r in pair
+        ]
+        entries.append({"run": number, "q": questions.number(pair[1]), "sides": sides})
+    return entries
 
-    Runs, steps, and right and wrong answers take turns; which of theirs is drawn is chance, always the same.
+
+def choose(rows: Iterable[tuple[int, Rationale]], room: int, seed: int = 0) -> list[tuple[int, Rationale]]:
+    """As many (run, rationale) pairs as fit in ``room`` characters.
+
+    Runs, steps, and right and wrong answers take turns; within each, the draw is random but reproducible.
     """
     rng, strata = Random(seed), dict[tuple[int, int, bool], list[tuple[int, Rationale]]]()
     for run, r in rows:
@@ -73,13 +106,8 @@ def choose(rows: Iterable[tuple[int, Rationale]], room: int, seed: int = 0) -> l
     while turns:
         turns = [members for members in turns if members]
         for members in turns:
-            room -= 300 + min(len(members[-1][1].completion), LONGEST)  # its other facts take some, too
+            room -= _OVERHEAD + min(len(members[-1][1].completion), LONGEST)
             if room < 0:
                 return chosen
             chosen.append(members.pop())
     return chosen
-
-
-def stored(runs: Sequence[StoredRun]) -> list[tuple[int, Rationale]]:
-    """Every stored rationale of training, with the number of its run."""
-    return [(i, r) for i, run in enumerate(runs) for _, rows in run.rollouts() for r in rows]
