@@ -176,7 +176,7 @@ def test_overrides_take_python_values() -> None:
 
 
 #: Options whose parameter has another name, or that only matter for what is printed.
-RENAMED = {"set": "overrides", "track": "trackers", "to": "to", "from": "source", "cases": "file"}
+RENAMED = {"set": "overrides", "track": "trackers", "from": "source", "cases": "file"}
 PRINTING = {"help", "json", "debug", "dry-run"}
 
 
@@ -198,8 +198,9 @@ PRINTING = {"help", "json", "debug", "dry-run"}
 def test_every_option_of_a_command_is_a_parameter(command: str, functions: list[Any]) -> None:
     """What the command line can do, Python can: ``--max-steps`` and ``--seed`` are overrides, too."""
     known = {name for function in functions for name in inspect.signature(function).parameters}
-    options = {o[2:] for p in typer.main.get_command(app).commands[command].params for o in p.opts}  # type: ignore[attr-defined]
-    wanted = {RENAMED.get(o, o.replace("-", "_")) for o in options - PRINTING if o}
+    group: Any = typer.main.get_command(app)
+    options = {o[2:] for p in group.commands[command].params for o in p.opts if o.startswith("--")}
+    wanted = {RENAMED.get(o, o.replace("-", "_")) for o in options - PRINTING}
     if "overrides" in known:
         wanted -= {"seed", "max_steps"}
     if command == "chat":  # what the conversation asks

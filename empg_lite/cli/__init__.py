@@ -1,17 +1,38 @@
-"""The command line: the only place that imports typer. Each command imports what it needs when it runs."""
+"""The command line: the only place that imports typer. Each command parses its options and calls ``api``."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import typer
-from typer.models import CommandInfo
 
-from empg_lite.cli import chat, export, grade, look, report, work
+from empg_lite.cli import chat, export, prepare, results, train
+from empg_lite.cli.output import with_output
 from empg_lite.core.errors import EmpgError, UsageError, explained
 from empg_lite.run.parallel import GRACE, leave, processes, speaks
+
+#: The commands in the order of the help, by purpose.
+COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
+    "Train and evaluate": {
+        "train": train.train,
+        "eval": results.evaluate,
+        "chat": chat.chat,
+        "inspect": results.inspect,
+        "report": results.report,
+        "export": export.export,
+    },
+    "The loop in parts": {"sample": train.sample, "score": train.score, "fit": train.fit},
+    "Before training": {
+        "recipes": prepare.recipes,
+        "check": prepare.check,
+        "plan": prepare.plan,
+        "grade": prepare.grade,
+        "doctor": prepare.doctor,
+    },
+}
 
 app = typer.Typer(
     name="empg-lite",
@@ -20,29 +41,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog="First try: empg-lite train --recipe tiny   (any CPU, two minutes, no download)",
 )
-for commands in (work, chat, report, export, grade, look):
-    commands.register(app)
-#: Commands by what they are for, in the order of the help.
-PANELS = {
-    "Train, and look at it": ("train", "eval", "chat", "inspect", "report", "export"),
-    "The loop in parts": ("sample", "score", "fit"),
-    "Before training": ("recipes", "check", "plan", "grade", "doctor"),
-}
-
-
-def _arrange() -> None:
-    panel_of = {name: panel for panel, names in PANELS.items() for name in names}
-    order = list(panel_of)
-
-    def name(command: CommandInfo) -> str:
-        return command.name or str(getattr(command.callback, "__name__", ""))
-
-    app.registered_commands.sort(key=lambda command: order.index(name(command)))
-    for command in app.registered_commands:
-        command.rich_help_panel = panel_of[name(command)]
-
-
-_arrange()
+for panel, commands in COMMANDS.items():
+    for name, command in commands.items():
+        app.command(name, rich_help_panel=panel)(with_output(command))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         refuse_launcher(arguments)
         code = app(args=arguments, standalone_mode=False)
-    except BaseException as error:  # the last line of defence: whatever it is, it gets a line and a code
+    except BaseException as error:  # the last line of defense: any failure becomes a line and a code
         if "--debug" in arguments and not isinstance(error, (SystemExit, typer.Exit)):
             import traceback
 
@@ -66,43 +67,40 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def refuse_launcher(arguments: list[str]) -> None:
-    """Only ``train`` knows how to share its work with other processes.
+    """Only ``train`` can share its work among processes.
 
     Raises:
-        UsageError: N processes would do the same thing N times, over each other's files.
+        UsageError: N processes would do the same work N times and overwrite each other's files.
     """
     if processes() > 1 and arguments[:1] != ["train"]:
         raise UsageError(
             f"{processes()} processes were launched, and only train shares its work",
             " ".join(["empg-lite", *arguments[:1]]),
-            "start it without the launcher",
+            "run it without the launcher",
         )
 
 
 def _report(error: BaseException) -> int:
+    """Print the error line; the exit code."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 0
     if isinstance(error, typer.Exit):
         return error.exit_code
-    if isinstance(error, BrokenPipeError):  # the reader of a pipe went away
+    if isinstance(error, BrokenPipeError):  # the reader of a pipe closed it
         sys.stdout = sys.stderr  # so that the interpreter does not flush into it again
         return 0
-    known = _translate(error)
+    known = _translated(error)
     if speaks():
-        print(f"error: {_one_line(known)}", file=sys.stderr)
+        from empg_lite.core.safe_text import safe, without_passwords
+
+        print("error:", *without_passwords(safe(str(known))).split(), file=sys.stderr)
     else:
         time.sleep(GRACE)
     return known.exit_code
 
 
-def _one_line(error: EmpgError) -> str:
-    from empg_lite.core.safe_text import safe, without_passwords
-
-    return " ".join(without_passwords(safe(str(error))).split())
-
-
-def _translate(error: BaseException) -> EmpgError:
-    """Errors of others as ours."""
+def _translated(error: BaseException) -> EmpgError:
+    """Any exception as an ``EmpgError``; typer's are usage errors."""
     if isinstance(error, typer.BadParameter | typer.Abort) or type(error).__module__.startswith("typer."):
         message = getattr(error, "format_message", lambda: str(error) or type(error).__name__)()
         return UsageError(message.rstrip("."), _usage_context(error), "see --help")

@@ -13,14 +13,13 @@ import typer
 
 from empg_lite.cli.options import (
     AllowCodeOption,
-    DebugOption,
-    JsonOption,
-    Output,
     RecipeOption,
     SeedOption,
     SetOption,
     TargetArgument,
+    changes,
 )
+from empg_lite.cli.output import Output
 
 if TYPE_CHECKING:
     from empg_lite.core.rationale import Problem, Rationale
@@ -28,31 +27,27 @@ if TYPE_CHECKING:
     from empg_lite.tools.chat import Chat, OnText, Reply
 
 HELP = """\
-a question            is answered; '=> ANSWER' at its end is its gold: the reply is graded
-/problem [ID|SPLIT]   ask one of the evaluation problems (or of that split), with its gold
-/again [K]            the last question again, K samples (8) at temperature 1, and their vote
+QUESTION [=> ANSWER]  ask it; with the right answer, the reply is graded
+/problem [ID|SPLIT]   ask an evaluation problem (or one of that split) with its answer
+/again [K]            ask the last question again: K samples (8) at temperature 1, and their vote
 /compare on|off       base and tuned side by side
-/temperature X        0 is greedy;  /max N  most tokens of an answer
-/show                 the last replies again, whole
-/save FILE            everything said so far, as a rollout file
-/help, /quit          an empty line or Ctrl-D also ends; Ctrl-C stops an answer"""
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command of this module."""
-    app.command()(chat)
+/temperature X        0 is greedy;  /max N  limit answers to N tokens
+/show                 print the last replies again in full
+/save FILE            save the conversation as a rollout file
+/help, /quit          an empty line or Ctrl-D also quits; Ctrl-C stops an answer"""
 
 
 def chat(
+    out: Output,
     target: TargetArgument = None,
     recipe: RecipeOption = None,
     prompt: Annotated[
-        str | None, typer.Option(help="Ask this and stop; - reads stdin.", show_default=False)
+        str | None, typer.Option(help="Ask this and exit; - reads stdin.", show_default=False)
     ] = None,
     gold: Annotated[
-        str | None, typer.Option(help="Known answer: the reply is graded.", show_default=False)
+        str | None, typer.Option(help="The right answer: the reply is graded.", show_default=False)
     ] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Base and tuned side by side.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Show base and tuned side by side.")] = False,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Default: the recipe's.", show_default=False)
@@ -60,33 +55,26 @@ def chat(
     allow_code: AllowCodeOption = False,
     overrides: SetOption = None,
     seed: SeedOption = None,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
-    """Ask a model and see its reasoning, the answer read from it, and its reward. /help lists more."""
-    from empg_lite.recipe.reward import pin_reward
-    from empg_lite.run.target import resolve_target
+    """Ask a model; see its reasoning, the answer that was read, and its reward. /help lists more."""
+    from empg_lite import api
 
-    out = Output(as_json)
-    chosen = resolve_target(target, recipe, overrides or [], seed)
-    plan, code = pin_reward(chosen.recipe, allow_code)
-    chosen = replace(chosen, recipe=plan)
-    from empg_lite.rewards import Grader
-    from empg_lite.tools.chat import Chat
-
-    with out.guarded(), Grader(code=code) as grader:
-        talk = Chat(chosen, temperature=temperature, max_new_tokens=max_new_tokens)
+    model = api.find_model(target, recipe=recipe, overrides=changes(overrides, seed))
+    opened = api.open_chat(
+        model, temperature=temperature, max_new_tokens=max_new_tokens, allow_code=allow_code
+    )
+    with opened as (talk, grader):
         conversation = _Conversation(out, talk, grader, compare, gold)
         if prompt is not None:
             conversation.ask_text(sys.stdin.read().strip() if prompt == "-" else prompt, gold)
         else:
-            conversation.run(chosen.label)
+            conversation.run(model.label)
     if conversation.failed:
         raise typer.Exit(conversation.failed)
 
 
 class _Conversation:
-    """Reads lines and answers them, until there are no more."""
+    """Answers lines until the input ends."""
 
     def __init__(self, out: Output, talk: Chat, grader: Grader, compare: bool, gold: str | None) -> None:
         self.out, self.talk, self.grader, self.compare, self.gold = out, talk, grader, compare, gold
@@ -106,22 +94,22 @@ class _Conversation:
         }
 
     def run(self, label: str) -> None:
-        """A conversation; from a pipe, a question a line."""
+        """A conversation; from a pipe, one question per line."""
         if self.person:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  (arrow keys and history, where the system has it)
 
                 if sys.stdout.isatty() and self.out.console.color_system:
-                    # It draws the line anew, so it has to know the prompt, and what of it takes no room.
+                    # It redraws the line, so it needs the prompt, with its escape codes marked as zero-width.
                     self.prompt = "\x01\x1b[1m\x02you> \x01\x1b[0m\x02"
-            self._say(f"{label} · /help lists the commands, an empty line ends")
+            self._say(f"{label} · /help lists the commands, an empty line quits")
         for line in self._lines():
             if line in ("/quit", "/exit"):
                 return
             try:
                 self._take(line)
             except KeyboardInterrupt:
-                if not self.person:  # of a script it ends the whole
+                if not self.person:  # a script stops as a whole
                     raise
                 self._say("stopped")
 
@@ -131,7 +119,7 @@ class _Conversation:
         self.ask(Problem.asked(question, gold or ""))
 
     def ask(self, problem: Problem) -> None:
-        """One question and its replies.
+        """Ask one question and show the replies.
 
         Raises:
             DataError: it is too long for the model.
@@ -155,13 +143,13 @@ class _Conversation:
             except UnicodeDecodeError as error:
                 from empg_lite.core.errors import DataError
 
-                raise DataError("it is not UTF-8 text", "stdin", "save it as UTF-8") from error
+                raise DataError("not UTF-8 text", "stdin", "save it as UTF-8") from error
             except KeyboardInterrupt:
                 if self.person:
                     return
                 raise
             if not line.strip():
-                if not self.person and line:  # an empty line of a file is none
+                if not self.person and line:  # empty lines of a file are skipped
                     continue
                 return
             yield line.strip()
@@ -173,9 +161,9 @@ class _Conversation:
         return input(self.prompt)
 
     def _take(self, line: str) -> None:
-        """A question or a command; what is wrong with it is said, and the conversation goes on.
+        """A question or a command. An error is reported and the conversation continues.
 
-        A script also gets an object in the answer's place, and in the end the exit code of the first error.
+        A script also gets a JSON object in place of the answer, and at the end the first error's exit code.
         """
         from empg_lite.core.errors import EmpgError
         from empg_lite.core.safe_text import safe
@@ -185,11 +173,11 @@ class _Conversation:
             if line.startswith("/") and name in self.commands:
                 self.commands[name](rest.strip())
             elif line.startswith("/"):
-                self._say(f"no command /{name}: /help lists them")
+                self._say(f"no command /{name}; /help lists them")
             else:
                 question, _, known = line.partition("=>")
                 self.ask_text(question.strip(), known.strip() or self.gold)
-        except EmpgError as error:  # of this line alone
+        except EmpgError as error:  # only this line fails
             if self.person:
                 self._say(str(error), style="yellow")
                 return
@@ -208,7 +196,7 @@ class _Conversation:
         samples = _number(count or "8", int, 1, 256)
         problem = self.problem
         if samples is None or problem is None:
-            self._say("ask something first" if problem is None else "say how many: /again 8")
+            self._say("ask something first" if problem is None else "how many samples? /again 8")
             return
         replies, vote = self.talk.again(problem, self.grader, samples)
         self.shown = list(replies)
@@ -239,30 +227,28 @@ class _Conversation:
         value = _number(word, int, 1, 32_768)
         if value is not None:
             self.talk.decoding = replace(self.talk.decoding, max_new_tokens=value)
-        self._say(f"an answer has at most {self.talk.decoding.max_new_tokens} tokens: /max N")
+        self._say(f"answers have at most {self.talk.decoding.max_new_tokens} tokens: /max N")
 
     def _show(self, _: str) -> None:
         if self.shown:
             self._print_replies()
         else:
-            self._say("nothing was said yet")
+            self._say("no replies yet")
 
     def _save(self, name: str) -> None:
         if not name or not self.talk.replies:
-            self._say("nothing was said yet" if name else "say where to: /save FILE.jsonl")
+            self._say("no replies yet" if name else "which file? /save FILE.jsonl")
             return
         self._say(f"{self.talk.save(Path(name).expanduser())} replies in {name}: empg-lite inspect {name}")
 
     # --- showing ----------------------------------------------------------------------------------
 
     def _say(self, text: str, style: str = "dim") -> None:
-        from empg_lite.core.safe_text import safe
-
-        self.out.print(safe(text), style=style, markup=False, highlight=False)
+        self.out.say(text, style)
 
     @contextlib.contextmanager
     def _streaming(self) -> Iterator[OnText | None]:
-        """The replies as they grow, on a terminal; taken away when they are whole."""
+        """Show the replies as they grow, on a terminal; removed when they are complete."""
         if self.out.as_json or not self.out.console.is_terminal:
             yield None
             return
@@ -294,14 +280,14 @@ class _Conversation:
             for _ in self.shown:
                 side_by_side.add_column(ratio=1)
             side_by_side.add_row(*(_panel(reply, alone=False) for reply in self.shown))
-            self.out.print(side_by_side)
+            self.out.show(side_by_side)
             return
         for reply in self.shown:
-            self.out.print(_panel(reply, alone=True))
+            self.out.show(_panel(reply, alone=True))
 
 
 def _number(text: str, kind: Callable[[str], Any], least: float, most: float) -> Any:
-    """The number that a text is, within bounds; None where it is none."""
+    """The number in ``text``, if it is one within the bounds."""
     try:
         value = kind(text)
     except ValueError:
@@ -330,7 +316,7 @@ def _style(r: Rationale) -> str:
 
 
 def _line(r: Rationale) -> Any:
-    """A sample in one line: verdict, answer, the end of its reasoning."""
+    """A sample on one line: verdict, answer, the end of its reasoning."""
     from rich.text import Text
 
     from empg_lite.core.safe_text import safe

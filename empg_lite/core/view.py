@@ -1,393 +1,41 @@
-"""What a person sees of a run while it goes on.
-
-Nothing (library use), plain lines (a log, a pipe), lines above a panel that stays (a terminal), or one
-display that is rewritten (a notebook). All are told the same things.
-"""
+"""What the loop tells whoever is watching. The views that show it are in ``tools/view.py``."""
 
 from __future__ import annotations
 
-import html
-import io
-import os
-import select
-import sys
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any, Self
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Self
 
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.text import Text
+if TYPE_CHECKING:
+    from empg_lite.core.rationale import Rationale
 
-from empg_lite.core import control
-from empg_lite.core.rationale import Rationale
-from empg_lite.core.safe_text import safe
+#: Reports how many more rows of a phase are done.
+Advance = Callable[[int], None]
 
 
 class View:
-    """What a person sees of a run. This one shows nothing (library use, ``--json`` without a terminal)."""
+    """Receives a run's progress. This base class shows nothing."""
 
     def note(self, text: str) -> None:
         """Something worth one line."""
 
     def warn(self, text: str) -> None:
-        """Something that needs a person's eye."""
+        """Something that needs attention."""
 
     def step(self, record: Mapping[str, Any], total: int) -> None:
-        """A step is done."""
+        """A step was recorded; ``total`` is ``run.steps``."""
 
     def sampled(self, rows: Sequence[Rationale]) -> None:
-        """The graded rationales of the step at hand."""
+        """The graded rationales of the current step."""
 
     @contextmanager
-    def phase(self, name: str, total: int) -> Iterator[Any]:
-        """A stretch of work of ``total`` rows; yields a function to call with the rows that have ended."""
+    def phase(self, name: str, total: int) -> Iterator[Advance]:
+        """Work on ``total`` rows; yields a function to call with the number of rows that finished."""
         yield lambda done: None
 
     def __enter__(self) -> Self:
-        """What is shown as long as the run goes on begins here."""
+        """Start showing."""
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        """And is taken away here."""
-
-
-class ConsoleView(View):
-    """Plain lines that read well in a log and a notebook; on a terminal also a bar for what is going on."""
-
-    _COLUMNS = "   step   reward    mixed   length   loss      tokens/s   s/step   validation"
-    _REUSE = "     ess      kl    age"
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self._header_due = True
-        self._reuse = False
-
-    def note(self, text: str) -> None:
-        self._line(text)
-        self._header_due = True
-
-    def warn(self, text: str) -> None:
-        self._line(f"warning: {text}", style="yellow")
-        self._header_due = True
-
-    def _line(self, text: str, style: str | None = None) -> None:
-        """Wrapped by words on a terminal, whole in a log."""
-        soft = not self.console.is_terminal
-        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=soft)
-
-    def step(self, record: Mapping[str, Any], total: int) -> None:
-        if not self._reuse and _reuses(record):
-            self._reuse = self._header_due = True
-        if self._header_due:
-            self._line(self._COLUMNS + (self._REUSE if self._reuse else ""), style="bold")
-            self._header_due = False
-        loss = f"{record['loss']:.4f}" if record["loss"] is not None else "no update"
-        accuracy, speed = record.get("eval/accuracy"), record.get("time/tokens_per_second", 0.0)
-        self._line(
-            f"{record['step']:5d}/{total:<5d}{record['reward']:7.1%}{record['em/frac_mixed']:9.0%}"
-            f"{record['completions/mean_length']:9.0f}   {loss:9s}{speed:9.0f}"
-            f"{record['step_time']:9.2f}   {'' if accuracy is None else f'{accuracy:.1%}':10s}"
-            f"{self._reuse_columns(record) if self._reuse else ''}".rstrip()
-        )
-
-    @staticmethod
-    def _reuse_columns(record: Mapping[str, Any]) -> str:
-        """Effective sample size, KL since the start of the fit, mean age in optimiser steps."""
-        kl = record.get("em/kl_old")
-        return f"{record['em/ess']:8.0%}{'' if kl is None else f'{kl:.4f}':>8s}{record['em/staleness']:7.1f}"
-
-    @contextmanager
-    def phase(self, name: str, total: int) -> Iterator[Any]:
-        if not self.console.is_terminal:
-            yield lambda done: None
-            return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self.console, transient=True) as progress:
-            task = progress.add_task(name, total=total)
-            yield lambda done: progress.advance(task, done)
-
-
-def _reuses(record: Mapping[str, Any]) -> bool:
-    """Whether the step fitted samples more than once, or samples of an older policy."""
-    return record["em/updates"] > 1 or record["em/staleness"] > 0
-
-
-class Status:
-    """How a run stands, in a few lines: what matters first."""
-
-    def __init__(self) -> None:
-        self._record: Mapping[str, Any] = {}
-        self._total = 0
-        self._held_out: tuple[float, int] | None = None
-        self._rewards: deque[float] = deque(maxlen=40)
-        self._seconds: deque[float] = deque(maxlen=10)
-        self._phase: tuple[str, int, int] | None = None
-
-    def step(self, record: Mapping[str, Any], total: int) -> None:
-        """Take in a step's record."""
-        self._record, self._total = record, total
-        self._rewards.append(record["reward"])
-        self._seconds.append(record["step_time"])
-        if record.get("eval/accuracy") is not None:
-            self._held_out = record["eval/accuracy"], record["step"]
-
-    @contextmanager
-    def phase(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A stretch of work that is going on."""
-        before, self._phase = self._phase, (name, 0, total)
-
-        def advance(done: int) -> None:
-            if self._phase is not None:
-                self._phase = (name, self._phase[1] + done, total)
-
-        try:
-            yield advance
-        finally:
-            self._phase = before
-
-    def lines(self) -> list[str]:
-        """At most four lines."""
-        found = [self._progress(), self._learning(), self._cost()] if self._record else []
-        if self._phase is not None:
-            name, done, total = self._phase
-            found.append(f"{name}: {done:,} of {total:,}")
-        return found or ["starting"]
-
-    def _progress(self) -> str:
-        step = self._record["step"]
-        left = (self._total - step) * sum(self._seconds) / len(self._seconds)
-        full = round(20 * step / self._total)
-        eta = f"about {clock_text(left)} left" if step < self._total else "the last step is done"
-        return f"step {step} of {self._total}  {'█' * full}{'░' * (20 - full)}  {eta}"
-
-    def _learning(self) -> str:
-        r, held_out = self._record, "not yet"
-        if self._held_out is not None:
-            held_out = f"{self._held_out[0]:.1%} (step {self._held_out[1]})"
-        return (
-            f"held-out {held_out} · reward {r['reward']:.1%} {sparkline(self._rewards)} · "
-            f"signal in {r['em/frac_mixed']:.0%} of the problems · {r['completions/mean_length']:.0f} tokens"
-        )
-
-    def _cost(self) -> str:
-        r = self._record
-        parts = {name: r.get(f"time/{name}", 0.0) for name in ("sample", "score", "fit")}
-        whole = sum(parts.values()) or 1.0
-        shares = ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in parts.items())
-        memory = next((r[k] for k in ("memory/peak_mb", "memory/peak_rss_mb") if r.get(k)), None)
-        peak = "" if memory is None else f" · peak {memory / 1000:.1f} GB"
-        return f"{r.get('time/tokens_per_second', 0.0):,.0f} tokens/s · {shares}{peak}"
-
-
-def clock_text(seconds: float) -> str:
-    """``0:42``, ``12:05``, ``3:20:00``."""
-    whole = round(seconds)
-    hours, minutes = whole // 3600, whole // 60 % 60
-    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
-
-
-def sparkline(shares: Sequence[float] | deque[float]) -> str:
-    """A line of bars for shares from 0 to 1. The scale is fixed: a small rise looks small."""
-    return "".join("▁▂▃▄▅▆▇█"[min(7, max(0, int(8 * share)))] for share in shares)
-
-
-class LiveView(ConsoleView):
-    """The lines of ``ConsoleView``, and below them a panel that says how the run stands.
-
-    Where keys can be read, ``r`` shows and hides the latest right and the latest wrong rationale.
-    """
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(console)
-        self._status = Status()
-        self._live: Live | None = None
-        self._latest: dict[bool, Rationale] = {}
-        self._asked, self._keys = False, _Keys()
-
-    def __enter__(self) -> Self:
-        self._keys.listen()
-        self._live = Live(
-            console=self.console, get_renderable=self._panel, refresh_per_second=4, transient=True
-        )
-        self._live.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
-        self._keys.restore()
-
-    def step(self, record: Mapping[str, Any], total: int) -> None:
-        self._status.step(record, total)
-        super().step(record, total)
-
-    def sampled(self, rows: Sequence[Rationale]) -> None:
-        for r in rows:
-            self._latest[r.right] = r
-
-    @contextmanager
-    def phase(self, name: str, total: int) -> Iterator[Any]:
-        if self._live is None:
-            with super().phase(name, total) as advance:
-                yield advance
-        else:
-            with self._status.phase(name, total) as advance:
-                yield advance
-
-    def _panel(self) -> RenderableType:
-        if "r" in self._keys.pressed():
-            self._asked = not self._asked
-        hint = "r hides them" if self._asked else "r shows a right and a wrong rationale"
-        body = Panel(
-            Text("\n".join(self._status.lines())),
-            border_style="dim",
-            subtitle=hint if self._keys.listening and self._latest else None,
-            subtitle_align="left",
-        )
-        return Group(*(self._rationales() if self._asked else ()), body)
-
-    def _rationales(self) -> list[RenderableType]:
-        """Each at most a few lines: the panel must not be higher than the screen."""
-        room = max(2, (self.console.height - 13) // 2)
-        shown = []
-        for right in (True, False):
-            r = self._latest.get(right)
-            if r is None:
-                continue
-            text = Text(safe(f"{r.question.strip()}\n{r.completion.strip()}"))
-            lines = text.wrap(self.console, max(10, self.console.width - 4))
-            title = f"{'right' if right else 'wrong'} · step {r.step} · "
-            title += f"read {safe(str(r.extracted))[:30]}, gold {safe(r.gold)[:30]}"
-            shown.append(
-                Panel(
-                    Text("\n").join(lines[-room:] if len(lines) > room else lines),
-                    title=Text(title),
-                    border_style="green" if right else "red",
-                )
-            )
-        return list(shown)
-
-
-class _Keys:
-    """Single keys from a terminal, without echo; put back as it was at the end and at the first signal."""
-
-    def __init__(self) -> None:
-        self._before: Any = None
-
-    @property
-    def listening(self) -> bool:
-        return self._before is not None
-
-    def listen(self) -> None:
-        """Begin, where stdin is a terminal that this process may read."""
-        with suppress(Exception):  # no terminal, none of ours, or a system without them: no keys then
-            import termios
-            import tty
-
-            fd = sys.stdin.fileno()
-            if not os.isatty(fd) or os.tcgetpgrp(fd) != os.getpgrp():
-                return
-            before = termios.tcgetattr(fd)
-            tty.setcbreak(fd)
-            self._before = before
-            control.AT_SIGNAL.append(self.restore)
-
-    def pressed(self) -> str:
-        """What was typed since the last time."""
-        if not self.listening or not select.select([sys.stdin], [], [], 0)[0]:
-            return ""
-        return os.read(sys.stdin.fileno(), 64).decode("utf-8", "ignore")
-
-    def restore(self) -> None:
-        """Give the terminal back."""
-        if self._before is None:
-            return
-        import termios
-
-        before, self._before = self._before, None
-        control.AT_SIGNAL.remove(self.restore)
-        with suppress(Exception):
-            termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, before)
-
-
-class NotebookView(View):
-    """One display that is rewritten, at most once a second: the last lines, and how the run stands."""
-
-    #: Lines that are kept; every line is in ``metrics.jsonl``.
-    LINES = 30
-
-    def __init__(self) -> None:
-        from IPython.display import HTML, display
-
-        self._html = HTML
-        self._status, self._lines = Status(), deque[str](maxlen=self.LINES)
-        self._console = Console(
-            width=110, color_system=None, force_terminal=False, force_jupyter=False, file=_Lines(self._lines)
-        )
-        self._printer = ConsoleView(self._console)
-        self._shown = time.monotonic()
-        self._display = display(HTML("starting"), display_id=True)
-
-    def note(self, text: str) -> None:
-        self._printer.note(text)
-        self._update()
-
-    def warn(self, text: str) -> None:
-        self._printer.warn(text)
-        self._update()
-
-    def step(self, record: Mapping[str, Any], total: int) -> None:
-        self._status.step(record, total)
-        self._printer.step(record, total)
-        self._update()
-
-    @contextmanager
-    def phase(self, name: str, total: int) -> Iterator[Any]:
-        with self._status.phase(name, total) as advance:
-
-            def advance_and_show(done: int) -> None:
-                advance(done)
-                self._update()
-
-            yield advance_and_show
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._update(now=True)
-
-    def _update(self, now: bool = False) -> None:
-        if not now and time.monotonic() - self._shown < 1.0:
-            return
-        self._shown = time.monotonic()
-        text = "\n".join([*self._lines, "", *self._status.lines()])
-        self._display.update(self._html(f"<pre>{html.escape(safe(text))}</pre>"))
-
-
-class _Lines(io.StringIO):
-    """A file whose lines go into a list."""
-
-    def __init__(self, lines: deque[str]) -> None:
-        super().__init__()
-        self._lines, self._rest = lines, ""
-
-    def write(self, text: str) -> int:
-        *whole, self._rest = (self._rest + text).split("\n")
-        self._lines.extend(whole)
-        return len(text)
-
-
-def in_notebook() -> bool:
-    """Whether this process is a notebook's kernel."""
-    shell = sys.modules.get("IPython")
-    running = shell.get_ipython() if shell is not None else None
-    return type(running).__name__ in ("ZMQInteractiveShell", "Shell")  # Colab calls its own Shell
-
-
-def view_here() -> View:
-    """The view that suits where this runs: a notebook's display, or the console."""
-    return NotebookView() if in_notebook() else ConsoleView(Console())
+        """Stop showing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 from broken_inputs import BROKEN, write_case
 from packaging.utils import canonicalize_name
+
+import empg_lite
 
 COMMANDS = (
     "train",
@@ -29,7 +32,7 @@ COMMANDS = (
 
 
 def last(out: str) -> dict:  # type: ignore[type-arg]
-    """The result object: the last line, compact and ASCII."""
+    """The result: the last line, compact ASCII JSON."""
     line = out.splitlines()[-1]
     assert line.isascii() and line == json.dumps(json.loads(line), separators=(",", ":"))
     return json.loads(line)
@@ -43,8 +46,10 @@ def test_help_names_every_command(cli) -> None:  # type: ignore[no-untyped-def]
         assert code == 0 and "--json" in out and "--debug" in out
 
 
-def test_the_whole_way(cli, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    """train, eval, chat, sample, score, fit, inspect, check: what one leaves the next takes."""
+def test_commands_work_on_each_others_output(
+    cli, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # type: ignore[no-untyped-def]
+    """train, eval, chat, sample, score, fit, inspect: each takes what another wrote."""
     monkeypatch.chdir(tmp_path)
     code, out, err = cli("train", "--recipe", recipe_file, "--json")
     result = last(out)
@@ -85,7 +90,7 @@ def test_the_whole_way(cli, recipe_file: Path, tmp_path: Path, monkeypatch: pyte
     assert code == 0 and "r.jsonl" in out
 
 
-def test_results_for_people(cli, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_results_in_text(cli, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.chdir(tmp_path)
     code, out, _ = cli("train", "--recipe", recipe_file, "--max-steps", 1)
     assert (
@@ -111,7 +116,7 @@ def test_a_run_in_use_is_refused(cli, recipe_file: Path, tmp_path: Path) -> None
     assert code == 73 and f"in use by process {os.getpid()}" in err.splitlines()[-1]
 
 
-def test_dry_run_prints_a_recipe_that_loads(cli, recipe_file: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_dry_run_prints_a_loadable_recipe(cli, recipe_file: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     from empg_lite.recipe.file import load_recipe
 
     code, out, _ = cli("train", "--recipe", recipe_file, "--dry-run", "--set", "em.passes=2", "--seed", 7)
@@ -135,7 +140,7 @@ def test_grade_explains(cli) -> None:  # type: ignore[no-untyped-def]
     assert list(verdict) == ["reward", "reason", "extracted", "rule", "gold", "seconds"]
 
 
-def test_grade_cases_gives_one_object_a_line(cli, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_grade_cases_prints_one_object_per_line(cli, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     rows = [
         {"gold": "4", "prediction": "\\boxed{4}", "extra": 1},
         {"gold": "4", "prediction": "\ud800 nul \x00 #### 5"},
@@ -171,7 +176,7 @@ def test_grade_cases_gives_one_object_a_line(cli, tmp_path: Path) -> None:  # ty
         (("recipes", "show", "gsm8k-05b"), 66, "gsm8k-0.5b"),
     ],
 )
-def test_errors_are_one_line_with_a_code(
+def test_an_error_is_one_line_and_an_exit_code(
     cli, arguments: tuple[str, ...], code: int, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.chdir(tmp_path)
@@ -183,10 +188,8 @@ def test_errors_are_one_line_with_a_code(
 
 
 @pytest.mark.parametrize("case", BROKEN, ids=[case[0] for case in BROKEN])
-def test_broken_inputs_through_the_command(
-    cli, case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # type: ignore[no-untyped-def]
-    """Acceptance h: one line, exit code 65, nothing written."""
+def test_broken_inputs_are_one_line(cli, case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """One line, exit code 65, nothing on stdout."""
     _, files, overrides, fragments = case
     recipe = write_case(tmp_path, files)
     monkeypatch.chdir(tmp_path)
@@ -197,7 +200,7 @@ def test_broken_inputs_through_the_command(
     assert all(fragment in lines[0] for fragment in fragments), lines[0]
 
 
-def test_internal_errors_are_named_and_traced_on_request(cli, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_internal_errors_are_named_and_debug_prints_a_traceback(cli, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     def broken() -> None:
         raise ZeroDivisionError("boom")
 
@@ -222,8 +225,8 @@ def test_recipes_and_doctor(cli, tmp_path: Path) -> None:  # type: ignore[no-unt
     assert found["packages"]["torch"]["installed"].startswith("2.") and found["device"]
 
 
-def test_a_checkout_that_is_not_installed_has_a_doctor_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine where the package is put on the path: requirements come from the project's own file."""
+def test_doctor_works_in_a_checkout_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the package on PYTHONPATH only, requirements are read from pyproject.toml."""
     from empg_lite.tools import doctor
 
     def names() -> set[tuple[str, bool]]:
@@ -240,7 +243,7 @@ def test_a_checkout_that_is_not_installed_has_a_doctor_too(monkeypatch: pytest.M
     assert torch.ok and torch.wanted == "<2.15,>=2.10"
 
 
-def test_check_says_no_with_exit_1(cli, recipe_file: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_check_exits_1_if_something_is_wrong(cli, recipe_file: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     code, out, _ = cli("check", "--recipe", recipe_file)
     assert (
         code == 0
@@ -278,7 +281,39 @@ def test_help_and_broken_recipes_do_not_import_torch(tmp_path: Path) -> None:
         assert done.stdout.splitlines()[-1] == expected, arguments
 
 
-def test_a_closed_pipe_is_no_error(recipe_file: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(recipe_file: Path) -> None:
     command = f"{sys.executable} -m empg_lite recipes show gsm8k-0.5b | head -1"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
     assert "error" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_new_train_flag_touches_two_files(tmp_path: Path) -> None:
+    """``api.py`` and ``cli/train.py``: in a copy, a flag is added to both, and the command obeys it."""
+    source = Path(empg_lite.__file__).parent
+    shutil.copytree(
+        source, tmp_path / "empg_lite", ignore=shutil.ignore_patterns("__pycache__", "*.safetensors")
+    )
+    (tmp_path / "recipes").symlink_to(source.parent / "recipes")
+    for file, edits in {
+        "cli/train.py": [
+            ("    profile: Annotated[\n", '    greet: Annotated[bool, typer.Option("--greet")] = False,\n'),
+            ("        profile=profile,\n", "        greet=greet,\n"),
+        ],
+        "api.py": [
+            ("    profile: bool = False,\n", "    greet: bool = False,\n"),
+            ("    require(trackers)\n", '    if greet:\n        raise UsageError("hello", "--greet")\n'),
+        ],
+    }.items():
+        text = (source / file).read_text("utf-8")
+        for place, line in edits:
+            assert text.count(place) == 1, place
+            text = text.replace(place, line + place)
+        (tmp_path / "empg_lite" / file).write_text(text, "utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "empg_lite", "train", "--greet"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (2, "error: hello · --greet\n"), done.stderr

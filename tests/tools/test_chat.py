@@ -282,12 +282,12 @@ def test_commands(typed, tmp_path: Path) -> None:  # type: ignore[no-untyped-def
     out += err
     for said in (
         "ask something first",
-        "nothing was said yet",
-        "no command /nothing: /help lists them",
+        "no replies yet",
+        "no command /nothing; /help lists them",
         "compare is on",
         "temperature is 0.5",
         "at most 3 tokens",
-        "say how many",
+        "how many samples?",
         "no problem has such an id",
         "the model's context is",
         "/again [K]",

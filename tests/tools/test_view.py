@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: right numbers, no flood, and a terminal given back as it was."""
+"""Views of a live run: the right numbers, few updates, and a terminal that is restored."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def told(status: Any, steps: int) -> None:
     ("seconds", "text"),
     [(0, "0:00"), (41.6, "0:42"), (725, "12:05"), (12000, "3:20:00"), (3599.7, "1:00:00")],
 )
-def test_times(seconds: float, text: str) -> None:
+def test_clock_text(seconds: float, text: str) -> None:
     assert clock_text(seconds) == text
 
 
-def test_a_sparkline_has_a_fixed_scale() -> None:
+def test_sparkline_has_a_fixed_scale() -> None:
     assert sparkline([0.0, 0.13, 0.5, 0.99, 1.0]) == "▁▂▅██"
-    assert len(set(sparkline([0.50, 0.52, 0.54]))) == 1  # a rise of nothing looks like nothing
+    assert len(set(sparkline([0.50, 0.52, 0.54]))) == 1  # a tiny rise does not look like one
     assert sparkline([-1.0, 2.0]) == "▁█"
 
 
-def test_the_status_says_what_was_recorded() -> None:
+def test_status_shows_what_was_recorded() -> None:
     status = Status()
     assert status.lines() == ["starting"]
     with status.phase("evaluating", 10) as advance:
@@ -69,8 +69,8 @@ def test_the_status_says_what_was_recorded() -> None:
     assert len(status.lines()) == 3
 
 
-def test_the_status_shows_the_memory_that_the_plan_predicts() -> None:
-    """The card's peak on a GPU, where the process's own is another matter; the process's on a CPU."""
+def test_status_shows_the_peak_that_the_memory_plan_predicts() -> None:
+    """The card's peak on a GPU, although the process's is recorded too; the process's on a CPU."""
     status, measured = Status(), {**record(1, step_rows(1)), "memory/peak_rss_mb": 5200.0}
     status.step(measured, 25)
     assert status.lines()[2].endswith("peak 5.2 GB")
@@ -79,7 +79,7 @@ def test_the_status_shows_the_memory_that_the_plan_predicts() -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(120, 40), (80, 24), (60, 20)])
-def test_the_panel_fits_the_screen_and_shows_no_command(width: int, height: int) -> None:
+def test_panel_fits_the_screen_and_escapes_model_text(width: int, height: int) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=width, height=height)
     live = LiveView(console)
     told(live, 22)
@@ -94,20 +94,20 @@ def test_the_panel_fits_the_screen_and_shows_no_command(width: int, height: int)
     assert "right · step 22" in text and "wrong · step 22" in text and "step 22 of 25" in text
 
 
-def test_a_log_gets_plain_lines() -> None:
+def test_log_gets_plain_lines() -> None:
     out = io.StringIO()
     plain = ConsoleView(Console(file=out, force_terminal=False, width=60))
     with plain, plain.phase("sampling", 5) as advance:
         advance(5)
         told(plain, 2)
-        plain.note("a note that is longer than the width of the console and stays on its line all the same")
+        plain.note("a note that is longer than the width of the console is still printed on one line")
     lines = out.getvalue().splitlines()
     assert len(lines) == 4 and "\x1b" not in out.getvalue()
     assert lines[1].split()[:3] == ["1/25", "37.5%", "75%"]
 
 
 class Screen:
-    """Stands in for a notebook's front end."""
+    """A fake notebook front end."""
 
     def __init__(self) -> None:
         self.shown: list[str] = []
@@ -121,7 +121,7 @@ class Screen:
         self.shown.append(thing.data)
 
 
-def test_a_notebook_has_one_display_that_is_no_flood(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notebook_rewrites_one_display_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     import IPython.display
 
     screen, now = Screen(), [0.0]
@@ -163,7 +163,7 @@ with stop_request(announce=False) as stop, view:
 """
 
 
-def test_keys_are_read_and_the_terminal_is_given_back_at_the_first_signal() -> None:
+def test_keys_are_read_and_the_terminal_is_restored_at_the_first_signal() -> None:
     child, fd = pty.fork()
     if child == 0:
         code = CHILD.format(tests=str(Path(__file__).parents[1] / "support"))
@@ -186,7 +186,7 @@ def test_keys_are_read_and_the_terminal_is_given_back_at_the_first_signal() -> N
 
 
 def read_until(fd: int, wanted: str, seconds: float = HANGS) -> str:
-    """What comes from a terminal, its control sequences left out, up to a text."""
+    """Terminal output up to a text, without control sequences."""
     found, end = "", time.monotonic() + seconds
     while wanted not in found:
         assert time.monotonic() < end, found
@@ -195,9 +195,8 @@ def read_until(fd: int, wanted: str, seconds: float = HANGS) -> str:
     return found
 
 
-def test_a_command_in_a_notebook_is_plain(recipe_file: Path, tmp_path: Path) -> None:
-    """`!empg-lite` runs on a pseudo-terminal; the notebook would show its control sequences."""
-    command = [sys.executable, "-m", "empg_lite", "recipes"]
+def test_output_in_a_notebook_is_plain() -> None:
+    """`!empg-lite` runs on a pseudo-terminal, and a notebook would print its control sequences."""
     shown = {}
     for name, extra in (("terminal", {}), ("notebook", {"JPY_PARENT_PID": "1"})):
         ours, theirs = pty.openpty()
@@ -206,7 +205,7 @@ def test_a_command_in_a_notebook_is_plain(recipe_file: Path, tmp_path: Path) -> 
             "Output(False).show(Text('hello', style='bold red'))"
         )
         subprocess.run(
-            [*command[:1], "-c", code],
+            [sys.executable, "-c", code],
             stdout=theirs,
             env={**os.environ, "TERM": "xterm", **extra},
             check=True,
@@ -217,7 +216,7 @@ def test_a_command_in_a_notebook_is_plain(recipe_file: Path, tmp_path: Path) -> 
     assert "\x1b[" in shown["terminal"] and "\x1b" not in shown["notebook"]
 
 
-def test_text_is_what_the_console_prints() -> None:
-    """The negative control of the panel test: without `safe` the escape would be on the screen."""
+def test_without_safe_the_escape_would_be_printed() -> None:
+    """The negative control of the panel test."""
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
     assert "\u202e" in "".join(s.text for line in console.render_lines(Text(HOSTILE)) for s in line)
