@@ -1,18 +1,18 @@
 """Make the bundled models: tokenizer, corpus and pre-training, from one seed.
 
     python scripts/make_tiny.py                   # writes empg_lite/data/tiny/model/
-    python scripts/make_tiny.py --name tiny-hard  # writes model_hard/ beside it, from the tiny model
+    python scripts/make_tiny.py --name tiny-hard  # writes model_hard/ next to it, starting from tiny
 
 The shipped weights took 24 minutes on one core of a shared 2-core machine (0.5 s a step), with torch 2.13.0.
 Base model on the 500 test problems: greedy 4.0%, mean length 5 tokens; T=1 31%, 17 tokens. ``tiny-hard``: 13
-minutes with two threads beside other work; greedy 12.4%, 14 tokens; T=1 20%, 26 tokens.
+minutes with two threads on a busy machine; greedy 12.4%, 14 tokens; T=1 20%, 26 tokens.
 
-The corpus is an endless stream of the project's own word problems with written solutions in three manners:
-most blurt out an answer, some work step by step carelessly, a minority work step by step and get it right.
-What comes out is a base model that can reason and usually does not. Two phases: mostly careful solutions,
-where the arithmetic is learned, then the mix, with the learning rate falling to zero. The worked solutions of
-``tiny-hard``'s mix know some facts wrongly, each in its own way: training can unlearn them one by one, so
-something is left to learn when working has won.
+The corpus is an endless stream of generated word problems with solutions in three styles: most blurt out an
+answer, some work step by step carelessly, a minority work step by step correctly. The result is a base model
+that can reason but usually does not. Phase one is mostly careful solutions and teaches the arithmetic; phase
+two is the mix, with the learning rate decaying to zero. In the mix of ``tiny-hard`` the worked solutions get
+some facts wrong, each in its own way. Training can unlearn them one by one, so there is still something to
+learn once the model reasons.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_solutions import blurted, careful, careless, habitual
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from empg_lite.core.bundled import BUNDLED, model_path
 from empg_lite.data.tiny import DIFFICULTY, TINY, Difficulty, tiny_problems
-from empg_lite.data.tiny.problems import Story, blurted, careful, careless, habitual, stories
+from empg_lite.data.tiny.problems import Story, stories
 from empg_lite.policy.templates import TEMPLATES
 
 TEMPLATE = TEMPLATES["plain"]
 END, SPECIALS = TEMPLATE.end, ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-#: What the vocabulary was cut from. It serves every difficulty, and stays: the weights depend on it.
+#: What the vocabulary was trained on, for every difficulty. Must not change: the weights depend on it.
 VOCABULARY = (TINY, Difficulty(steps=(4, 6), max_value=200, max_operand=50, max_factor=6))
 SEED = 7
 Pair = tuple[str, str]
@@ -46,7 +47,7 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of pre-training: optimiser steps, and the share of each manner."""
+    """A phase of pre-training: optimizer steps, and the share of each style."""
 
     steps: int
     blurted: float = 0.0
@@ -57,7 +58,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Pretraining:
-    """Everything that decides the weights besides the seed."""
+    """Everything that determines the weights besides the seed."""
 
     phases: tuple[Phase, ...]
     blurts_right: float = 0.4
@@ -90,21 +91,21 @@ PRETRAINING = {
 
 
 def tokenizer_texts(seed: int) -> list[str]:
-    """Stories of both difficulties, so that one vocabulary serves both."""
-    every_manner = Pretraining((Phase(2000, blurted=1.0, careless=1.0, careful=1.0),), batch_size=1)
+    """Stories of both difficulties, so that they can share a vocabulary."""
+    every_style = Pretraining((Phase(2000, blurted=1.0, careless=1.0, careful=1.0),), batch_size=1)
     return [
         prompt + answer
         for difficulty in VOCABULARY
-        for prompt, answer in corpus(seed, difficulty, every_manner)
+        for prompt, answer in corpus(seed, difficulty, every_style)
     ]
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE that splits as ``Qwen2Tokenizer`` will, whichever class loads it.
+    """A byte-level BPE that splits text exactly as ``Qwen2Tokenizer`` does.
 
-    ``AutoTokenizer`` builds a ``Qwen2Tokenizer`` for a ``qwen2`` config and imposes its own normaliser and
-    pre-tokenizer; merges learned under another one would split wrongly and silently. The end token comes last
-    but two, after the vocabulary, as in Qwen2.5.
+    ``AutoTokenizer`` builds a ``Qwen2Tokenizer`` for a ``qwen2`` config, with its own normalizer and
+    pre-tokenizer; merges learned under different ones would silently split wrongly. The special tokens follow
+    the vocabulary, as in Qwen2.5.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -132,7 +133,7 @@ def end_id(tokenizer: Tokenizer) -> int:
 
 
 def wrap_tokenizer(tokenizer: Tokenizer) -> Qwen2Tokenizer:
-    """The same tokenizer as the class that ``AutoTokenizer`` will load it into."""
+    """The same tokenizer as the class that ``AutoTokenizer`` loads."""
     state = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(merge) for merge in state["merges"]]
     return Qwen2Tokenizer(
@@ -148,22 +149,22 @@ def wrap_tokenizer(tokenizer: Tokenizer) -> Qwen2Tokenizer:
 
 
 def corpus(seed: int, difficulty: Difficulty, how: Pretraining) -> Iterator[Pair]:
-    """(prompt, completion) pairs for every step of the phases; no question of a split is used."""
+    """(prompt, completion) pairs for every step of the phases; excludes the questions of both splits."""
     kept_out = {p.question for split in ("train", "test") for p in tiny_problems(split, difficulty)}
     fresh = (story for story in stories(seed, difficulty) if story.question not in kept_out)
     rng = random.Random(seed + 1)
-    manners: dict[str, Callable[[Story], str]] = {
+    styles: dict[str, Callable[[Story], str]] = {
         "blurted": lambda story: blurted(story, rng, how.blurts_right),
         "careless": lambda story: careless(story, rng),
         "habitual": lambda story: habitual(story, rng),
         "careful": careful,
     }
     for phase in how.phases:
-        shares = {name: getattr(phase, name) for name in manners if getattr(phase, name)}
+        shares = {name: getattr(phase, name) for name in styles if getattr(phase, name)}
         for _ in range(phase.steps * how.batch_size):
             story = next(fresh)
-            (manner,) = rng.choices(tuple(shares), tuple(shares.values()))
-            yield TEMPLATE.render(story.question), manners[manner](story)
+            (style,) = rng.choices(tuple(shares), tuple(shares.values()))
+            yield TEMPLATE.render(story.question), styles[style](story)
 
 
 def batches(
@@ -171,7 +172,7 @@ def batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(ids, labels), each (B, T), right-padded; labels are -100 outside the completion and its end token.
 
-    ``pool`` batches at a time are sorted by length and dealt out in random order, so that little is padding.
+    ``pool`` batches at a time are sorted by length, to limit padding, and yielded in random order.
     """
     end, rng = end_id(tokenizer), random.Random(seed)
     while chunk := [pair for _, pair in zip(range(pool * batch_size), pairs, strict=False)]:
@@ -199,7 +200,7 @@ def pad(rows: list[tuple[list[int], list[int]]], end: int) -> tuple[torch.Tensor
 
 
 def make_model(tokenizer: Tokenizer) -> Qwen2ForCausalLM:
-    """A freshly initialised 0.9M-parameter Qwen2 of four layers."""
+    """A freshly initialized 0.9M-parameter Qwen2 with four layers."""
     end = end_id(tokenizer)
     config = Qwen2Config(
         vocab_size=tokenizer.get_vocab_size(),
@@ -221,7 +222,7 @@ def make_model(tokenizer: Tokenizer) -> Qwen2ForCausalLM:
 
 
 def pretrain(model: Qwen2ForCausalLM, stream: Iterator[Any], how: Pretraining) -> None:
-    """AdamW on the completions; the rate warms up, holds, falls to 0 over the last ``decay`` of the steps."""
+    """AdamW on the completions; the rate warms up, then falls to 0 over the last ``decay`` of the steps."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=how.weight_decay)
     started, falling = time.perf_counter(), how.decay * how.steps
     for step, (ids, labels) in enumerate(stream, start=1):
@@ -232,7 +233,7 @@ def pretrain(model: Qwen2ForCausalLM, stream: Iterator[Any], how: Pretraining) -
         wanted = labels[:, 1:] != -100
         logits = model.lm_head(hidden[wanted])
         loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:][wanted], reduction="sum")
-        # A batch holds rows of one length: its own mean would give the tokens of short answers more weight.
+        # Rows of a batch have similar lengths: its own mean would overweight the tokens of short answers.
         loss = loss / (how.batch_size * how.tokens_per_row)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -245,7 +246,7 @@ def pretrain(model: Qwen2ForCausalLM, stream: Iterator[Any], how: Pretraining) -
 
 @torch.no_grad()
 def accuracy(model: Any, tokenizer: Any, difficulty: Difficulty, sample: bool) -> tuple[float, float]:
-    """(fraction right, mean completion length in tokens with the end token) on the test problems."""
+    """(accuracy, mean completion length in tokens including the end token) on the test problems."""
     problems, end, right, tokens = tiny_problems("test", difficulty), model.config.eos_token_id, 0, 0
     for start in range(0, len(problems), 125):
         part = problems[start : start + 125]
@@ -282,7 +283,7 @@ def main() -> None:
     pretrain(model, batches(pairs, trained, how.batch_size, args.seed), how)
 
     model.eval().save_pretrained(out)
-    (out / "model.safetensors").chmod(0o644)  # written private; the wheel's other files are not
+    (out / "model.safetensors").chmod(0o644)  # save_pretrained writes it with mode 600
     tokenizer = wrap_tokenizer(trained)
     tokenizer.save_pretrained(out)
     for name, sampled in (("greedy", False), ("T=1", True)):

@@ -1,37 +1,26 @@
-"""The bundled demo: problems, tokenizer and model."""
+"""The bundled problems, tokenizer and models."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import re
 import subprocess
 import sys
 import unicodedata
 from collections import Counter
 from itertools import islice
-from pathlib import Path
 from random import Random
-from types import ModuleType
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_solutions import blurted, careful, careless, habit, habitual
 
 from empg_lite.core.bundled import BUNDLED, model_path
 from empg_lite.core.rationale import Problem, problem_id
 from empg_lite.data.tiny import DIFFICULTY, HARD, TINY, Difficulty, tiny_problems
-from empg_lite.data.tiny.problems import (
-    Story,
-    blurted,
-    careful,
-    careless,
-    compute,
-    habit,
-    habitual,
-    stories,
-)
+from empg_lite.data.tiny.problems import Story, compute, stories
 from empg_lite.policy.templates import TEMPLATES
 
 STEP = re.compile(r" (-?\d+) ([-+*/]) (\d+) = (-?\d+)\.")
@@ -40,10 +29,10 @@ STEP = re.compile(r" (-?\d+) ([-+*/]) (\d+) = (-?\d+)\.")
 # ---- problems --------------------------------------------------------------------------------------------
 
 
-def test_problems_are_the_same_everywhere() -> None:
+def test_problems_are_reproducible() -> None:
     rows = [f"{p.id}\t{p.question}\t{p.gold}\n" for split in ("train", "test") for p in tiny_problems(split)]
     assert len(rows) == 4500
-    # Golden: whoever changes it must make the bundled model again.
+    # A change here requires retraining the bundled model.
     assert hashlib.sha256("".join(rows).encode()).hexdigest()[:16] == "f6de9a5b55eed267"
     assert tiny_problems("test")[0] == Problem(
         id="60a266f9224b13f4",
@@ -54,7 +43,7 @@ def test_problems_are_the_same_everywhere() -> None:
     )
 
 
-def test_the_harder_problems_are_the_same_everywhere() -> None:
+def test_harder_problems_are_reproducible() -> None:
     rows = [
         f"{p.id}\t{p.question}\t{p.gold}\n"
         for split in ("train", "test")
@@ -64,7 +53,7 @@ def test_the_harder_problems_are_the_same_everywhere() -> None:
     assert hashlib.sha256("".join(rows).encode()).hexdigest()[:16] == "75cf20af5c1f2b30"
 
 
-def test_splits_are_disjoint_by_text_and_ids_come_from_the_text() -> None:
+def test_splits_are_disjoint_and_ids_are_text_hashes() -> None:
     train, test = tiny_problems("train"), tiny_problems("test")
     assert (len(train), len(test)) == (4000, 500)
     texts = {p.question for p in train} | {p.question for p in test}
@@ -72,7 +61,7 @@ def test_splits_are_disjoint_by_text_and_ids_come_from_the_text() -> None:
     assert all(p.id == problem_id(p.question) for p in train + test)
 
 
-def test_an_unknown_split_names_the_known_ones() -> None:
+def test_an_unknown_split_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match="'validation'.*test, train"):
         tiny_problems("validation")
 
@@ -85,8 +74,8 @@ def numbers(text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("difficulty", [TINY, HARD], ids=["tiny", "hard"])
-def test_gold_is_what_the_story_says(difficulty: Difficulty) -> None:
-    """An independent reader: each sentence of the story is parsed by its words and applied to the count."""
+def test_gold_matches_an_independent_reading(difficulty: Difficulty) -> None:
+    """An independent solver parses each sentence and applies it to the count."""
     for story in islice(stories(3, difficulty), 1500):
         assert read_and_solve(story.question) == story.answer, story.question
         assert story.problem().gold == str(story.answer)
@@ -96,7 +85,7 @@ def test_gold_is_what_the_story_says(difficulty: Difficulty) -> None:
 
 
 def read_and_solve(question: str) -> int:
-    """Solve a story from its English alone."""
+    """Solve a story from its text alone."""
     opening, *rest = re.split(r"(?<=[.?]) ", question)
     first = numbers(opening)
     count = first[0] if len(first) == 1 else first[0] + first[1]
@@ -124,7 +113,7 @@ def read_and_solve(question: str) -> int:
     return count
 
 
-def test_the_careful_solution_recomputes_to_the_gold() -> None:
+def test_careful_solutions_are_correct() -> None:
     value = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}
     for story in islice(stories(4), 1000):
         body, _, answer = careful(story).partition(" #### ")
@@ -135,26 +124,26 @@ def test_the_careful_solution_recomputes_to_the_gold() -> None:
         assert answer == steps[-1][3] == str(story.answer)
 
 
-def test_careless_and_blurted_solutions_are_mostly_wrong_and_look_the_part() -> None:
+def test_careless_and_blurted_solutions_are_mostly_wrong() -> None:
     drawn: list[Story] = list(islice(stories(5), 2000))
     rng = Random(0)
     slipped = [careless(story, rng) for story in drawn]
     guessed = [blurted(story, rng) for story in drawn]
 
-    def share_right(texts: list[str]) -> float:
+    def share_correct(texts: list[str]) -> float:
         right = [t.rpartition("#### ")[2] == str(s.answer) for t, s in zip(texts, drawn, strict=True)]
         return sum(right) / len(right)
 
     # Careless: 0.6 a step over 2 or 3 steps gives (0.36 + 0.216) / 2 = 0.29, more where a division or another
     # slip undoes one. Blurted: 0.4, the guesses exclude the answer. Three standard errors are 0.033.
-    assert 0.26 < share_right(slipped) < 0.37
-    assert 0.367 < share_right(guessed) < 0.433
+    assert 0.26 < share_correct(slipped) < 0.37
+    assert 0.367 < share_correct(guessed) < 0.433
     assert all(len(STEP.findall(t)) == len(s.steps) for t, s in zip(slipped, drawn, strict=True))
     assert not any(STEP.search(t) for t in guessed)
     assert [careless(s, rng, slip=0.0) for s in drawn] == [careful(s) for s in drawn]
 
 
-def test_a_habit_slips_as_often_as_it_says_and_always_the_same_way() -> None:
+def test_habits_err_at_their_rate_and_always_the_same_way() -> None:
     drawn, rng = list(islice(stories(5, HARD), 3000)), Random(0)
     expected = variance = 0.0
     slips, all_right = 0, 0
@@ -163,7 +152,7 @@ def test_a_habit_slips_as_often_as_it_says_and_always_the_same_way() -> None:
         steps = [(int(a), op, int(b), int(c)) for a, op, b, c in STEP.findall(text)]
         assert len(steps) == len(story.steps)
         assert text.rpartition("#### ")[2] == str(steps[-1][3])
-        assert all(one[3] == two[0] for one, two in zip(steps, steps[1:], strict=False)), "carried on"
+        assert all(one[3] == two[0] for one, two in zip(steps, steps[1:], strict=False)), "errors carry over"
         for left, op, right, result in steps:
             true = compute(left, op, right).result
             slip, by = habit(op, left % 10, right % 10)
@@ -178,7 +167,7 @@ def test_a_habit_slips_as_often_as_it_says_and_always_the_same_way() -> None:
     assert 0.35 < sum(p > 0 for p in facts) / 400 < 0.55, "most facts are known well"
 
 
-def test_answers_are_not_degenerate() -> None:
+def test_gold_answers_vary() -> None:
     golds = Counter(p.gold for p in tiny_problems("train"))
     assert len(golds) >= 45
     assert golds.most_common(1)[0][1] / 4000 < 0.06
@@ -188,7 +177,7 @@ def test_answers_are_not_degenerate() -> None:
 # ---- package ---------------------------------------------------------------------------------------------
 
 
-def test_neither_torch_nor_transformers_is_imported() -> None:
+def test_problems_need_no_torch() -> None:
     code = (
         "import sys, empg_lite.core.bundled as b, empg_lite.data.tiny as t;"
         "b.model_path(); t.tiny_problems('test');"
@@ -215,21 +204,12 @@ def test_the_model_folder_is_complete_and_small(name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    """``scripts/make_tiny.py`` as a module."""
-    path = Path(__file__).parents[2] / "scripts" / "make_tiny.py"
-    spec = importlib.util.spec_from_file_location("make_tiny", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["make_tiny"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def trained() -> Any:
+    """The `tokenizers` object, trained again with the defaults of the script."""
+    import make_tiny
 
-
-@pytest.fixture(scope="module")
-def trained(script: ModuleType) -> Any:
-    """The tokenizers-library object, trained again as the script does by default."""
-    return script.train_tokenizer(script.tokenizer_texts(script.SEED), script.PRETRAINING["tiny"].vocab_size)
+    vocab_size = make_tiny.PRETRAINING["tiny"].vocab_size
+    return make_tiny.train_tokenizer(make_tiny.tokenizer_texts(make_tiny.SEED), vocab_size)
 
 
 @pytest.fixture(scope="module")
@@ -239,9 +219,7 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(model_path(), local_files_only=True)
 
 
-def test_the_loaded_tokenizer_splits_as_the_one_that_was_trained(
-    script: ModuleType, trained: Any, tokenizer: Any
-) -> None:
+def test_the_loaded_tokenizer_splits_like_the_trained_one(trained: Any, tokenizer: Any) -> None:
     from tokenizers import Tokenizer
 
     shipped = Tokenizer.from_file(str(model_path() / "tokenizer.json"))
@@ -262,17 +240,17 @@ def test_the_loaded_tokenizer_splits_as_the_one_that_was_trained(
     assert tokenizer.get_vocab() == trained.get_vocab() == shipped.get_vocab()
 
 
-def test_another_pre_tokenizer_would_be_noticed(trained: Any, tokenizer: Any) -> None:
-    """Negative control of the test above: the same merges under plain byte-level splitting."""
+def test_a_different_pre_tokenizer_would_be_detected(trained: Any, tokenizer: Any) -> None:
+    """Negative control of the test above: the same merges with plain byte-level splitting."""
     from tokenizers import Tokenizer, pre_tokenizers
 
     wrong = Tokenizer.from_str(trained.to_str())
     wrong.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    text = "it'she 'them she'does 'some"  # Qwen2 cuts behind 's, 't, 'd, 'm; plain merges run on
+    text = "it'she 'them she'does 'some"  # Qwen2 splits after 's, 't, 'd, 'm; plain merges do not
     assert wrong.encode(text).ids != tokenizer(text).input_ids == trained.encode(text).ids
 
 
-def test_special_tokens_stand_after_the_vocabulary_as_in_qwen(tokenizer: Any) -> None:
+def test_special_tokens_follow_the_vocabulary_as_in_qwen(tokenizer: Any) -> None:
     vocabulary = tokenizer.get_vocab()
     assert len(tokenizer) == len(vocabulary) == 530
     assert sorted(vocabulary.values()) == list(range(530))
@@ -295,7 +273,7 @@ def pre_tokenizers_alphabet() -> list[str]:
 @settings(max_examples=300, deadline=None)
 @given(text=st.text())
 def test_any_text_round_trips(tokenizer: Any, text: str) -> None:
-    """Up to Unicode's canonical composition, which Qwen2's normaliser applies first."""
+    """Up to NFC, which Qwen2's normalizer applies first."""
     ids = tokenizer(text).input_ids
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == unicodedata.normalize("NFC", text)
 
@@ -305,7 +283,7 @@ def test_completions_fit_the_recipe(tokenizer: Any) -> None:
     assert max(len(tokenizer(text).input_ids) + 1 for text in written) <= 60
     prompts = [TEMPLATES["plain"].render(p.question) for p in tiny_problems("train")]
     assert max(map(len, tokenizer(prompts).input_ids)) <= 64
-    # The completion begins at a token boundary: prompt and completion apart split as they do together.
+    # The completion starts at a token boundary: prompt and completion tokenize the same apart and together.
     for prompt, text in zip(prompts, written, strict=False):
         assert tokenizer(prompt).input_ids + tokenizer(text).input_ids == tokenizer(prompt + text).input_ids
 
@@ -343,7 +321,7 @@ def test_the_model_is_a_small_qwen2(model: Any, tokenizer: Any) -> None:
 
 
 @pytest.mark.slow
-def test_the_base_model_can_reason_and_usually_does_not(model: Any, name: str, tokenizer: Any) -> None:
+def test_the_base_model_can_reason_but_usually_does_not(model: Any, name: str, tokenizer: Any) -> None:
     import torch
 
     problems = tiny_problems("test", DIFFICULTY[name])[:60]
@@ -368,6 +346,6 @@ def test_the_base_model_can_reason_and_usually_does_not(model: Any, name: str, t
     assert sum(any(verdicts[8 * i : 8 * i + 8]) for i in range(60)) / 60 > 0.6
     worked = [bool(STEP.search(text)) for text in samples]
     assert 0.3 < sum(worked) / 480 < 0.6
-    # Reasoning pays: worked solutions are right far more often than blurted ones.
+    # Reasoning pays: worked solutions are correct far more often than blurted ones.
     by_work = {w: [v for v, u in zip(verdicts, worked, strict=True) if u == w] for w in (True, False)}
     assert sum(by_work[True]) / len(by_work[True]) > 2 * sum(by_work[False]) / len(by_work[False])

@@ -1,4 +1,4 @@
-"""The bundled demo: word problems that the bundled ~1M-parameter models can learn to reason on."""
+"""The bundled demo: word problems on which the bundled 1M-parameter models learn to reason."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from empg_lite.data.tiny.problems import HARD, TINY, Difficulty, tiny_problems
 
 __all__ = ["DIFFICULTY", "HARD", "TINY", "Difficulty", "tiny_problems"]
 
-#: How hard the problems of a bundled source are.
+#: Difficulty by bundled source.
 DIFFICULTY = {"tiny": TINY, "tiny-hard": HARD}

@@ -1,19 +1,15 @@
-"""Word problems of the bundled demo: short stories about a count that changes, one step a sentence.
+"""Word problems of the bundled demo: short stories about a changing count, one arithmetic step per sentence.
 
-A *story* is a question with the chain of arithmetic steps that answers it. The same chain writes the
-solutions the bundled models were pre-trained on, in four manners: ``careful`` (every step right),
-``careless`` (results slip now and then, and the slip is carried on), ``habitual`` (some facts are known
-wrongly, each in its own way) and ``blurted`` (no steps, mostly wrong).
+A *story* is a question with the chain of steps that answers it. ``scripts/tiny_solutions.py`` turns the same
+chain into the solutions that the bundled models were pre-trained on.
 
-Everything is drawn with ``random.Random`` from integer seeds and generated on the fly: nothing is stored, and
-the same problems come on every machine.
+Problems are generated on the fly with ``random.Random`` and integer seeds, identically on every machine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 from itertools import islice
 from random import Random
 
@@ -22,13 +18,13 @@ from empg_lite.core.rationale import Problem, problem_id
 
 @dataclass(frozen=True, slots=True)
 class Difficulty:
-    """How long the chains and how large the numbers are.
+    """Length of the chains and size of the numbers.
 
     Attributes:
-        steps: fewest and most arithmetic steps of a story, both included.
-        max_value: no number of a story or of its careful solution is larger.
-        max_operand: largest number that is added or taken away at once.
-        max_factor: largest number that multiplies or divides, at most 6.
+        steps: minimum and maximum number of arithmetic steps.
+        max_value: largest number in a story or its solution.
+        max_operand: largest number added or subtracted in one step.
+        max_factor: largest factor or divisor, at most 6.
     """
 
     steps: tuple[int, int]
@@ -37,7 +33,7 @@ class Difficulty:
     max_factor: int
 
 
-#: The demo.
+#: The difficulty of the demo.
 TINY = Difficulty(steps=(2, 3), max_value=50, max_operand=12, max_factor=4)
 #: Longer chains and larger numbers: headroom for comparing methods.
 HARD = Difficulty(steps=(3, 5), max_value=100, max_operand=30, max_factor=5)
@@ -45,7 +41,7 @@ HARD = Difficulty(steps=(3, 5), max_value=100, max_operand=30, max_factor=5)
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One line of arithmetic, printed as ``left operator right = result.``; the result may have slipped."""
+    """One line of arithmetic, printed as ``left operator right = result.``; the result may be wrong."""
 
     left: int
     operator: str
@@ -57,14 +53,14 @@ class Step:
 
 
 def compute(left: int, operator: str, right: int) -> Step:
-    """The step with its true result; ``/`` drops the remainder."""
+    """The step with its correct result; ``/`` drops the remainder."""
     results = {"+": left + right, "-": left - right, "*": left * right, "/": left // right}
     return Step(left, operator, right, results[operator])
 
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """A question and the chain of steps that answers it; each step starts from the result before."""
+    """A question and the chain of steps that answers it; each step starts from the previous result."""
 
     question: str
     steps: tuple[Step, ...]
@@ -74,7 +70,7 @@ class Story:
         return self.steps[-1].result
 
     def problem(self) -> Problem:
-        """The story without its solution: what training sees."""
+        """The story without its solution, as training sees it."""
         meta = {"steps": str(len(self.steps))}
         return Problem(problem_id(self.question), self.question, str(self.answer), meta)
 
@@ -101,7 +97,7 @@ _THINGS = (
 _BOXES = ("boxes", "bags", "jars", "trays")
 _PARTS = ("half", "a third", "a quarter", "a fifth", "a sixth")
 
-# An opening gives the count itself (no step), or two numbers that make it (one step).
+# An opening states the count (no step), or two numbers that combine into it (one step).
 _OPENINGS = {
     "": (
         "{name} has {n} {things}.",
@@ -117,7 +113,7 @@ _OPENINGS = {
         "{name} fills {n} {boxes} with {k} {things} each.",
     ),
 }
-# What happens to the count, by the operator it stands for.
+# What happens to the count, by operator.
 _EVENTS = {
     "+": (
         "{He} buys {k} more.",
@@ -137,7 +133,7 @@ _EVENTS = {
         "{He} keeps only {part} of the {things}.",
     ),
 }
-# The last step may end the story in its own way, with its own question.
+# The last step may end the story with a question of its own.
 _ENDINGS = {
     "+": "{friend} has {k} more {things} than {name}. How many {things} does {friend} have?",
     "-": "{friend} has {k} fewer {things} than {name}. How many {things} does {friend} have?",
@@ -156,7 +152,7 @@ def _draw_words(rng: Random) -> dict[str, str]:
 
 
 def _operand_words(operator: str, k: int) -> dict[str, str]:
-    """The operand as the sentences say it: ``7``, ``twice`` or ``3 times``, ``half`` or ``a third``."""
+    """The operand in words: ``7``, ``twice`` or ``3 times``, ``half`` or ``a third``."""
     words = {"k": str(k)}
     if operator in "*/":
         words |= {"times": "twice" if k == 2 else f"{k} times", "part": _PARTS[k - 2]}
@@ -167,7 +163,7 @@ def _operand_words(operator: str, k: int) -> dict[str, str]:
 
 
 def _operands(value: int, difficulty: Difficulty) -> dict[str, list[int]]:
-    """Operands each operator may take at ``value``: every number stays in 2..max_value, so plurals agree."""
+    """Valid operands per operator at ``value``: every number stays in 2..max_value, so plurals agree."""
     added = range(2, min(difficulty.max_operand, difficulty.max_value - value) + 1)
     taken = range(2, min(difficulty.max_operand, value - 2) + 1)
     factors = range(2, difficulty.max_factor + 1)
@@ -180,7 +176,7 @@ def _operands(value: int, difficulty: Difficulty) -> dict[str, list[int]]:
 
 
 def _draw_step(rng: Random, difficulty: Difficulty, value: int, operator: str = "") -> Step:
-    """A step from ``value`` with the given operator, or with any that is possible there."""
+    """A step from ``value`` with the given operator, or with any valid one."""
     operands = _operands(value, difficulty)
     operator = operator or rng.choice([op for op, ks in operands.items() if ks])
     return compute(value, operator, rng.choice(operands[operator]))
@@ -209,7 +205,7 @@ def make_story(rng: Random, difficulty: Difficulty = TINY) -> Story:
 
 
 def stories(seed: int, difficulty: Difficulty = TINY) -> Iterator[Story]:
-    """An endless stream of stories, no text twice."""
+    """An endless stream of stories without repeated texts."""
     rng = Random(seed)
     seen: set[str] = set()
     while True:
@@ -219,60 +215,6 @@ def stories(seed: int, difficulty: Difficulty = TINY) -> Iterator[Story]:
             yield story
 
 
-# ---- written solutions -----------------------------------------------------------------------------------
-
-
-def careful(story: Story) -> str:
-    """Every step written out and right: `` 3 + 4 = 7. 7 * 2 = 14. #### 14``."""
-    return "".join(f" {step}" for step in story.steps) + f" #### {story.answer}"
-
-
-def careless(story: Story, rng: Random, slip: float = 0.4) -> str:
-    """Steps written out; each result is off by a little with probability ``slip``, and carried on so."""
-    text, left = "", story.steps[0].left
-    for story_step in story.steps:
-        step = compute(left, story_step.operator, story_step.right)
-        if rng.random() < slip:
-            step = replace(step, result=max(step.result + rng.choice((-3, -2, -1, 1, 2, 3)), 1))
-        text += f" {step}"
-        left = step.result
-    return f"{text} #### {left}"
-
-
-@cache
-def habit(operator: str, left_digit: int, right_digit: int) -> tuple[float, int]:
-    """How a fact is known: (probability that its result slips, by how much); most are known well.
-
-    A fact is an operator with the last digits of its numbers, so that a habit shows in many problems and can
-    be unlearned from their answers alone.
-    """
-    rng = Random(f"{operator}{left_digit}{right_digit}")
-    slip = rng.uniform(0.2, 0.8) if rng.random() < 0.45 else 0.0
-    return slip, rng.choice((-10, -2, -1, 1, 2, 10))
-
-
-def habitual(story: Story, rng: Random) -> str:
-    """Steps written out; a fact that is known wrongly slips as its habit says, always the same way."""
-    text, left = "", story.steps[0].left
-    for story_step in story.steps:
-        step = compute(left, story_step.operator, story_step.right)
-        slip, by = habit(step.operator, step.left % 10, step.right % 10)
-        if rng.random() < slip:
-            step = replace(step, result=max(step.result + by, 1))
-        text += f" {step}"
-        left = step.result
-    return f"{text} #### {left}"
-
-
-def blurted(story: Story, rng: Random, right: float = 0.4) -> str:
-    """An answer without steps, right with probability ``right``; else a step is forgotten or guessed."""
-    if rng.random() < right:
-        return f" #### {story.answer}"
-    last = story.steps[-1]
-    near = sorted({last.right, *(last.left + d for d in (-2, -1, 1, 2))} - {story.answer})
-    return f" #### {last.left if rng.random() < 0.25 else rng.choice(near)}"
-
-
 # ---- splits ----------------------------------------------------------------------------------------------
 
 _SEED = 20_250_418
@@ -280,9 +222,9 @@ _ROWS = {"test": 500, "train": 4000}
 
 
 def tiny_problems(split: str, difficulty: Difficulty = TINY) -> list[Problem]:
-    """The problems of a split, always the same: ``train`` (4000) and ``test`` (500), disjoint by text.
+    """The fixed problems of a split: ``train`` (4000) or ``test`` (500), disjoint by text.
 
-    Both are cut from one stream without repeats, ``test`` first. An unknown split is a ``ValueError``.
+    Both come from one stream without repeats, ``test`` first. An unknown split is a ``ValueError``.
     """
     if split not in _ROWS:
         raise ValueError(f"unknown split {split!r} of the tiny problems; known: {', '.join(sorted(_ROWS))}")
