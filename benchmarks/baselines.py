@@ -1,7 +1,8 @@
 """The methods EMPG is compared with, as pure functions: GRPO, Dr.GRPO, RLOO, RAFT. Tensors in, tensors out.
 
 The package offers none of them. ``tests/benchmarks/test_baselines.py`` compares advantages, losses and
-gradients with TRL's. Every loss is a sum over rows divided by constants of the whole step, so micro-batches add up.
+gradients with TRL's. Every loss is a sum over rows divided by constants of the whole step, so micro-batches
+add up.
 
 Shapes: P problems, K rationales of each, B rows, T padded tokens.
 """

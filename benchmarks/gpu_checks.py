@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from timing import settle
 from torch import Tensor
 
 from empg_lite.policy.memory import machine
@@ -221,12 +222,12 @@ def profiled(work: Callable[[], Any]) -> tuple[Profile, Any]:
     from torch.profiler import ProfilerActivity, profile
 
     cuda = torch.cuda.is_available()
-    _settle()
+    settle()
     started = time.perf_counter()
     # Kernels alone: the operators of a captured graph are not there, and a record of each costs time.
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as found:
         result = work()
-        _settle()
+        settle()
     wall = time.perf_counter() - started
     kernels = {}
     for event in found.key_averages():
@@ -239,11 +240,6 @@ def profiled(work: Callable[[], Any]) -> tuple[Profile, Any]:
         spent = getattr(event, "self_cuda_time_total", 0.0) if spent is None else spent
         kernels[event.key] = (event.count, float(spent) / 1e6)
     return Profile(kernels, wall), result
-
-
-def _settle() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 # --- memory ------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 
 from shapes import Shape
 
-#: In the folder that all jobs share: what ``gpu_work.device`` measured.
+#: In the folder that all jobs share: what ``gpu_work`` measured of the device.
 RATES = "rates.json"
 
 

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +24,36 @@ print(json.dumps(facts))"""
 
 def machine() -> dict[str, str]:
     """Where and on what this ran."""
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
-    gmpy2 = metadata.version("gmpy2") if find_spec("gmpy2") else "absent"
+    gmpy2 = versions("gmpy2")["gmpy2"]
     return {
-        "commit": commit.stdout.strip(),
+        "commit": describe_commit(),
         "cpu": cpu(),
         "load": f"{os.getloadavg()[0]:.1f}",
         "python": platform.python_version(),
-        "math-verify": metadata.version("math-verify"),
+        **versions("math-verify"),
         "gmpy2": "off" if os.environ.get("SYMPY_GROUND_TYPES") == "python" else gmpy2,
     }
+
+
+def describe_commit() -> str:
+    """``git describe`` of the checkout; empty without git."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Installed versions; "absent" for a package that is not."""
+
+    def version(package: str) -> str:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return "absent"
+
+    return {package: version(package) for package in packages}
 
 
 def cpu() -> str:

@@ -7,15 +7,14 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from statistics import median
 from typing import Any
 
 import torch
-from machine import machine
+from machine import machine, versions
 from tables import table
 
-__all__ = ["Spent", "Spread", "circumstances", "in_turn", "ratios", "spend", "table"]
+__all__ = ["Spent", "Spread", "circumstances", "in_turn", "ratios", "settle", "spend", "table"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +44,15 @@ class Spread:
 
 def spend(work: Callable[[], Any]) -> Spent:
     """Do ``work`` and time it; a GPU's queue is emptied before and after."""
-    _settle()
+    settle()
     wall, cpu = time.perf_counter(), time.process_time()
     work()
-    _settle()
+    settle()
     return Spent(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def _settle() -> None:
+def settle() -> None:
+    """Wait for the GPU's queue."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -87,12 +87,4 @@ def circumstances(*packages: str) -> dict[str, Any]:
     """Machine, commit, load, threads and the versions of ``packages``."""
     found = machine()
     kept = {name: found[name] for name in ("commit", "cpu", "load", "python")}
-    versions = {name: _version(name) for name in ("torch", *packages)}
-    return {**kept, "threads": torch.get_num_threads(), "nice": os.nice(0), **versions}
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "absent"
+    return {**kept, "threads": torch.get_num_threads(), "nice": os.nice(0), **versions("torch", *packages)}

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
+import arms
+import empg_vs_grpo
+import empg_vs_grpo_report as report
 import pytest
 import torch
+from arms import Setting
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import arms  # noqa: E402
-import empg_vs_grpo  # noqa: E402
-import empg_vs_grpo_report as report  # noqa: E402
-from arms import Setting  # noqa: E402
-
-from empg_lite.core.rationale import flatten  # noqa: E402
+from empg_lite.core.rationale import flatten
 
 SHORT = {"steps": 3, "problems": 4, "samples": 4}
 

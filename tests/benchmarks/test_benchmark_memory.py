@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory import SuccessMemory
 
 from empg_lite.core.rationale import Group, Rationale
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from memory import SuccessMemory  # noqa: E402
 
 
 def group(pid: str, step: int, rewards: list[float | str]) -> Group:

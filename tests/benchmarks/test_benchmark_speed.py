@@ -7,24 +7,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forced
+import gate
+import hand_loop
+import memory_peak
 import pytest
+import setting
+import shapes
+import timing
 import torch
+import trl_grpo
 from fixture_model import load_fixture_policy
 
 from empg_lite.core.rationale import Problem
 from empg_lite.loop import mstep
 from empg_lite.sampler import Decoding, Prompt, draw, make_sampler
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import forced  # noqa: E402
-import gate  # noqa: E402
-import hand_loop  # noqa: E402
-import memory_peak  # noqa: E402
-import setting  # noqa: E402
-import shapes  # noqa: E402
-import timing  # noqa: E402
-import trl_grpo  # noqa: E402
 
 K, CAP = 4, 9
 LENGTHS = (3, 9, 2, 5, 7, 2, 4, 9, 6, 6, 2, 8)
