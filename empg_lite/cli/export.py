@@ -74,6 +74,8 @@ def _export_text(result: dict[str, Any]) -> str:
             f"{result['rows']} right rationales of {result['problems']} problems in {result['export']} "
             f"({result['duplicates']} duplicates left out)"
         )
+    if "argmax_agreement" not in result:
+        return str(result["export"])
     text = (
         f"{result['export']}: {result['bytes'] / 1e6:,.1f} MB; its first choice is the adapter's at "
         f"{result['argmax_agreement']:.2%} of {result['compared_tokens']} tokens"

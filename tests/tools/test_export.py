@@ -228,7 +228,7 @@ def test_a_full_disk_is_said_before_anything_is_written(
     run: Path, tmp_path: Path, grader, monkeypatch
 ) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr("empg_lite.run.store._free_bytes", lambda path: 10_000)
-    with pytest.raises(StorageError, match="too full"):
+    with pytest.raises(StorageError, match="not enough disk space"):
         merged.export(resolve_target(str(run)), tmp_path / "m", grader)
     assert list(tmp_path.iterdir()) == []
 
@@ -307,7 +307,7 @@ def test_upload_sends_the_adapter_and_only_where_asked(cli, run: Path, grader) -
         assert code == 2 and "--repo" in err.splitlines()[-1]
     # Offline is one line, too: the tests' own setting.
     code, _, err = cli("export", run, "--to", "hub", "--repo", "me/mine")
-    assert code == 66 and err.splitlines()[-1].startswith("error: the hub did not take it")
+    assert code == 66 and err.splitlines()[-1].startswith("error: upload to the hub failed")
 
 
 def test_what_cannot_be_exported(cli, tmp_path: Path, model_dir: Path) -> None:  # type: ignore[no-untyped-def]

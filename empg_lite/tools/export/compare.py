@@ -1,37 +1,47 @@
-"""Does what was written act like what was trained? Asked on the run's own prompts and answers."""
+"""Does an export behave like the adapter it was made from? Tested on the run's own prompts and answers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from empg_lite.core.errors import MissingInput
+from empg_lite.core.errors import CheckFailed, MissingInput, UsageError
 from empg_lite.core.rationale import Problem, Rationale, flatten
+from empg_lite.core.view import View
 from empg_lite.loop.estep import sample_rationales
-from empg_lite.loop.learner import Learner
+from empg_lite.loop.learner import Learner, build_learner
+from empg_lite.loop.recorder import read_figures
+from empg_lite.policy import load_policy
+from empg_lite.policy.card import Provenance
 from empg_lite.policy.policy import Policy
 from empg_lite.rewards import Grader
 from empg_lite.rewards.scorer import score
+from empg_lite.run import store
 from empg_lite.run.rollouts import read_rollouts
+from empg_lite.run.target import Target
 from empg_lite.sampler import Decoding, make_sampler
 
-#: Tokens that are compared at least, where the run has them; prompts that are answered greedily.
+#: Share of the positions at which an export must choose the adapter's token.
+THRESHOLD = 0.99
+#: Completion tokens to compare, if the run has that many; prompts to answer greedily.
 TOKENS, PROMPTS = 1000, 16
-#: E-step number of the greedy answers; greedy draws nothing.
+#: E-step number of the greedy answers; greedy decoding uses no random numbers.
 EXPORT_STEP = -3
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What a model does.
+    """How a model behaves.
 
     Attributes:
-        choices: the most likely next token at each place of the rows, ``(n,)``.
-        answers: greedy answers to the problems, graded.
+        choices: the most likely next token at each completion position, ``(n,)``.
+        answers: graded greedy answers to the problems.
     """
 
     choices: Tensor
@@ -40,32 +50,109 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Two models on the same rows.
+    """Two models on the same rows; the names are those of the JSON result and of the model card.
 
     Attributes:
-        tokens: places compared.
-        argmax: share of them where both put the same token first.
-        greedy: share of the prompts answered with the same tokens.
-        reward, reward_adapter: mean reward of the answers: of the export, of the adapter.
+        argmax_agreement: share of the positions at which both rank the same token first.
+        greedy_agreement: share of the prompts that both answer with the same tokens.
+        reward, reward_adapter: mean reward of the greedy answers.
     """
 
-    tokens: int
-    argmax: float
-    prompts: int
-    greedy: float
+    compared_tokens: int
+    argmax_agreement: float
+    compared_prompts: int
+    greedy_agreement: float
     reward: float
     reward_adapter: float
 
-    def facts(self) -> dict[str, float | int]:
-        """For JSON and for model cards."""
-        return {
-            "compared_tokens": self.tokens,
-            "argmax_agreement": self.argmax,
-            "compared_prompts": self.prompts,
-            "greedy_agreement": self.greedy,
-            "reward": self.reward,
-            "reward_adapter": self.reward_adapter,
-        }
+
+@dataclass(slots=True)
+class Export:
+    """A loaded run, how it behaves, and where its export goes.
+
+    Attributes:
+        rows: stored rationales to compare on, about ``TOKENS`` completion tokens.
+        problems: those to answer greedily.
+        evidence: the behavior of the run's own adapter.
+    """
+
+    target: Target
+    out: Path
+    grader: Grader
+    view: View
+    learner: Learner
+    rows: list[Rationale]
+    problems: list[Problem]
+    evidence: Evidence
+    provenance: Provenance
+
+    def reload(self, section: Any) -> Policy:
+        """Load what was written; the trained policy is released first, as two models may not fit."""
+        self.release()
+        prompt = str(self.learner.recipe.data.prompt)
+        return load_policy(section, prompt, seed=0, gradient_checkpointing=False)
+
+    def release(self) -> None:
+        """Free the trained policy."""
+        self.learner.policy = self.learner.optimizer = None  # type: ignore[assignment]
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def compare(self, policy: Policy) -> Agreement:
+        """How far ``policy`` agrees with the run's adapter."""
+        found = collect(self.learner, policy, self.rows, self.problems, self.grader)
+        return agreement(self.evidence, found)
+
+    def require(self, share: float, tokens: int, threshold: float, what: str, todo: str) -> None:
+        """Refuse an export that behaves differently from the adapter.
+
+        Raises:
+            CheckFailed: it chooses the adapter's token at too few positions; nothing is published.
+        """
+        if share < threshold:
+            raise CheckFailed(
+                f"the {what} chooses the adapter's top token at {share:.2%} of {tokens} positions, "
+                f"{threshold:.0%} required; nothing was written",
+                str(self.out),
+                todo,
+            )
+
+    def result(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """What ``export`` returns once the folder is published: its path, its size and ``facts``."""
+        size = sum(p.stat().st_size for p in self.out.iterdir())
+        return {"export": str(self.out), "bytes": size, **facts}
+
+
+def begin(target: Target, out: Path, grader: Grader, view: View | None) -> Export:
+    """Load the run and record how it behaves, before anything is written.
+
+    Raises:
+        UsageError: ``out`` exists.
+        MissingInput: the run stored no rationales.
+    """
+    view = view or View()
+    if out.exists():
+        raise UsageError("it already exists", str(out), "choose another --out, or move it away")
+    assert target.run is not None
+    stored = stored_answers(target.run)
+    rows, problems = enough(stored), problems_of(stored)
+    learner = build_learner(target.recipe)
+    view.note(f"sampling from {target.label}: {sum(len(r.completion_ids) for r in rows)} tokens to compare")
+    evidence = collect(learner, learner.policy, rows, problems, grader)
+    before = read_figures(target.run, "before")
+    after = read_figures(target.run, "after") if target.label.endswith("/adapter") else None
+    provenance = Provenance(learner.recipe, learner.policy.revision, after, before)
+    return Export(target, out, grader, view, learner, rows, problems, evidence, provenance)
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files by name."""
+    for name, data in files.items():
+        store.write_file(folder / name, data)
+
+
+# --- evidence -----------------------------------------------------------------------------------------
 
 
 def stored_answers(run: Path) -> list[Rationale]:
@@ -80,7 +167,9 @@ def stored_answers(run: Path) -> list[Rationale]:
         if path.is_file() and sum(len(r.completion_ids) for r in rows) < TOKENS:
             rows += [r for segment in read_rollouts(path, torn_tail=True) for r in segment.rationales]
     if not rows:
-        raise MissingInput("the run has no rationales to compare on", str(run), "let it train a step first")
+        raise MissingInput(
+            "the run has no rationales to compare on", str(run), "train at least one step first"
+        )
     return rows
 
 
@@ -93,21 +182,26 @@ def enough(rows: Sequence[Rationale]) -> list[Rationale]:
 
 
 def problems_of(rows: Sequence[Rationale]) -> list[Problem]:
-    """Up to ``PROMPTS`` different problems of the rows."""
+    """Up to ``PROMPTS`` distinct problems of the rows."""
     found = {r.problem_id: Problem(r.problem_id, r.question, r.gold, r.meta) for r in rows if r.question}
     return list(found.values())[:PROMPTS]
 
 
-def evidence(learner: Learner, policy: Policy, rows: Sequence[Rationale], grader: Grader) -> Evidence:
-    """What ``policy`` does on the rows and their problems; ``learner`` says how it is asked."""
+def collect(
+    learner: Learner,
+    policy: Policy,
+    rows: Sequence[Rationale],
+    problems: Sequence[Problem],
+    grader: Grader,
+) -> Evidence:
+    """How ``policy`` behaves, under the prompt, decoding and reward of ``learner``'s recipe."""
     recipe = learner.recipe
     with policy.sampling():
-        choices = torch.cat([_choices(policy, r) for r in enough(rows)])
-        sampler = make_sampler(policy, "native", PROMPTS, False)
+        choices = torch.cat([_choices(policy, r) for r in rows])
         drawn = sample_rationales(
             policy,
-            sampler,
-            problems_of(rows),
+            make_sampler(policy, "native", PROMPTS, False),
+            problems,
             Decoding(recipe.sampler.max_new_tokens, temperature=0.0),
             samples=1,
             seed=0,
@@ -118,7 +212,7 @@ def evidence(learner: Learner, policy: Policy, rows: Sequence[Rationale], grader
 
 
 def _choices(policy: Policy, r: Rationale) -> Tensor:
-    """The most likely token at each place of a completion, ``(T_completion,)``, from the whole row."""
+    """The most likely token at each position of a completion, ``(T_completion,)``, in one forward pass."""
     ids = torch.tensor([[*r.prompt_ids, *r.completion_ids]], device=policy.device)
     logits = policy.causal(input_ids=ids, use_cache=False).logits[0]
     start = len(r.prompt_ids) - 1
@@ -126,14 +220,14 @@ def _choices(policy: Policy, r: Rationale) -> Tensor:
 
 
 def agreement(adapter: Evidence, export: Evidence) -> Agreement:
-    """How far two models agree; both were asked the same."""
+    """Compare two models that answered the same problems."""
     assert adapter.choices.shape == export.choices.shape and len(adapter.answers) == len(export.answers)
     pairs = list(zip(adapter.answers, export.answers, strict=True))
     return Agreement(
-        tokens=len(adapter.choices),
-        argmax=float((adapter.choices == export.choices).double().mean()),
-        prompts=len(pairs),
-        greedy=sum(a.completion_ids == b.completion_ids for a, b in pairs) / max(1, len(pairs)),
+        compared_tokens=len(adapter.choices),
+        argmax_agreement=float((adapter.choices == export.choices).double().mean()),
+        compared_prompts=len(pairs),
+        greedy_agreement=sum(a.completion_ids == b.completion_ids for a, b in pairs) / max(1, len(pairs)),
         reward=_mean_reward(export.answers),
         reward_adapter=_mean_reward(adapter.answers),
     )

@@ -12,36 +12,79 @@ import torch
 from torch import Tensor
 
 from empg_lite.core.errors import CheckFailed, DataError, UsageError
-from empg_lite.policy.card import tokenizer_files
-from empg_lite.policy.merge import whole_tensors
+from empg_lite.core.view import View
+from empg_lite.policy.card import merged_card, tokenizer_files
+from empg_lite.policy.merged import merged_bytes, merged_tensors
 from empg_lite.policy.policy import Policy
+from empg_lite.rewards import Grader
+from empg_lite.run import store
+from empg_lite.run.target import Target
+from empg_lite.tools.export.compare import begin
 
-KINDS = ("f16", "f32", "bf16", "q8_0")
+#: Share of the positions at which llama.cpp must choose the adapter's token.
+THRESHOLD = 0.95
 
 
-def need_packages() -> None:
-    """Raises UsageError, with what to type, where a package is missing."""
+def export(
+    target: Target, out: Path, grader: Grader, view: View | None = None, *, kind: str = "f16"
+) -> dict[str, Any]:
+    """Write the merged model as one GGUF file, which llama.cpp runs before it is published.
+
+    Args:
+        out: a folder; the file in it is ``model-KIND.gguf``.
+        kind: type of the matrices: ``f16``, ``f32``, ``bf16``, ``q8_0``.
+
+    Returns:
+        ``export``, ``bytes``, ``kind``, ``compared_tokens``, ``argmax_agreement`` (llama.cpp, adapter).
+
+    Raises:
+        UsageError: the packages gguf or llama-cpp-python are missing.
+        DataError: llama.cpp does not know the tokenizer.
+        CheckFailed: llama.cpp chooses other tokens than the adapter; nothing was written.
+    """
     missing = [name for name in ("gguf", "llama_cpp") if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(
             f"GGUF needs {' and '.join(missing)}", "--to gguf", "pip install gguf llama-cpp-python"
         )
+    job = begin(target, out, grader, view)
+    with store.staged_dir(out) as staged:
+        store.check_disk_space(staged, 1, merged_bytes(job.learner.policy, torch.float32))
+        file = staged / f"model-{kind}.gguf"
+        write_gguf(job.learner.policy, file, kind, name=target.label)
+        job.release()
+        chosen = llama_choices(file, [(r.prompt_ids, r.completion_ids) for r in job.rows])
+        share = float((chosen == job.evidence.choices).double().mean())
+        job.require(share, len(chosen), THRESHOLD, "GGUF in llama.cpp", "try --gguf-type f16 or f32")
+        facts = {"compared_tokens": len(chosen), "argmax_agreement": share}
+        card = merged_card(job.provenance, {"dtype": f"GGUF {kind}", **facts})
+        store.write_file(staged / "README.md", card)
+    return job.result({"kind": kind, **facts})
 
 
 def write_gguf(policy: Policy, file: Path, kind: str, *, name: str) -> None:
-    """Write base and adapter, merged, with the tokenizer.
-
-    Matrices are in ``kind``, vectors in float32, as llama.cpp has them.
+    """Write base and adapter, merged, with the tokenizer: matrices in ``kind``, vectors in float32.
 
     Raises:
-        DataError: the tokenizer does not split text as Qwen2's does, the one of ours that llama.cpp knows.
+        DataError: the tokenizer does not split text as Qwen2's does, the only one mapped here.
     """
     import gguf
 
-    config = policy.causal.config
     _refuse_other_tokenizer(policy.tokenizer)
     writer = gguf.GGUFWriter(file, "qwen2", use_temp_file=True)
     writer.add_name(name)
+    _add_shape(writer, policy.causal.config)
+    prefix = "ALL" if kind == "f32" else "MOSTLY"
+    writer.add_file_type(gguf.LlamaFileType[f"{prefix}_{kind.upper()}"])
+    _add_tokenizer(writer, policy)
+    _add_tensors(writer, policy, gguf.GGMLQuantizationType[kind.upper()])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add_shape(writer: Any, config: Any) -> None:
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -50,29 +93,22 @@ def write_gguf(policy: Policy, file: Path, kind: str, *, name: str) -> None:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    types = {
-        "f32": gguf.LlamaFileType.ALL_F32,
-        "f16": gguf.LlamaFileType.MOSTLY_F16,
-        "bf16": gguf.LlamaFileType.MOSTLY_BF16,
-        "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-    }
-    writer.add_file_type(types[kind])
-    _add_tokenizer(writer, policy)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
-    matrix = gguf.GGMLQuantizationType[kind.upper()]
-    for key, tensor in whole_tensors(policy, torch.float32):
+
+
+def _add_tensors(writer: Any, policy: Policy, matrix: Any) -> None:
+    """A matrix whose rows are not whole blocks of the type stays in float32, as in llama.cpp."""
+    import gguf
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, policy.causal.config.num_hidden_layers)
+    block, _ = gguf.GGML_QUANT_SIZES[matrix]
+    for key, tensor in merged_tensors(policy, torch.float32):
         stem, _, ending = key.rpartition(".")
-        theirs = names.get_name(stem)
-        assert theirs is not None, key
-        block, _ = gguf.GGML_QUANT_SIZES[matrix]
+        name = names.get_name(stem)
+        assert name is not None, key
         fits = tensor.ndim == 2 and tensor.shape[-1] % block == 0
-        chosen = matrix if fits else gguf.GGMLQuantizationType.F32
-        data = gguf.quants.quantize(tensor.numpy(), chosen)
-        writer.add_tensor(f"{theirs}.{ending}", data, raw_dtype=chosen)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        kind = matrix if fits else gguf.GGMLQuantizationType.F32
+        data = gguf.quants.quantize(tensor.numpy(), kind)
+        writer.add_tensor(f"{name}.{ending}", data, raw_dtype=kind)
 
 
 def _refuse_other_tokenizer(tokenizer: Any) -> None:
@@ -83,14 +119,14 @@ def _refuse_other_tokenizer(tokenizer: Any) -> None:
 
     if splitter(tokenizer) != splitter(Qwen2Tokenizer()):
         raise DataError(
-            "the tokenizer splits text otherwise than Qwen2's, and llama.cpp would split it wrongly",
+            "the tokenizer splits text differently from Qwen2's: llama.cpp would tokenize prompts wrongly",
             "--to gguf",
-            "export it as merged",
+            "use --to merged",
         )
 
 
 def _add_tokenizer(writer: Any, policy: Policy) -> None:
-    """Vocabulary by id, its kinds, merges, special tokens; what the model has beyond it is unused."""
+    """Vocabulary with token types, merges and special tokens; rows of the head beyond it are unused."""
     import gguf
 
     tokenizer = policy.tokenizer
@@ -109,8 +145,8 @@ def _add_tokenizer(writer: Any, policy: Policy) -> None:
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_token_merges([" ".join(m) if isinstance(m, list) else m for m in merges])
     end = policy.template.end
-    ends = tokenizer.convert_tokens_to_ids(end) if end in tokenizer.get_vocab() else min(policy.stop_ids)
-    writer.add_eos_token_id(ends)
+    eos = tokenizer.convert_tokens_to_ids(end) if end in tokenizer.get_vocab() else min(policy.stop_ids)
+    writer.add_eos_token_id(eos)
     writer.add_pad_token_id(policy.pad_id)
     writer.add_add_bos_token(False)
     chat = tokenizer_files(policy).get("chat_template.jinja")
@@ -119,10 +155,10 @@ def _add_tokenizer(writer: Any, policy: Policy) -> None:
 
 
 def llama_choices(file: Path, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
-    """llama.cpp's most likely token at each place of the completions, ``(n,)``, given all before it.
+    """llama.cpp's most likely token at each position of the completions, ``(n,)``.
 
     Raises:
-        CheckFailed: it does not load the file.
+        CheckFailed: it cannot load the file.
     """
     from llama_cpp import Llama
 
@@ -131,7 +167,7 @@ def llama_choices(file: Path, rows: Sequence[tuple[Sequence[int], Sequence[int]]
     try:
         model = Llama(str(file), **size, logits_all=True, n_gpu_layers=0, verbose=False)
     except ValueError as error:
-        raise CheckFailed(f"llama.cpp does not load it ({error}): nothing was written", file.name) from error
+        raise CheckFailed(f"llama.cpp cannot load it ({error}); nothing was written", file.name) from error
     chosen = []
     for prompt, completion in rows:
         model.reset()

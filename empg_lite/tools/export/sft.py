@@ -9,50 +9,58 @@ from typing import Any
 
 from empg_lite.core.errors import MissingInput
 from empg_lite.core.rationale import Rationale
+from empg_lite.core.view import View
 from empg_lite.run import store
 from empg_lite.run.rollouts import read_rollouts
+from empg_lite.run.target import Target
 
 
-def export_sft(run: Path, out: Path) -> dict[str, Any]:
-    """Write every different right rationale of a run's training steps as JSON lines.
+def export(target: Target, out: Path, grader: None = None, view: View | None = None) -> dict[str, Any]:
+    """Write the distinct right rationales of a run's training steps as JSON lines.
 
-    ``prompt`` and ``completion`` are the texts as the model saw and wrote them, which is what TRL's
-    ``SFTTrainer`` and most others take; beside them ``question``, ``gold``, ``problem_id``, ``step`` and
-    ``tokens``. Truncated rationales and such as the grader failed on are not among them.
+    ``prompt`` and ``completion``, the names that TRL's ``SFTTrainer`` uses, are the texts as the model saw
+    and wrote them; ``question``, ``gold``, ``problem_id``, ``step`` and ``tokens`` come with them. Truncated
+    rationales and those that the grader failed on are left out.
 
     Returns:
-        ``export`` (the file), ``rows``, ``problems`` (with at least one), ``duplicates`` (left out).
+        ``export`` (the file), ``rows``, ``problems`` (with at least one row), ``duplicates`` (left out).
 
     Raises:
         MissingInput: the run stored no right rationale.
     """
-    seen: set[tuple[str, str]] = set()
-    lines, problems, duplicates = [], set(), 0
-    for r in _right(run):
-        key = (r.problem_id, r.completion)
-        if key in seen:
-            duplicates += 1
-            continue
-        seen.add(key)
-        problems.add(r.problem_id)
-        row = {
-            "prompt": r.prompt,
-            "completion": r.completion,
-            "question": r.question,
-            "gold": r.gold,
-            "problem_id": r.problem_id,
-            "step": r.step,
-            "tokens": len(r.completion_ids),
-        }
-        lines.append(json.dumps(row) + "\n")
-    if not lines:
-        raise MissingInput("no right rationale is stored", str(run / "rollouts"), "let it train first")
-    store.write_file(out, "".join(lines))
-    return {"export": str(out), "rows": len(lines), "problems": len(problems), "duplicates": duplicates}
+    assert target.run is not None
+    found = list(_right(target.run))
+    distinct: dict[tuple[str, str], Rationale] = {}
+    for r in found:
+        distinct.setdefault((r.problem_id, r.completion), r)
+    rows = list(distinct.values())
+    if not rows:
+        raise MissingInput(
+            "the run has no right rationales", str(target.run / "rollouts"), "train longer first"
+        )
+    store.write_file(out, "".join(json.dumps(_record(r)) + "\n" for r in rows))
+    return {
+        "export": str(out),
+        "rows": len(rows),
+        "problems": len({r.problem_id for r in rows}),
+        "duplicates": len(found) - len(rows),
+    }
+
+
+def _record(r: Rationale) -> dict[str, Any]:
+    return {
+        "prompt": r.prompt,
+        "completion": r.completion,
+        "question": r.question,
+        "gold": r.gold,
+        "problem_id": r.problem_id,
+        "step": r.step,
+        "tokens": len(r.completion_ids),
+    }
 
 
 def _right(run: Path) -> Iterator[Rationale]:
     for path in sorted((run / "rollouts").glob("step-*.jsonl")):
-        if int(path.stem[5:]):  # 0 is the preflight's
+        if int(path.stem[5:]):  # step 0 is the preflight
             for segment in read_rollouts(path, torn_tail=True):
                 yield from (r for r in segment.rationales if r.right and r.finish_reason == "stop")
