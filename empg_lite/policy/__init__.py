@@ -1,4 +1,4 @@
-"""Base model, adapter, tokenizer, prompt: the only package that imports unsloth, bitsandbytes, peft."""
+"""Base model, adapter, tokenizer and prompt: the only package that imports unsloth, bitsandbytes and peft."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ __all__ = [
 ]
 
 
-def resolve_dtype(asked: str) -> Any:
-    """``auto``: float32 on a CPU (exact resume), bfloat16 where the card has it, else float16 (T4)."""
+def resolve_dtype(name: str) -> Any:
+    """A torch dtype; ``auto``: float32 on a CPU (exact resume), bfloat16 if supported, else float16 (T4)."""
     import torch
 
-    if asked != "auto":
-        return getattr(torch, asked)
+    if name != "auto":
+        return getattr(torch, name)
     if not torch.cuda.is_available():
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The model's tokenizer, checked to split and join as its files say."""
+    """The model's tokenizer, checked against its files."""
     from transformers import AutoConfig, AutoTokenizer
 
     from empg_lite.core.errors import ModelUnusable
@@ -52,7 +52,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def quiet() -> None:
-    """Switch off the progress bars and advice that libraries print while loading."""
+    """Disable the progress bars and advice that libraries print while loading."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -61,10 +61,10 @@ def quiet() -> None:
 
 
 def import_libraries(backend: str) -> None:
-    """Import what a backend loads models with; Unsloth first, for it patches the others.
+    """Import a backend's libraries; Unsloth first, because it patches the others.
 
     Raises:
-        UsageError: the backend is not installed, or Unsloth comes too late.
+        UsageError: the backend is not installed, or peft was imported before Unsloth.
     """
     from empg_lite.policy import backends
 
@@ -75,19 +75,19 @@ def import_libraries(backend: str) -> None:
 
 
 def load_policy(model: Any, prompt: str, *, seed: int, gradient_checkpointing: bool | str = "auto") -> Policy:
-    """Load base and adapter as a recipe's ``model`` section says.
+    """Load base and adapter according to a recipe's ``model`` section.
 
     Args:
         model: the recipe's ``model`` section (name, revision, adapter, backend, dtype, load_in_4bit, lora_r,
             lora_alpha).
         prompt: template name or file.
-        seed: initialises the adapter (LoRA A; B is zero).
-        gradient_checkpointing: ``auto`` is on with a GPU, off without.
+        seed: initializes the adapter (LoRA A; B is zero).
+        gradient_checkpointing: ``auto`` means on with a GPU, off without.
 
     Raises:
-        MissingInput: model, adapter or template is not there.
+        MissingInput: model, adapter or template does not exist.
         ModelUnusable: the files are damaged, incomplete or of an untested architecture.
-        UsageError: the backend asked for is not installed.
+        UsageError: the requested backend is not installed.
     """
     from empg_lite.policy import backends
 
@@ -127,7 +127,7 @@ def load_policy(model: Any, prompt: str, *, seed: int, gradient_checkpointing: b
 
 
 def _loading(model: Any, seed: int, gradient_checkpointing: bool | str) -> Loading:
-    """How base and adapter are held, every ``auto`` settled; see ``load_policy``."""
+    """How to load base and adapter, every ``auto`` resolved; see ``load_policy``."""
     import torch
 
     from empg_lite.policy.adapter import read_adapter_config

@@ -1,4 +1,4 @@
-"""The adapter as files: plain PEFT, loadable by peft, transformers and vLLM without this package."""
+"""The adapter: its optimizer, and its files, which peft, transformers and vLLM load without this package."""
 
 from __future__ import annotations
 
@@ -9,23 +9,39 @@ from typing import TYPE_CHECKING, Any
 from empg_lite.core.errors import DataError, MissingInput
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Sequence
+
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
 
     from empg_lite.policy.policy import Policy
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+#: Limits of a safetensors file: header bytes, tensors. An 8-bit optimizer of a 7B model has 2,400 tensors.
+MAX_HEADER, MAX_TENSORS = 1 << 20, 4096
+
+
+def make_adamw(parameters: Sequence[nn.Parameter], learning_rate: float, *, eight_bit: bool) -> Optimizer:
+    """AdamW over the adapter, without weight decay.
+
+    Args:
+        eight_bit: hold both moments in 8 bits with a scale for every 256 values (T. Dettmers et al., "8-bit
+            Optimizers via Block-wise Quantization", 2022); matrices below 4,096 elements stay in float32.
+    """
+    if eight_bit:
+        from bitsandbytes.optim import AdamW8bit as AdamW
+    else:
+        from torch.optim import AdamW
+    optimizer: Optimizer = AdamW(list(parameters), lr=learning_rate, betas=(0.9, 0.999), weight_decay=0.0)
+    return optimizer
 
 
 def adapter_files(policy: Policy) -> dict[str, bytes]:
     """``adapter_model.safetensors`` and ``adapter_config.json`` as bytes."""
-    from peft import get_peft_model_state_dict
     from safetensors.torch import save
 
     tensors = {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in sorted(
-            get_peft_model_state_dict(policy.model, save_embedding_layers=False).items()
-        )
+        name: tensor.detach().cpu().contiguous() for name, tensor in sorted(_state_dict(policy).items())
     }
     config = policy.model.peft_config["default"].to_dict()
     config |= {"inference_mode": True, "base_model_name_or_path": policy.name, "revision": policy.revision}
@@ -33,16 +49,23 @@ def adapter_files(policy: Policy) -> dict[str, bytes]:
     return {WEIGHTS: save(tensors, metadata={"format": "pt"}), CONFIG: text.encode()}
 
 
+def _state_dict(policy: Policy) -> dict[str, Tensor]:
+    from peft import get_peft_model_state_dict
+
+    tensors: dict[str, Tensor] = get_peft_model_state_dict(policy.model, save_embedding_layers=False)
+    return tensors
+
+
 def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The parts of ``adapter_config.json`` that say how to rebuild the adapter.
+    """What it takes to rebuild an adapter, from its config: ``lora_r``, ``lora_alpha``, ``base``.
 
     Raises:
         MissingInput: not an adapter folder.
-        DataError: not a LoRA adapter that this package can hold.
+        DataError: not a plain LoRA adapter.
     """
     path = folder / CONFIG
     if not path.is_file() or not (folder / WEIGHTS).is_file():
@@ -53,19 +76,15 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{CONFIG} cannot be read ({error})", str(path)) from error
     if kind != "LORA" or not isinstance(rank, int) or config.get("auto_mapping"):
-        raise DataError(f"a plain LoRA adapter is needed, this is {kind}", str(path))
+        raise DataError(f"expected a plain LoRA adapter, found {kind}", str(path))
     return {"lora_r": rank, "lora_alpha": alpha, "base": config.get("base_model_name_or_path")}
 
 
-#: Of a safetensors file: bytes of the header, tensors. An 8-bit optimiser of a 7B model has 2,400.
-MAX_HEADER, MAX_TENSORS = 1 << 20, 4096
-
-
 def read_tensors(data: bytes, where: str) -> dict[str, Tensor]:
-    """Tensors of a small safetensors file; its header is looked at before anything is made of it.
+    """The tensors of a small safetensors file; its header is checked before anything is allocated.
 
     Raises:
-        DataError: it is damaged, or has more than a file of ours could have.
+        DataError: damaged, or over ``MAX_HEADER`` or ``MAX_TENSORS``.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -82,34 +101,29 @@ def read_tensors(data: bytes, where: str) -> dict[str, Tensor]:
 
 
 def load_adapter(policy: Policy, folder: Path) -> None:
-    """Put an adapter's values into the policy's LoRA layers; names and shapes must match exactly.
+    """Load an adapter's values into the policy's LoRA layers; names and shapes must match exactly.
 
     Raises:
-        MissingInput, DataError: the folder is not an adapter, or not one for this policy.
+        MissingInput, DataError: not an adapter folder, or not an adapter for this policy.
     """
     read_adapter_config(folder)
     load_adapter_bytes(policy, (folder / WEIGHTS).read_bytes(), str(folder / WEIGHTS))
 
 
 def load_adapter_bytes(policy: Policy, data: bytes, where: str) -> None:
-    """As ``load_adapter``, from the bytes of a safetensors file."""
+    """Same as ``load_adapter``, from the bytes of a safetensors file."""
     import torch
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
 
-    tensors = read_tensors(data, where)
-    expected = get_peft_model_state_dict(policy.model, save_embedding_layers=False)
+    tensors, expected = read_tensors(data, where), _state_dict(policy)
+    todo = "it was trained on another model or rank"
     if tensors.keys() != expected.keys():
-        odd = sorted(tensors.keys() ^ expected.keys())[0]
-        raise DataError(
-            f"adapter and model differ in {odd}", where, "it was trained on another model or rank"
-        )
+        name = sorted(tensors.keys() ^ expected.keys())[0]
+        raise DataError(f"only one of adapter and model has {name}", where, todo)
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
-            raise DataError(
-                f"{name} has shape {tuple(tensor.shape)}, the model's is {tuple(expected[name].shape)}",
-                where,
-                "it was trained on another model or rank",
-            )
+            shapes = f"shape {tuple(tensor.shape)}, the model expects {tuple(expected[name].shape)}"
+            raise DataError(f"{name} has {shapes}", where, todo)
         if not torch.isfinite(tensor).all():
-            raise DataError(f"{name} holds NaN or infinity", where)
+            raise DataError(f"{name} contains NaN or infinity", where)
     set_peft_model_state_dict(policy.model, tensors)

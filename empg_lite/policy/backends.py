@@ -1,8 +1,8 @@
-"""Two ways to get the same policy: Unsloth's kernels, or plain transformers + peft + bitsandbytes.
+"""Two ways to load the same policy: Unsloth, or plain transformers + peft + bitsandbytes.
 
-Both take the same local folder, quantise the same weights with bitsandbytes NF4 and put the same LoRA on
-all linear layers, so they differ by kernel rounding only. Unsloth patches transformers when it is
-imported, and must be imported first: a process uses one backend.
+Both take the same local folder, quantize the same weights to bitsandbytes NF4 and put the same LoRA on all
+linear layers, so they differ only by kernel rounding. Unsloth patches transformers and must be imported
+first: a process uses one backend.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from empg_lite.core.errors import ModelUnusable, UsageError
-from empg_lite.policy.kernels import proven, unsloth_kernels
+from empg_lite.policy.kernels import unsloth_kernels, verified
 from empg_lite.policy.policy import Policy, collate
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -29,7 +29,7 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A ``PeftModel``, how its mode is set (True: training), and how to free what its sampling leaves."""
+    """A ``PeftModel``, how to set its mode (True: training), and how to free its sampling buffers."""
 
     model: Any
     set_mode: Callable[[Any, bool], None]
@@ -38,7 +38,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """How base and adapter are held; ``seed`` initialises LoRA A."""
+    """How to load base and adapter; ``seed`` initializes LoRA A."""
 
     dtype: torch.dtype
     load_in_4bit: bool
@@ -48,22 +48,22 @@ class Loading:
     seed: int
 
 
-def choose_backend(asked: str) -> str:
-    """``auto`` takes Unsloth where it is installed.
+def choose_backend(name: str) -> str:
+    """The backend to use; ``auto`` is Unsloth where it is installed.
 
     Raises:
-        UsageError: ``unsloth`` was asked for by name and is not installed, or came too late.
+        UsageError: ``unsloth`` was requested by name and is not installed.
     """
     installed = importlib.util.find_spec("unsloth") is not None
-    if asked == "auto":
+    if name == "auto":
         return "unsloth" if installed else "transformers"
-    if asked == "unsloth" and not installed:
+    if name == "unsloth" and not installed:
         raise UsageError("Unsloth is not installed", "model.backend: unsloth", "pip install 'empg-lite[gpu]'")
-    return asked
+    return name
 
 
 def import_unsloth() -> Any:
-    """Import Unsloth before what it patches, statistics off, its cache out of the working folder."""
+    """Import Unsloth before the libraries it patches, without telemetry, its cache in a temporary folder."""
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(tempfile.gettempdir()) / "empg-lite-unsloth"))
     if "unsloth" not in sys.modules and "peft" in sys.modules:
@@ -77,7 +77,7 @@ def import_unsloth() -> Any:
 
 
 def load_transformers(folder: Path, how: Loading) -> Loaded:
-    """Base by transformers, NF4 by bitsandbytes, LoRA by peft."""
+    """Load the base with transformers, NF4 with bitsandbytes, LoRA with peft."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -99,7 +99,7 @@ def load_transformers(folder: Path, how: Loading) -> Loaded:
     )
     keep_nf4_unpacked(base)
     if how.load_in_4bit and device == "cpu":
-        leave_the_file(base)
+        copy_out_of_file(base)
     base.requires_grad_(False)
     torch.manual_seed(how.seed)
     model = get_peft_model(
@@ -118,7 +118,7 @@ def load_transformers(folder: Path, how: Loading) -> Loaded:
 
 
 def load_unsloth(folder: Path, how: Loading) -> Loaded:
-    """Base, NF4 and LoRA by Unsloth, with its mode switches and its gradient checkpointing."""
+    """Load base, NF4 and LoRA with Unsloth, with its mode switches and gradient checkpointing."""
     FastLanguageModel = import_unsloth().FastLanguageModel
     base, _ = FastLanguageModel.from_pretrained(
         str(folder),
@@ -151,17 +151,17 @@ def load_unsloth(folder: Path, how: Loading) -> Loaded:
 
 
 def free_decode_buffers(model: Any) -> None:
-    """Free the keys and values of Unsloth's last ``generate``: it keeps them until its next forward pass."""
+    """Free the KV cache of Unsloth's last ``generate``, which it keeps until its next forward pass."""
     from unsloth.models._decode_graphs import release_for_training
 
     release_for_training(model)
 
 
 def borrow_from_unsloth(policy: Policy) -> None:
-    """Give a policy those of Unsloth's kernels that prove right on this device, and notes about the rest.
+    """Use those of Unsloth's kernels that pass verification on this device, with notes on the others.
 
     Raises:
-        ModelUnusable: a token changes log-probabilities before it.
+        ModelUnusable: attention is not causal.
     """
     if (leak := future_leak(policy)) > LEAK:
         raise ModelUnusable(
@@ -170,22 +170,22 @@ def borrow_from_unsloth(policy: Policy) -> None:
             "set model.backend: transformers",
         )
     if policy.device.type != "cuda":
-        return  # Triton's kernels have no CPU; Unsloth is plain transformers there
+        return  # Triton kernels do not run on a CPU; Unsloth is plain transformers there
     try:
-        policy.kernels = proven(unsloth_kernels(), policy.causal, policy.dtype)
+        policy.kernels = verified(unsloth_kernels(), policy.causal, policy.dtype)
         policy.notes += policy.kernels.notes
     except ImportError as error:
         policy.notes += (f"kernels: {error}",)
-    policy.shared_prefix = None  # ``prepare_fit`` tries it
+    policy.shared_prefix = None  # ``prepare_fit`` verifies it
 
 
-#: Nats by which a token may move log-probabilities before it: the rounding of another batch, not knowledge.
+#: Nats by which a token may change log-probabilities before it, through rounding.
 LEAK = 0.05
 
 
 @torch.no_grad()
 def future_leak(policy: Policy) -> float:
-    """Nats by which a last token changes those before it, in the backend's own forward pass."""
+    """Nats by which the last token changes those before it, in the backend's own forward pass."""
     ids = torch.randint(
         policy.head_weight.shape[0], (24,), generator=torch.Generator().manual_seed(0)
     ).tolist()
@@ -196,20 +196,20 @@ def future_leak(policy: Policy) -> float:
     return float((one - other).abs().max())
 
 
-def leave_the_file(model: Any) -> None:
-    """Copy what was not quantised (embedding, norms) out of the mapped weights file, so that it is unmapped.
+def copy_out_of_file(model: Any) -> None:
+    """Copy unquantized tensors (embedding, norms) out of the mapped weights file, so that it is unmapped.
 
-    One tensor that still points into the file keeps all of its 16-bit pages resident: 1 GB for 0.5B.
+    A single tensor pointing into the file keeps all of its 16-bit pages resident: 1 GB for 0.5B.
     """
     for parameter in model.parameters():
-        if type(parameter) is torch.nn.Parameter:  # bitsandbytes' own kind is in memory of its own
+        if type(parameter) is torch.nn.Parameter:  # bitsandbytes' own type has its own memory
             parameter.data = parameter.data.clone()
 
 
 def keep_nf4_unpacked(model: Any) -> None:
-    """Stop bitsandbytes from repacking NF4 weights in place at the first no-grad forward.
+    """Keep bitsandbytes from repacking NF4 weights in place at the first no-grad forward pass.
 
-    On CPUs with avx512_bf16 it does so for good, and the next training step fails or is wrong.
+    On CPUs with avx512_bf16 the repacking is permanent, and the next training step fails or is wrong.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -1,15 +1,19 @@
-"""What lies beside an adapter so that others can use it: tokenizer, template, stop tokens, model card."""
+"""Files published with an adapter or a merged model: tokenizer, template, stop tokens, model card."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from empg_lite.policy.policy import Policy
+from empg_lite.core.bundled import BUNDLED
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from empg_lite.policy.policy import Policy
 
 
 def tokenizer_files(policy: Policy) -> dict[str, bytes]:
@@ -31,7 +35,7 @@ class Provenance:
 
     Attributes:
         revision: commit of the base model on the hub.
-        after, before: figures of the evaluation around training, None where there was none.
+        after, before: results of the evaluations after and before training; None where there was none.
     """
 
     recipe: Any
@@ -40,23 +44,22 @@ class Provenance:
     before: Mapping[str, Any] | None = None
 
 
-#: Licences of the base models that the recipes name; another base's card has to be asked.
-_LICENCES = {
-    **dict.fromkeys(("tiny", "tiny-hard"), "apache-2.0"),
+#: Licenses of the base models in the shipped recipes; for others see their own cards.
+_LICENSES = {
+    **dict.fromkeys(BUNDLED, "apache-2.0"),
     **{
-        f"Qwen/Qwen2.5-{size}{kind}": "apache-2.0"
-        for size in ("0.5B", "1.5B", "7B")
+        f"Qwen/Qwen2.5-{size}{kind}": "qwen-research" if size == "3B" else "apache-2.0"
+        for size in ("0.5B", "1.5B", "3B", "7B")
         for kind in ("", "-Instruct")
     },
-    **{f"Qwen/Qwen2.5-3B{kind}": "qwen-research" for kind in ("", "-Instruct")},
 }
 
 
 def adapter_card(source: Provenance, agreement: Mapping[str, Any] | None = None) -> str:
-    """The card of a LoRA adapter.
+    """The model card of a LoRA adapter.
 
     Args:
-        agreement: what the export found when it loaded the adapter again.
+        agreement: what the export measured after reloading the adapter.
     """
     base = source.recipe.model.name
     usage = f"""```python
@@ -71,7 +74,7 @@ tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 
 
 def merged_card(source: Provenance, facts: Mapping[str, Any]) -> str:
-    """The card of a merged model; ``facts``: its type, what it was merged onto, and the agreement found."""
+    """The model card of a merged model; ``facts``: its type, what it was merged onto, measured agreement."""
     usage = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -79,30 +82,34 @@ model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 ```"""
     if str(facts.get("dtype", "")).startswith("GGUF"):
-        usage = "Runs in llama.cpp and in what is built on it."
+        usage = "Runs in llama.cpp and software built on it."
     return _card(source, f"{source.recipe.model.name}, tuned", "transformers", [], usage, facts)
 
 
 def _card(
     source: Provenance, title: str, library: str, tags: list[str], usage: str, facts: Mapping[str, Any]
 ) -> str:
+    from huggingface_hub import ModelCardData
+
     recipe = source.recipe
-    base, licence = recipe.model.name, _LICENCES.get(recipe.model.name)
-    bundled = base in ("tiny", "tiny-hard")
-    head = ["---", *([] if bundled else [f"base_model: {base}"]), f"library_name: {library}"]
-    head += [f"license: {licence}" if licence == "apache-2.0" else "license: other"]
-    head += [f"license_name: {licence}"] if licence not in (None, "apache-2.0") else []
-    head += [f"tags: [{', '.join(['empg-lite', 'em-policy-gradient', *tags])}]", "---"]
+    base, license = recipe.model.name, _LICENSES.get(recipe.model.name)
+    data = ModelCardData(
+        base_model=None if base in BUNDLED else base,
+        library_name=library,
+        license="apache-2.0" if license == "apache-2.0" else "other",
+        license_name=None if license == "apache-2.0" else license,
+        tags=["empg-lite", "em-policy-gradient", *tags],
+    )
     at = f" at commit `{source.revision}`" if source.revision else ""
-    four_bit = ", held in NF4 while training" if recipe.model.load_in_4bit else ""
-    said = f"that of the base model ({licence})" if licence else "that of the base model: see there"
+    four_bit = ", held in NF4 during training" if recipe.model.load_in_4bit else ""
+    terms = f"that of the base model ({license})" if license else "that of the base model: see its card"
     rows = "\n".join(
         _figures(source) + [f"| {k.replace('_', ' ')} | {_shown(k, v)} |" for k, v in facts.items()]
     )
-    table = f"\n| figure | |\n|---|---|\n{rows}\n" if rows else "\nNo evaluation was made.\n"
-    return (
-        "\n".join(head)
-        + f"""
+    table = f"\n| figure | |\n|---|---|\n{rows}\n" if rows else "\nNot evaluated.\n"
+    return f"""---
+{data.to_yaml()}
+---
 
 # {title}
 
@@ -112,9 +119,9 @@ Trained with empg-lite by the EM Policy Gradient (arXiv 2504.18587, our reading 
 * LoRA: rank {recipe.model.lora_r}, alpha {recipe.model.lora_alpha}, all linear layers
 * Data: `{recipe.data.source}`, split `{recipe.data.split}`; reward `{recipe.data.reward}`
 * Method: {recipe.em.weighting} weights, {recipe.sampler.problems_per_step} problems x \
-{recipe.sampler.samples_per_problem} rationales a step, {recipe.run.steps} steps, learning rate \
+{recipe.sampler.samples_per_problem} rationales per step, {recipe.run.steps} steps, learning rate \
 {recipe.optim.learning_rate:g}, seed {recipe.run.seed}
-* Licence: {said}
+* License: {terms}
 {table}
 ## Use
 
@@ -123,7 +130,6 @@ Trained with empg-lite by the EM Policy Gradient (arXiv 2504.18587, our reading 
 The prompt is in `template.json`: replace `{{question}}`. An answer ends at one of the tokens in
 `generation_config.json` or at one of the template's strings.
 """
-    )
 
 
 def _figures(source: Provenance) -> list[str]:
@@ -134,20 +140,17 @@ def _figures(source: Provenance) -> list[str]:
         if "pass@1_ci95" in figures:
             low, high = figures["pass@1_ci95"]
             where = f"{figures['n']} {figures.get('split', '')} problems"
-            rows.append(
-                f"| greedy accuracy {name}, {where} "
-                f"| {figures['pass@1']:.1%} (95%: {low:.1%} to {high:.1%}) |"
-            )
+            accuracy = f"{figures['pass@1']:.1%} (95%: {low:.1%} to {high:.1%})"
+            rows.append(f"| greedy accuracy {name}, {where} | {accuracy} |")
         for key, label in (
             ("t1_accuracy", "accuracy at temperature 1"),
-            ("mean_length", "tokens a greedy answer"),
+            ("mean_length", "tokens per greedy answer"),
         ):
             if figures.get(key) is not None:
                 rows.append(f"| {label} {name} | {_shown(key, figures[key])} |")
         if "validation accuracy" in figures:
-            rows.append(
-                f"| greedy accuracy on held-out training problems | {figures['validation accuracy']:.1%} |"
-            )
+            accuracy = f"{figures['validation accuracy']:.1%}"
+            rows.append(f"| greedy accuracy on held-out training problems | {accuracy} |")
     return rows
 
 

@@ -1,11 +1,11 @@
-"""The pointwise work between the matrix products: plain torch, or kernels of Unsloth's while decoding.
+"""Pointwise operations between the matrix products: plain torch, or Unsloth's kernels while decoding.
 
-Plain torch takes some twenty launches a layer for it, Unsloth's Triton kernels four. They are borrowed, not
-trusted: each is compared with plain torch on the device itself when the model is loaded, at the model's own
-sizes, and one that fails or differs is left out with a note. They have no gradients here: the M-step works in
-plain torch, or in Unsloth's own forward pass (``shared_prefix``).
+Plain torch needs about twenty launches per layer, Unsloth's Triton kernels four. Each borrowed kernel is
+compared with plain torch when the model is loaded, on the device and at the model's own sizes; one that fails
+or differs is left out with a note. They have no gradients here: the M-step uses plain torch or Unsloth's own
+forward pass (``shared_prefix``).
 
-Shapes: N tokens, D hidden, H query and G key heads of d, I intermediate.
+Shapes: N tokens, D hidden, H query and G key heads of size d, I intermediate.
 """
 
 from __future__ import annotations
@@ -19,27 +19,32 @@ from torch import Tensor
 from torch.nn import functional as F
 
 #: (residual (N, D), update (N, D) or None, weight (D,), eps) -> (their sum, the sum's RMSNorm), both (N, D).
-#: Both inputs are the callee's to overwrite.
+#: May overwrite both inputs.
 AddNorm = Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
-#: Cosines and sines (N, d) -> whatever ``Rotate`` wants of them; once for all layers.
+#: Cosines and sines (N, d) -> what ``Rotate`` takes; once for all layers.
 Angles = Callable[[Tensor, Tensor], Any]
-#: (queries and keys (N, H + G, d), angles) -> rotated, (N, H + G, d). The input is the callee's to overwrite.
+#: (queries and keys (N, H + G, d), angles) -> rotated, (N, H + G, d). May overwrite its input.
 Rotate = Callable[[Tensor, Any], Tensor]
 #: (gate (N, I), up (N, I)), both contiguous -> silu(gate) * up.
 SwiGLU = Callable[[Tensor, Tensor], Tensor]
-#: (packed NF4 weight, its quant_state) -> (out, in) in the type that it was quantized from.
+#: (packed NF4 weight, its quant_state) -> (out, in) in its original type.
 Dequantize = Callable[[Tensor, Any], Tensor]
 
-#: Numbers of tokens with which a borrowed kernel is tried.
-TRIED_ROWS = (1, 8, 130)
+#: Numbers of tokens at which a borrowed kernel is verified.
+VERIFIED_ROWS = (1, 8, 130)
 
 
 # --- plain torch ------------------------------------------------------------------------------------
 
 
 def wide(x: Tensor) -> Tensor:
-    """In float32; in float64 where it is that already."""
+    """In float32, or in float64 if it already is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def head_dim(config: Any) -> int:
+    """Size of an attention head of a transformers config."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -48,7 +53,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_norm(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See ``AddNorm``; differentiable, and overwrites nothing."""
+    """See ``AddNorm``; differentiable, overwrites nothing."""
     x = x if update is None else x + update
     return x, rms_norm(x, weight, eps)
 
@@ -56,18 +61,18 @@ def add_norm(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> tu
 def angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines, ``(N, 1, d)``."""
     half = cos.shape[-1] // 2
-    # rotate_half(x) is x rolled by half a head with its first half negated: let the sine carry the sign
+    # rotate_half(x) is x rolled by half a head with its first half negated: the sine carries the sign
     return cos[:, None], torch.cat((-sin[:, :half], sin[:, half:]), -1)[:, None]
 
 
 def rotate(turning: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
-    """See ``Rotate``; differentiable, and overwrites nothing."""
+    """See ``Rotate``; differentiable, overwrites nothing."""
     cos, signed_sin = turns
     return turning * cos + turning.roll(turning.shape[-1] // 2, -1) * signed_sin
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """See ``SwiGLU``; differentiable, and takes rows of any stride."""
+    """See ``SwiGLU``; differentiable, takes rows of any stride."""
     return F.silu(gate) * up
 
 
@@ -80,11 +85,11 @@ def dequantize(packed: Tensor, quant_state: Any) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """Who does the pointwise work.
+    """The pointwise operations in use.
 
     Attributes:
-        borrowed: what is Unsloth's: some of ``add_norm``, ``rotate``, ``swiglu``, ``dequantize``.
-        notes: why the rest is not, where it was asked for.
+        borrowed: those of Unsloth's: some of ``add_norm``, ``rotate``, ``swiglu``, ``dequantize``.
+        notes: why others were left out.
     """
 
     add_norm: AddNorm = add_norm
@@ -96,7 +101,7 @@ class Kernels:
     notes: tuple[str, ...] = ()
 
     def without(self, name: str, why: str) -> Kernels:
-        """With plain torch in the place of a borrowed kernel."""
+        """The same with plain torch instead of a borrowed kernel."""
         fields = ("angles", "rotate") if name == "rotate" else (name,)
         plain = {field: getattr(PLAIN, field) for field in fields}
         left = tuple(n for n in self.borrowed if n != name)
@@ -110,10 +115,10 @@ PLAIN = Kernels()
 
 
 def unsloth_kernels() -> Kernels:
-    """All that Unsloth has for this, unproven: see ``proven``.
+    """All of Unsloth's kernels, unverified: see ``verified``.
 
     Raises:
-        ImportError: this version of Unsloth has moved them.
+        ImportError: not where this version of Unsloth is expected to have them.
     """
     from unsloth.kernels.fused_add_rms_layernorm import fast_add_rms_layernorm_inference
     from unsloth.kernels.rope_embedding import decode_rope_inplace
@@ -121,42 +126,42 @@ def unsloth_kernels() -> Kernels:
     from unsloth.kernels.utils import fast_dequantize
 
     def add_norm(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        if update is None:  # the kernel writes both: the sum, which is its input, and the norm
+        if update is None:  # the kernel overwrites its input
             return x, fast_add_rms_layernorm_inference(x.clone(), torch.empty_like(x), weight, eps, add=False)
         return x, fast_add_rms_layernorm_inference(update, x, weight, eps)
 
     def angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # The kernel looks angles up by position; here each token has a row of its own.
+        # The kernel looks angles up by position; here each token has its own row.
         return cos, sin, torch.arange(len(cos), dtype=torch.int32, device=cos.device)
 
     def rotate(turning: Tensor, turns: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        queries, keys = turning[:, :-1, None], turning[:, -1:, None]  # where it is split does not matter
+        queries, keys = turning[:, :-1, None], turning[:, -1:, None]  # any split will do
         if not decode_rope_inplace(queries, keys, *turns):
             raise RuntimeError("the kernel does not take these shapes")
         return turning
 
     def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-        assert gate.is_contiguous() and up.is_contiguous(), "the kernel reads each as one run of numbers"
+        assert gate.is_contiguous() and up.is_contiguous(), "the kernel needs contiguous inputs"
         return swiglu_fg_kernel(gate[None], up[None])[0]
 
     names = ("add_norm", "rotate", "swiglu", "dequantize")
     return Kernels(add_norm, angles, rotate, swiglu, fast_dequantize, borrowed=names)
 
 
-# --- the proof --------------------------------------------------------------------------------------
+# --- verification -------------------------------------------------------------------------------------
 
 
-def proven(kernels: Kernels, causal: Any, dtype: torch.dtype) -> Kernels:
-    """Those borrowed kernels that compute what plain torch computes, on this device at this model's sizes.
+def verified(kernels: Kernels, causal: Any, dtype: torch.dtype) -> Kernels:
+    """The borrowed kernels that agree with plain torch on this device at this model's sizes.
 
     Args:
         causal: the LoRA-adapted causal LM.
 
     Returns:
-        ``kernels`` without each that raised, or differed by more than two roundings of ``dtype``.
+        ``kernels`` without those that raised or differed by more than two roundings of ``dtype``.
     """
     for name in kernels.borrowed:
-        trials = [_trial(name, n, causal, dtype) for n in TRIED_ROWS]
+        trials = [_trial(name, n, causal, dtype) for n in VERIFIED_ROWS]
         if None in trials:
             kernels = kernels.without(name, "the weights are not in NF4")
             continue
@@ -166,14 +171,14 @@ def proven(kernels: Kernels, causal: Any, dtype: torch.dtype) -> Kernels:
     return kernels
 
 
-#: What is tried of a set of kernels; it makes inputs of its own, for a kernel may overwrite them.
+#: Runs one kernel of a set on inputs of its own, which the kernel may overwrite.
 Trial = Callable[[Kernels], Tensor | tuple[Tensor, ...]]
 
 
 def _trial(name: str, n: int, causal: Any, dtype: torch.dtype) -> Trial | None:
-    """One kernel at N = n; None where the model has no use for it."""
+    """A trial of one kernel at N = n; None where the model does not need it."""
     config, weight = causal.config, causal.model.layers[0].mlp.down_proj.base_layer.weight
-    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    d = head_dim(config)
     heads = config.num_attention_heads + config.num_key_value_heads
 
     def normal(*shape: int) -> Tensor:
@@ -213,7 +218,7 @@ def _difference(kernels: Kernels, trial: Trial, dtype: torch.dtype) -> str | Non
         expected = trial(PLAIN)
         try:
             found = trial(kernels)
-        except Exception as error:  # whatever a borrowed kernel raises, the run does without it
+        except Exception as error:  # the run continues without a kernel that raises anything
             return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
     for one, other in zip(_all_of(found), _all_of(expected), strict=True):
         if one.shape != other.shape or one.dtype != other.dtype:

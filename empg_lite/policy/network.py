@@ -1,12 +1,11 @@
 """The Qwen2 forward pass, layer by layer, over the policy's own modules.
 
-``transformers`` runs a whole batch from its first layer to its last. Sampling from a cache of fixed place and
-fitting K completions behind one prompt need to put something of their own where attention happens. So what
-lies around it is here, once: a layer turns tokens into queries, keys and values (``heads_of``), somebody lets
-them attend, and the layer goes on from there (``after``). The residual travels as ``x`` and an ``update`` yet
-to be added: adding and norming can be one kernel.
+Sampling from a static KV cache and fitting K completions behind one prompt replace attention, which
+``transformers`` does not allow. Everything around attention is here, once: a layer turns tokens into queries,
+keys and values (``qkv_heads``), the caller computes attention, and the layer continues (``after_attention``).
+The residual travels as ``x`` and a pending ``update``, so that one kernel can add and normalize.
 
-Shapes: N packed tokens, D hidden, H query heads, G key/value heads, d of one head. Nothing here knows of
+Shapes: N packed tokens, D hidden, H query heads, G key/value heads, d head size. Nothing here knows of
 batches or padding.
 """
 
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from empg_lite.policy.kernels import PLAIN, Kernels
+from empg_lite.policy.kernels import PLAIN, Kernels, head_dim
 
 #: (N, in) -> (N, out)
 Map = Callable[[Tensor], Tensor]
@@ -52,7 +51,7 @@ class Network:
         embed: ``(N,) -> (N, D)``.
         rotary: positions ``(N,)`` -> cosines and sines, ``(N, d)`` each.
         norm: ``(D,)`` weight of the last RMSNorm.
-        kernels: the pointwise work; only plain torch's has gradients.
+        kernels: pointwise operations; only plain torch's have gradients.
     """
 
     embed: Map
@@ -66,18 +65,18 @@ class Network:
     kernels: Kernels = PLAIN
 
     def angles(self, positions: Tensor) -> Any:
-        """The angles of positions ``(N,)``, as ``heads_of`` wants them."""
+        """The rotary angles of positions ``(N,)``, as ``qkv_heads`` takes them."""
         return self.kernels.angles(*self.rotary(positions))
 
-    def heads_of(self, layer: Layer, normed: Tensor, angles: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv_heads(self, layer: Layer, normed: Tensor, angles: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries ``(N, H, d)`` and keys ``(N, G, d)``, and values ``(N, G, d)``, of ``(N, D)``."""
         mixed = layer.qkv(normed).view(len(normed), -1, self.head_dim)  # (N, H + 2 G, d)
-        turning, values = mixed.split((self.heads + self.kv_heads, self.kv_heads), 1)
-        queries, keys = self.kernels.rotate(turning, angles).split((self.heads, self.kv_heads), 1)
+        rotated, values = mixed.split((self.heads + self.kv_heads, self.kv_heads), 1)
+        queries, keys = self.kernels.rotate(rotated, angles).split((self.heads, self.kv_heads), 1)
         return queries, keys, values
 
-    def after(self, layer: Layer, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
-        """What the layer gives, x and update ``(N, D)`` to be added, after attention's ``(N, H d)``."""
+    def after_attention(self, layer: Layer, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's output after attention ``(N, H d)``: x and the pending update, ``(N, D)``."""
         x, normed = self.add_norm(x, layer.out(attended), layer.mlp_norm)
         return x, layer.mlp(normed)
 
@@ -91,7 +90,7 @@ def live_network(causal: Any, kernels: Kernels = PLAIN) -> Network:
 
     Args:
         causal: a ``Qwen2ForCausalLM`` with PEFT layers in it.
-        kernels: other than plain torch, and there are no gradients.
+        kernels: anything but plain torch gives no gradients.
     """
     config, model = causal.config, causal.model
 
@@ -120,20 +119,16 @@ def live_network(causal: Any, kernels: Kernels = PLAIN) -> Network:
         eps=config.rms_norm_eps,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_dim=_head_dim(config),
+        head_dim=head_dim(config),
         kernels=kernels,
     )
-
-
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _rotary(causal: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """Positions ``(N,)`` -> cosines and sines ``(N, d)``; see ``Network``.
 
-    Not by the model's own module: on a GPU Unsloth puts one in its place that takes no positions. Stretched
-    angles, which Unsloth does not offer for Qwen2, are left to it.
+    Computed here because Unsloth replaces the model's own module on a GPU by one that takes no positions.
+    Scaled angles, which Unsloth does not offer for Qwen2, come from the model's module.
     """
     config, model = causal.config, causal.model
     if config.rope_parameters["rope_type"] != "default":
@@ -143,9 +138,9 @@ def _rotary(causal: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
             return cos[0], sin[0]
 
         return by_module
-    weight, width = model.norm.weight, _head_dim(config)
+    weight, width = model.norm.weight, head_dim(config)
     exponents = torch.arange(0, width, 2, dtype=torch.float32, device=weight.device) / width
-    speeds = 1 / config.rope_parameters["rope_theta"] ** exponents  # (d/2,) radians a token
+    speeds = 1 / config.rope_parameters["rope_theta"] ** exponents  # (d/2,) radians per token
 
     def rotary(positions: Tensor) -> tuple[Tensor, Tensor]:
         angles = (positions[:, None] * speeds).repeat(1, 2)
@@ -155,7 +150,7 @@ def _rotary(causal: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
 
 
 def adapted(linear: Any, x: Tensor) -> Tensor:
-    """What a PEFT LoRA layer computes, ``(N, in) -> (N, out)``, scale and sum inside the second product."""
+    """A PEFT LoRA layer, ``(N, in) -> (N, out)``, with scale and sum fused into its second product."""
     base = linear.base_layer(x)
     if linear.disable_adapters:
         return base

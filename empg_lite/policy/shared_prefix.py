@@ -1,9 +1,9 @@
 """Unsloth's own forward pass over completions that share their prompt: its kernels in the M-step.
 
-Unsloth's Llama and Qwen2 layers take a stream of tokens in which each prompt is followed by its completions,
-and a table that says which token belongs to what; attention (FlexAttention) then lets a completion see its
-prompt and itself. Its RMSNorm, RoPE and LoRA kernels and its offloading checkpoints come with it. It computes
-what ``packing`` computes, which stays the fallback and the check: see ``disagreement``.
+Unsloth's Llama and Qwen2 layers take a stream in which each prompt is followed by its completions, and a
+segment table; attention (FlexAttention) lets a completion attend to its prompt and itself. Its RMSNorm, RoPE
+and LoRA kernels and its offloaded checkpoints come with it. It computes the same as ``packing``, which is the
+fallback and the reference: see ``disagreement``.
 
 Shapes: N tokens of the stream, M scored tokens, D hidden.
 """
@@ -22,22 +22,22 @@ from empg_lite.policy.packing import Ids
 if TYPE_CHECKING:
     from empg_lite.policy.policy import Policy
 
-#: How far log-probabilities (nats, root mean square) and the gradient (relative) may be from the packed ones.
-#: 16-bit kernels that sum in another order differ by a hundredth of a nat; a wrong mask by whole nats.
+#: Tolerances against the packed pass: log-probabilities (nats, root mean square) and gradient (relative).
+#: 16-bit kernels that sum in another order differ by a hundredth of a nat, a wrong mask by whole nats.
 LOGPROBS = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 GRADIENT = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """Prompts, each followed by its completions without their last tokens: those predict nothing.
+    """Prompts, each followed by its completions without their last tokens, which predict nothing.
 
     Attributes:
         ids, positions: N tokens.
         groups: (tokens of the prompt, tokens of each completion) in the order of the stream.
-        scored: M places whose hidden state predicts each completion token, completion after completion.
+        scored: M indices whose hidden state predicts each completion token, row after row.
         targets: M tokens they predict.
-        rows: M numbers of the completion that each belongs to.
+        rows: M indices of the completion that each belongs to.
     """
 
     ids: list[int]
@@ -49,21 +49,21 @@ class Stream:
 
 
 def stream(pairs: Sequence[tuple[Ids, Ids]]) -> Stream:
-    """Lay out (prompt_ids, completion_ids) pairs, neither empty; equal prompts are held once."""
+    """Lay out (prompt_ids, completion_ids) pairs, neither empty; equal prompts are stored once."""
     members: dict[Ids, list[int]] = {}
     for row, (prompt, _) in enumerate(pairs):
         members.setdefault(prompt, []).append(row)
     ids: list[int] = []
     positions: list[int] = []
     groups: list[tuple[int, list[int]]] = []
-    places: dict[int, list[int]] = {}
+    indices: dict[int, list[int]] = {}
     for prompt, rows in members.items():
         last = len(ids) + len(prompt) - 1
         ids += prompt
         positions += range(len(prompt))
         for row in rows:
             computed = pairs[row][1][:-1]
-            places[row] = [last, *range(len(ids), len(ids) + len(computed))]
+            indices[row] = [last, *range(len(ids), len(ids) + len(computed))]
             ids += computed
             positions += range(len(prompt), len(prompt) + len(computed))
         groups.append((len(prompt), [len(pairs[row][1]) - 1 for row in rows]))
@@ -71,7 +71,7 @@ def stream(pairs: Sequence[tuple[Ids, Ids]]) -> Stream:
         ids,
         positions,
         groups,
-        scored=[place for row in range(len(pairs)) for place in places[row]],
+        scored=[index for row in range(len(pairs)) for index in indices[row]],
         targets=[token for _, completion in pairs for token in completion],
         rows=[row for row, (_, completion) in enumerate(pairs) for _ in completion],
     )
@@ -81,7 +81,7 @@ def shared_prefix_hidden(policy: Policy, pairs: Sequence[tuple[Ids, Ids]]) -> tu
     """Hidden states ``(M, D)`` before each completion token, the tokens and their rows ``(M,)``.
 
     Raises:
-        ImportError, RuntimeError: this version of Unsloth has no such pass, or it fails here.
+        ImportError, RuntimeError: this version of Unsloth lacks the pass, or it fails here.
     """
     from unsloth.utils.prefix_grouper_kernel import build_seg_info_multigroup
 
@@ -102,13 +102,13 @@ def shared_prefix_hidden(policy: Policy, pairs: Sequence[tuple[Ids, Ids]]) -> tu
 
 
 def forget_masks() -> None:
-    """Free what the pass keeps between calls: lengths differ at every step, so it is not used again."""
+    """Free the masks cached between calls: lengths differ at every step, so none is used again."""
     from unsloth.utils.prefix_grouper_kernel import clear_block_mask_cache
 
     clear_block_mask_cache()
 
 
-# --- the check --------------------------------------------------------------------------------------
+# --- verification -----------------------------------------------------------------------------------
 
 
 def check_pairs(vocab: int) -> list[tuple[Ids, Ids]]:
@@ -123,10 +123,10 @@ def check_pairs(vocab: int) -> list[tuple[Ids, Ids]]:
 
 
 def disagreement(policy: Policy) -> str | None:
-    """Why Unsloth's pass may not be used for this policy: None where it computes what the packed one does.
+    """Why Unsloth's pass cannot be used for this policy; None where it agrees with the packed pass.
 
-    Compares log-probabilities of made-up rows, and the gradient of a weighted sum of them. The adapter's B
-    starts at zero, where A has no gradient: for the check it is moved, and put back.
+    Compares log-probabilities of synthetic rows and the gradient of a weighted sum of them. The adapter is
+    perturbed for the check and restored: its B starts at zero, where A has no gradient.
     """
     pairs = check_pairs(policy.head_weight.shape[0])
     parameters = list(policy.trainable().values())
@@ -139,7 +139,7 @@ def disagreement(policy: Policy) -> str | None:
         with policy.training():
             expected, wanted = _logprobs_and_gradient(policy, pairs, shared=False)
             found, got = _logprobs_and_gradient(policy, pairs, shared=True)
-    except Exception as error:  # whatever it raises, the run does without it
+    except Exception as error:  # the run continues without a pass that raises anything
         return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     finally:
         with torch.no_grad():
@@ -158,7 +158,7 @@ def disagreement(policy: Policy) -> str | None:
 def _logprobs_and_gradient(
     policy: Policy, pairs: Sequence[tuple[Ids, Ids]], *, shared: bool
 ) -> tuple[Tensor, Tensor]:
-    """All log-probabilities ``(M,)``, and the gradient of their sum, weighed row by row, as one vector."""
+    """All log-probabilities ``(M,)``, and the gradient of their sum, weighted row by row, as one vector."""
     logprobs = policy.completion_logprobs(pairs, shared=shared)
     sum((1.0 - 0.5 * (row % 2)) * row_logprobs.sum() for row, row_logprobs in enumerate(logprobs)).backward()  # type: ignore[union-attr]
     gradient = torch.cat(

@@ -1,7 +1,7 @@
-"""How a question becomes a prompt, and what ends an answer to it.
+"""Prompt templates: how a question becomes a prompt, and which strings end an answer.
 
-The stop strings belong to the template: a base model goes on to invent the next question, and only the
-prompt's author knows what that looks like. A template of one's own is a file, YAML::
+Stop strings belong to the template: a base model continues by inventing the next question, and only the
+prompt's author knows what that looks like. A custom template is a YAML file::
 
     text: |-
       Problem: {question}
@@ -26,12 +26,12 @@ _BOXED = "Please reason step by step, and put your final answer within \\boxed{}
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A prompt with a hole for the question.
+    """A prompt with a placeholder for the question.
 
     Attributes:
         text: contains ``{question}`` once.
-        stop: strings that end a completion; the completion ends before them.
-        end: token appended to a completion that came as text only (``fit`` on written solutions).
+        stop: strings that end a completion, and are not part of its text.
+        end: token appended to completions that come as text (``fit`` on written solutions).
     """
 
     name: str
@@ -45,7 +45,7 @@ class Template:
 
     @property
     def sha256(self) -> str:
-        """Identity of everything that shapes a prompt or its end."""
+        """Identity of text, stops and end token."""
         return hashlib.sha256("\0".join((self.text, *self.stop, self.end)).encode()).hexdigest()
 
 
@@ -70,18 +70,18 @@ TEMPLATES = {
 
 
 def load_template(name_or_file: str) -> Template:
-    """A built-in template by name, or the user's own from a file.
+    """A built-in template by name, or a custom one from a file.
 
     Raises:
         MissingInput: neither a built-in name nor a file.
-        RecipeError: the file does not say what a template must.
+        RecipeError: not a valid template file.
     """
     if name_or_file in TEMPLATES:
         return TEMPLATES[name_or_file]
     path = Path(name_or_file)
     try:
         found = path.is_file()
-    except OSError:  # no system has a file of such a name
+    except OSError:  # for example, a name too long for a file
         found = False
     if not found:
         close = get_close_matches(name_or_file, TEMPLATES, 1)
@@ -110,16 +110,16 @@ def _from_yaml(path: Path) -> Template:
     except YAMLError as error:
         raise RecipeError("template is not YAML", f"{path}: {' '.join(str(error).split())}") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
-        raise RecipeError("a template needs a `text` with {question} in it", str(path))
+        raise RecipeError("a template needs a `text` that contains {question}", str(path))
     unknown = fields.keys() - {"text", "stop", "end"}
     if unknown:
         raise RecipeError("unknown key", f"{path}: {sorted(map(str, unknown))[0]}", "known: text, stop, end")
     stop = fields.get("stop", [])
     if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
-        raise RecipeError("`stop` is a list of non-empty strings", f"{path}: stop")
+        raise RecipeError("`stop` must be a list of non-empty strings", f"{path}: stop")
     end = fields.get("end", "<|endoftext|>")
     if not isinstance(end, str):
-        raise RecipeError("`end` is the text of one token", f"{path}: end")
+        raise RecipeError("`end` must be the text of one token", f"{path}: end")
     return _checked(Template(path.stem, fields["text"], tuple(stop), end), path)
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from empg_lite.core.errors import UsageError
-from empg_lite.policy.policy import Policy
 from empg_lite.recipe.schema import choose_engine
 from empg_lite.sampler.base import Completion, OnCompletion, OnToken, Prompt, Sampler, SampleWork
 from empg_lite.sampler.draw import Decoding, sample_key
-from empg_lite.sampler.generate import GenerateSampler
 from empg_lite.sampler.native import NativeSampler
 from empg_lite.sampler.stops import StopRule, TextStream
+
+if TYPE_CHECKING:
+    from empg_lite.policy.policy import Policy
 
 __all__ = [
     "Completion",
@@ -29,12 +32,12 @@ __all__ = [
 def make_sampler(
     policy: Policy, engine: str = "auto", batch_rows: int | None = None, merged: bool = True
 ) -> Sampler:
-    """The engine of that name over a policy.
+    """Create a sampling engine over a policy.
 
     Args:
-        engine: ``native`` is ours; ``generate`` is the backend's own ``generate``; ``unsloth`` is the same
-            where Unsloth has put its kernels into it.
-        batch_rows: most rows decoded at once; None: all.
+        engine: ``native``, continuous batching; ``generate``, the backend's own ``generate``; ``unsloth``,
+            the same where Unsloth has installed its kernels.
+        batch_rows: most rows decoded at once; None for all.
         merged: let ``native`` decode over a merged copy of the weights.
 
     Raises:
@@ -49,4 +52,6 @@ def make_sampler(
             "sampler.engine: unsloth",
             "set model.backend: unsloth",
         )
+    from empg_lite.sampler.generate import GenerateSampler
+
     return GenerateSampler(policy, batch_rows)

@@ -1,4 +1,4 @@
-"""What every sampling engine takes and gives."""
+"""What every sampling engine takes and returns, and the out-of-memory back-off that they share."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from empg_lite.core.errors import NumericalStop, OutOfMemory, forget_frames, is_out_of_memory
-from empg_lite.core.rationale import FinishReason
 from empg_lite.core.sizes import MIN_ROWS
-from empg_lite.policy.policy import Policy
-from empg_lite.sampler.draw import Decoding
+from empg_lite.sampler.stops import StopRule
+
+if TYPE_CHECKING:
+    from empg_lite.core.rationale import FinishReason
+    from empg_lite.policy.policy import Policy
+    from empg_lite.sampler.draw import Decoding
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +33,10 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One sample as it was drawn.
+    """One sample as drawn.
 
     Attributes:
-        ids: ``(T,)`` the tokens that completed the stop included: all of them are trained.
+        ids: ``(T,)`` tokens, including those of the stop: all of them are trained.
         text: ends before the stop.
         logprobs: ``(T,)`` nats under the policy at temperature 1. A diagnostic: no loss uses them.
     """
@@ -46,15 +49,15 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class SampleWork:
-    """What an engine has computed since it was made.
+    """What an engine has computed since it was created.
 
     Attributes:
-        prompt_tokens: tokens of prompts that went through the network.
-        row_steps: rows computed at every decoding step, those that had ended already included.
+        prompt_tokens: prompt tokens prefilled.
+        row_steps: rows computed, summed over decoding steps, finished rows included.
         tokens: tokens drawn and kept.
-        refresh_seconds: spent on a merged copy of the weights.
-        graphs_captured, graphs_replayed: CUDA graphs, two a decoding step (network, draw).
-        eager_steps: what such graphs were meant for and could not be captured, by the same count.
+        refresh_seconds: time spent refreshing the merged copy of the weights.
+        graphs_captured, graphs_replayed: CUDA graphs, two for each decoding step (network, draw).
+        eager_steps: calls that ran eagerly because capturing failed; two for each decoding step.
     """
 
     prompt_tokens: int = 0
@@ -69,24 +72,24 @@ class SampleWork:
         return SampleWork(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def since(self, before: SampleWork) -> SampleWork:
-        """What was done after ``before`` was read."""
+        """The work done after ``before`` was read."""
         return SampleWork(*(a - b for a, b in zip(astuple(self), astuple(before), strict=True)))
 
 
-#: Called with (index of the prompt, index of the sample, completion) as soon as the sample has ended.
+#: Called with (prompt index, sample index, completion) as soon as a sample finishes.
 OnCompletion = Callable[[int, int, Completion], None]
 
-#: Called with (index of the prompt, index of the sample, its tokens so far) after every token that does not
-#: end the sample. Where memory ran out a sample begins again, and the same tokens are told once more.
+#: Called with (prompt index, sample index, tokens so far) after every token that does not finish the sample.
+#: After an out-of-memory back-off a sample restarts, and its tokens are reported again.
 OnToken = Callable[[int, int, Sequence[int]], None]
 
 
 class Sampler(Protocol):
-    """An engine that draws completions; ``work`` grows with what it computes.
+    """An engine that draws completions; ``work`` accumulates what it computes.
 
     Attributes:
-        batch_rows: most rows drawn at once; smaller after memory ran out.
-        graph_failure: why a GPU decodes without captured graphs; None where it has them, or there is no GPU.
+        batch_rows: most rows drawn at once; reduced after running out of memory.
+        graph_failure: why a GPU decodes without captured graphs; None where it has them, or without a GPU.
     """
 
     work: SampleWork
@@ -103,28 +106,27 @@ class Sampler(Protocol):
         """Draw ``len(prompt.keys)`` completions for each prompt.
 
         Args:
-            on_completion: told of every completion once, in the order in which they end: grading and
-                progress need not wait for the slowest.
-            on_token: told of the samples as they grow, for somebody who watches; nothing that is drawn
-                depends on it.
+            on_completion: called once for every completion, in the order in which they finish, so that
+                grading and progress need not wait for the slowest.
+            on_token: called as samples grow, for display; no sample depends on it.
 
         Returns:
             One list for each prompt, in order, with a completion for each of its keys.
 
         Raises:
             NumericalStop: the policy's logits are not finite.
-            OutOfMemory: with as few rows at once as can be.
+            OutOfMemory: at the smallest batch size.
         """
         ...
 
     def release(self) -> None:
-        """Give back the memory that is kept between calls of ``sample``."""
+        """Free the memory kept between calls of ``sample``."""
         ...
 
 
 class Engine(ABC):
-    """What the engines share: where memory runs out, fewer rows are drawn at once, and the samples stay the
-    same, for each has random numbers of its own.
+    """Base of all engines: after running out of memory, fewer rows are drawn at once. The samples stay the
+    same, because each has its own random numbers.
 
     Args:
         batch_rows: most rows drawn at once; None for all.
@@ -134,12 +136,17 @@ class Engine(ABC):
         self.policy, self.batch_rows = policy, batch_rows
         self.work = SampleWork()
         self.graph_failure: str | None = None
+        self._stop = StopRule(policy.tokenizer, policy.stop_ids, policy.template.stop)
 
     @abstractmethod
     def draw(
-        self, prompts: Sequence[Prompt], decoding: Decoding, ended: OnCompletion, grew: OnToken | None
+        self,
+        prompts: Sequence[Prompt],
+        decoding: Decoding,
+        on_completion: OnCompletion,
+        on_token: OnToken | None,
     ) -> None:
-        """Draw all of them, telling ``ended`` of each completion once, and ``grew`` of each token before."""
+        """Draw all samples, reporting each completion once and each token before it."""
 
     def sample(
         self,
@@ -150,44 +157,44 @@ class Engine(ABC):
     ) -> list[list[Completion]]:
         """See ``Sampler``."""
         results: dict[tuple[int, int], Completion] = {}
-        places = [[(i, k) for k in range(len(prompt.keys))] for i, prompt in enumerate(prompts)]
-        parts = self._parts(places)
+        indices = [[(i, k) for k in range(len(prompt.keys))] for i, prompt in enumerate(prompts)]
+        parts = self._split(indices)
 
-        def ended(part: int, at: int, completion: Completion) -> None:
-            place = parts[part][at]
-            results[place] = completion
+        def completed(part: int, at: int, completion: Completion) -> None:
+            index = parts[part][at]
+            results[index] = completion
             if on_completion:
-                on_completion(*place, completion)
+                on_completion(*index, completion)
 
         def grew(part: int, at: int, ids: Sequence[int]) -> None:
             assert on_token is not None
             on_token(*parts[part][at], ids)
 
         while parts:
-            asked = [Prompt(prompts[p[0][0]].ids, tuple(prompts[i].keys[k] for i, k in p)) for p in parts]
+            batch = [Prompt(prompts[p[0][0]].ids, tuple(prompts[i].keys[k] for i, k in p)) for p in parts]
             try:
-                self.draw(asked, decoding, ended, grew if on_token else None)
+                self.draw(batch, decoding, completed, grew if on_token else None)
                 break
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 forget_frames(failure := error)  # they hold the decoder that did not fit
-            longest = max(len(prompt.ids) for prompt in asked) + decoding.max_new_tokens
+            longest = max(len(prompt.ids) for prompt in batch) + decoding.max_new_tokens
             self._shrink(failure, sum(map(len, parts)), longest)
-            # What has ended is kept, the rest begins again.
-            parts = self._parts([[place for place in row if place not in results] for row in places])
-        return [[results[place] for place in row] for row in places]
+            # Finished samples are kept, the others restart.
+            parts = self._split([[index for index in row if index not in results] for row in indices])
+        return [[results[index] for index in row] for row in indices]
 
-    def _parts(self, places: Sequence[list[tuple[int, int]]]) -> list[list[tuple[int, int]]]:
-        """Each prompt's samples, cut where they are more than may be drawn at once."""
-        n = self.batch_rows or max(map(len, places), default=1)
-        return [row[at : at + n] for row in places for at in range(0, len(row), n)]
+    def _split(self, indices: Sequence[list[tuple[int, int]]]) -> list[list[tuple[int, int]]]:
+        """Each prompt's samples, split where there are more than may be drawn at once."""
+        n = self.batch_rows or max(map(len, indices), default=1)
+        return [row[at : at + n] for row in indices for at in range(0, len(row), n)]
 
     def _shrink(self, error: BaseException, rows: int, longest: int) -> None:
-        """Half of the rows that could be drawn at once, and what the engine keeps given back.
+        """Halve the rows drawn at once and free what the engine keeps.
 
         Raises:
-            OutOfMemory: they are as few as can be.
+            OutOfMemory: already at the smallest batch size.
         """
         rows = min(self.batch_rows or rows, rows)
         if rows <= MIN_ROWS:
@@ -202,15 +209,15 @@ class Engine(ABC):
             torch.cuda.empty_cache()
 
     def release(self) -> None:
-        """Give back the memory that is kept between calls of ``sample``; most keep none."""
+        """Free the memory kept between calls of ``sample``; most engines keep none."""
         return None
 
 
 def check_finite(logprobs: Sequence[Sequence[float]]) -> None:
-    """Refuse samples of a policy that has gone NaN.
+    """Reject samples of a policy whose weights have become NaN.
 
     Raises:
-        NumericalStop: some log-probability is not finite.
+        NumericalStop: a log-probability is not finite.
     """
     if any(not math.isfinite(x) for row in logprobs for x in row):
         raise NumericalStop(

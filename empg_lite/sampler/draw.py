@@ -1,8 +1,8 @@
-"""Which token is drawn: each sample has random numbers of its own.
+"""Drawing tokens with keyed random numbers, one key for each sample.
 
-A draw depends on (run seed, step, problem, sample index, token position) and on nothing else, so the same
-tokens come whatever the batch layout, after an out-of-memory back-off, after a resume. The generator is
-SplitMix64 read at a counter (Steele, Lea & Flood, OOPSLA 2014): state = key + (position + 1) * gamma.
+A draw depends only on (run seed, step, problem, sample index, token position), so the same tokens come out
+whatever the batch layout, after an out-of-memory back-off, and after a resume. The generator is SplitMix64 in
+counter mode (Steele, Lea & Flood, OOPSLA 2014): state = key + (position + 1) * gamma.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def _signed(value: int) -> int:
-    """A 64-bit pattern as torch's int64 holds it; its arithmetic wraps, which is what is wanted."""
+    """A 64-bit pattern as torch's int64, whose arithmetic wraps as needed."""
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
@@ -26,7 +26,7 @@ _MIX_2 = _signed(0x94D049BB133111EB)
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How tokens are chosen. ``temperature`` 0 is greedy; training uses 1 with top-p 1 and no top-k."""
+    """Decoding parameters. ``temperature`` 0 is greedy; training uses 1 with top-p 1 and no top-k."""
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -41,7 +41,7 @@ def sample_key(seed: int, step: int, problem_id: str, sample_index: int) -> int:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's >> on int64 drags the sign along."""
+    """Logical shift: torch's >> on int64 extends the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -50,7 +50,7 @@ def uniforms(keys: Tensor, position: int | Tensor) -> Tensor:
 
     Args:
         keys: ``(B,)`` int64.
-        position: of all of them, or ``(B,)`` int64.
+        position: one for all keys, or ``(B,)`` int64.
 
     Returns:
         ``(B,)`` float64 with 53 random bits.
@@ -64,31 +64,31 @@ def uniforms(keys: Tensor, position: int | Tensor) -> Tensor:
 
 
 def _keep_nucleus(probs: Tensor, decoding: Decoding) -> Tensor:
-    """Zero what top-k and top-p leave out; ties at the edge go by token id."""
+    """Zero the probabilities outside top-k and top-p; ties at the edge are broken by token id."""
     ordered, order = probs.sort(dim=-1, descending=True, stable=True)
     drop = torch.zeros_like(ordered, dtype=torch.bool)
     if decoding.top_k:
         drop[:, decoding.top_k :] = True
     if decoding.top_p < 1:
-        drop |= ordered.cumsum(-1) - ordered >= decoding.top_p  # mass before it already suffices
+        drop |= ordered.cumsum(-1) - ordered >= decoding.top_p  # the mass before it already suffices
     return probs.masked_fill(drop.scatter(-1, order, drop), 0.0)
 
 
 def draw(logits: Tensor, keys: Tensor, position: int | Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:
-    """Draw one token a row by inverting the cumulative distribution at the row's own uniform number.
+    """Draw one token per row by inverting the cumulative distribution at the row's own uniform number.
 
     Args:
         logits: ``(B, V)``, any float type.
         keys: ``(B,)`` int64 sample keys.
-        position: index of the token within its completion, of all rows or ``(B,)``.
+        position: index of the token within its completion, one for all rows or ``(B,)``.
 
     Returns:
         Tokens ``(B,)`` and their log-probabilities ``(B,)`` float32 under the policy itself (temperature 1,
-        nothing cut off), whatever the decoding.
+        no truncation), whatever the decoding parameters.
     """
     logits = logits.float()
     top = logits.amax(-1, keepdim=True)
-    mass = (logits - top).exp_()  # unnormalised probabilities: nothing below needs them to add up to 1
+    mass = (logits - top).exp_()  # unnormalized probabilities: nothing below needs them to sum to 1
     log_z = mass.sum(-1).log_() + top.squeeze(-1)
     if decoding.temperature == 0:
         tokens = logits.argmax(-1)

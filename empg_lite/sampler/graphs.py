@@ -1,33 +1,35 @@
-"""A decoding step without its launches, on a GPU.
+"""Decoding steps as CUDA graphs.
 
-A step of a 0.5B model is some 500 small kernels; started one by one they take longer than they run. Captured
-as CUDA graphs they are started together. A graph is of one size, so sizes are rounded up: the places computed
-in vain cost less than another capture. The network and the draw are captured apart, because the one does not
-know the temperature and the other not the length: a run that samples and evaluates captures the network once.
-Where a capture fails, steps are taken one by one. NOT RUN YET: no GPU was at hand when this was written.
+A step of a 0.5B model is about 500 small kernels that take longer to launch than to run; a captured graph
+launches them together. A graph has one size, so sizes are rounded up: the idle slots computed cost less than
+another capture. Network and draw are captured apart, because the network does not depend on the temperature
+nor the draw on the length: a run that samples and evaluates captures the network once. Where a capture fails,
+steps run eagerly. NOT RUN ON A GPU YET: none was available when this was written.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING
 
 import torch
 
 from empg_lite.core.errors import is_out_of_memory
 from empg_lite.core.sizes import GRAPH_ROWS, GRAPH_TOKENS, round_up
-from empg_lite.sampler.decoder import Decoder
+
+if TYPE_CHECKING:
+    from empg_lite.sampler.decoder import Decoder
 
 
 class Graphs:
-    """``decoder.step`` by captured graphs, one for each rounded size; they hold the decoder's addresses.
+    """``decoder.step`` as captured graphs, one for each rounded size; they hold the decoder's addresses.
 
-    All of them work in one pool of memory: they run one after another, and what a step leaves behind lies in
-    the decoder's own tensors.
+    All share one memory pool: they run one after another, and a step's results are in the decoder's tensors.
 
     Attributes:
-        adapter: whether the adapter is on; without a merged copy a graph is of one or the other.
-        captured, replayed, eager: graphs captured, replayed, and calls that went without; two a step.
+        adapter: whether the adapter is on; without a merged copy a graph is captured for each.
+        captured, replayed, eager: graphs captured, graphs replayed, and eager calls; two for each step.
         failure: why graphs cannot be captured; None where they can.
     """
 
@@ -37,13 +39,15 @@ class Graphs:
         self.captured = self.replayed = self.eager = 0
         self.failure: str | None = None
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        self._aside: torch.cuda.Stream | None = None  # one for all captures: each has memory of its own
+        self._stream: torch.cuda.Stream | None = (
+            None  # shared by all captures: each stream has its own memory
+        )
 
-    def fits(self, rows: int, room: int) -> bool:
-        """Whether the decoder will do for so many rows of that length."""
-        return len(self.decoder.tokens) >= rows and self.decoder.room >= room
+    def fits(self, slots: int, cache_len: int) -> bool:
+        """Whether the decoder has at least these sizes."""
+        return len(self.decoder.tokens) >= slots and self.decoder.cache_len >= cache_len
 
-    def step(self, n: int, seen: int) -> None:
+    def step(self, n: int, context: int) -> None:
         """See ``Decoder.step``.
 
         Raises:
@@ -51,12 +55,12 @@ class Graphs:
         """
         decoder = self.decoder
         n = min(round_up(n, GRAPH_ROWS), len(decoder.tokens))
-        seen = min(round_up(seen, GRAPH_TOKENS), decoder.room)
-        self._run(("network", n, seen, self.adapter), lambda: decoder.advance(n, seen))
-        self._run(("draw", n, decoder.decoding), lambda: decoder.choose(n))
+        context = min(round_up(context, GRAPH_TOKENS), decoder.cache_len)
+        self._run(("network", n, context, self.adapter), lambda: decoder.forward(n, context))
+        self._run(("draw", n, decoder.decoding), lambda: decoder.draw_next(n))
 
     def _run(self, key: Hashable, work: Callable[[], None]) -> None:
-        """Replay the graph of this key, captured at its first use; without graphs, just do it."""
+        """Replay the graph of this key, captured at first use; run ``work`` eagerly without graphs."""
         if self.failure is None:
             try:
                 if key not in self._graphs:
@@ -67,7 +71,7 @@ class Graphs:
                     raise
                 self.failure = " ".join(str(error).split())[:200]
                 self._graphs.clear()
-                why = f"CUDA graphs cannot be captured, sampling does without: {self.failure}"
+                why = f"CUDA graphs cannot be captured, sampling continues without them: {self.failure}"
                 warnings.warn(why, stacklevel=2)
         if self.failure is None:
             self._graphs[key].replay()
@@ -77,16 +81,17 @@ class Graphs:
             self.eager += 1
 
     def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        decoder, stream = self.decoder, torch.cuda.current_stream()
-        moving = (decoder.tokens, decoder.lengths, decoder.drawn, decoder.logprobs)
-        before = [tensor.clone() for tensor in moving]
-        # Once outside of a graph, for libraries to set up; the cache gets what the first replay writes again.
-        aside = self._aside = self._aside or torch.cuda.Stream()
-        aside.wait_stream(stream)
-        with torch.cuda.stream(aside):
+        decoder, current = self.decoder, torch.cuda.current_stream()
+        changed = (decoder.tokens, decoder.lengths, decoder.drawn, decoder.logprobs)
+        before = [tensor.clone() for tensor in changed]
+        # A warm-up outside the graph lets libraries initialize; the first replay rewrites the same cache
+        # entries.
+        stream = self._stream = self._stream or torch.cuda.Stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
             work()
-        stream.wait_stream(aside)
-        for tensor, value in zip(moving, before, strict=True):
+        current.wait_stream(stream)
+        for tensor, value in zip(changed, before, strict=True):
             tensor.copy_(value)
         pool = next((graph.pool() for graph in self._graphs.values()), None)
         captured = torch.cuda.CUDAGraph()
@@ -94,5 +99,5 @@ class Graphs:
             with torch.cuda.graph(captured, pool=pool):  # records, computes nothing
                 work()
         finally:
-            torch.cuda.set_stream(stream)  # a capture that failed may leave its own
+            torch.cuda.set_stream(current)  # a failed capture may leave its own stream current
         return captured

@@ -1,4 +1,4 @@
-"""When a completion is over, and what of it is text."""
+"""When a completion ends, and which part of it is text."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 class StopRule:
     """Stop tokens by id, stop strings by text.
 
-    A stop string may straddle tokens, so after each token the tail of the completion is read as text; at
-    most one token a byte can spell it. Tokens whose own text lacks a string's last character cannot
-    complete it, which spares almost all of the decoding.
+    A stop string may straddle tokens, so the tail of the completion is decoded after each token: as many
+    tokens as the string has bytes. Tokens that do not contain a string's last character cannot complete it,
+    which avoids almost all of the decoding.
     """
 
     def __init__(self, tokenizer: Any, stop_ids: Collection[int], stop_strings: Sequence[str]) -> None:
@@ -23,7 +23,7 @@ class StopRule:
         self._can_complete: dict[int, bool] = {}
 
     def stopped(self, ids: Sequence[int]) -> bool:
-        """Did the last token of ``ids`` end the completion? Asked once after each token."""
+        """Whether the last token of ``ids`` ends the completion; called after each token."""
         last = ids[-1]
         if last in self._stop_ids:
             return True
@@ -43,7 +43,7 @@ class StopRule:
     def _completes(self, token: int) -> bool:
         if token not in self._can_complete:
             piece = self._decode([token])
-            # A token that is part of a multi-byte character decodes to U+FFFD on its own: look closer.
+            # A token inside a multi-byte character decodes to U+FFFD on its own: decode its context.
             self._can_complete[token] = "\ufffd" in piece or not self._last_chars.isdisjoint(piece)
         return self._can_complete[token]
 
@@ -52,11 +52,11 @@ class StopRule:
 
 
 class TextStream:
-    """The text of a completion while it grows: what has been given is never taken back.
+    """The text of a growing completion; text once returned is never retracted.
 
-    Held back are the bytes of a character that is not whole yet, and what may be the beginning of a stop
-    string. What is given is a beginning of what ``StopRule.text`` says in the end: true of byte-level
-    tokenizers, where the text of two pieces is the pieces' text if they meet between characters.
+    Incomplete characters and possible beginnings of a stop string are held back. The text returned is a
+    prefix of the final ``StopRule.text``: this holds for byte-level tokenizers, where the text of two pieces
+    that meet between characters is the concatenation of their texts.
     """
 
     def __init__(self, tokenizer: Any, stop_strings: Sequence[str]) -> None:
@@ -65,10 +65,10 @@ class TextStream:
         self._at = 0
 
     def grow(self, ids: Sequence[int]) -> str:
-        """The text that is certain by now.
+        """The text that is certain so far.
 
         Args:
-            ids: the completion's tokens so far: those of the last call and more; none of them ends it.
+            ids: the completion's tokens so far, an extension of the last call's; none of them ends it.
         """
         piece = self._tokenizer.decode(list(ids[self._at :]), skip_special_tokens=False)
         if not piece.endswith("\ufffd"):
@@ -77,7 +77,7 @@ class TextStream:
         return known[: len(known) - self._held(known)]
 
     def _held(self, text: str) -> int:
-        """How many of the last characters may begin a stop string."""
+        """Number of trailing characters that may begin a stop string."""
         longest = max(map(len, self._strings), default=1) - 1
         for n in range(min(longest, len(text)), 0, -1):
             if any(s.startswith(text[-n:]) for s in self._strings):

@@ -9,8 +9,7 @@ import torch
 from fixture_model import build_model
 
 from empg_lite.policy import load_policy
-from empg_lite.policy.adam import make_adamw
-from empg_lite.policy.adapter import read_tensors
+from empg_lite.policy.adapter import make_adamw, read_tensors
 from empg_lite.policy.policy import Policy
 from empg_lite.recipe.schema import ModelSection
 from empg_lite.run.checkpoint import _load_optimizer, _optimizer_bytes

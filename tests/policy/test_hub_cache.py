@@ -82,8 +82,8 @@ WEIGHTS = ("model.safetensors",)
         (lambda h, m: cached(h, m, without=WEIGHTS), "weights"),
         (lambda h, m: cached(h, m, without=TOKENIZER), "tokenizer"),
         (lambda h, m: cut(cached(h, m)), "damaged safetensors"),
-        (lambda h, m: in_two(cached(h, m)).unlink(), "model-00002-of-00002.safetensors is not there"),
-        (lambda h, m: without_a_tensor(cached(h, m)), "weights lack the tensor model.norm.weight"),
+        (lambda h, m: in_two(cached(h, m)).unlink(), "model-00002-of-00002.safetensors is missing"),
+        (lambda h, m: without_a_tensor(cached(h, m)), "tensor model.norm.weight is missing"),
     ],
     ids=["empty", "config", "no weights", "no tokenizer", "cut off", "a shard missing", "a tensor missing"],
 )

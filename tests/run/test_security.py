@@ -56,7 +56,7 @@ def test_a_model_that_brings_code_runs_none(model_dir: Path, tmp_path: Path, nam
         load_fixture_policy(folder)
         assert name == "tokenizer_config.json"
     except ModelUnusable as error:
-        assert name == "config.json" and "needs code of its own" in str(error) and error.exit_code == 66
+        assert name == "config.json" and "needs remote code" in str(error) and error.exit_code == 66
     assert not sung.exists()
 
 

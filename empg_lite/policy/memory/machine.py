@@ -1,4 +1,4 @@
-"""How much memory there is, asked without torch where that is possible."""
+"""How much memory is available, without torch where possible."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import Any
 
 from empg_lite.core.errors import UsageError
 
-#: Bytes that the libraries take before a model is loaded: torch, transformers and peft in the process; on a
-#: card the CUDA context and cuBLAS's workspaces (an estimate).
+#: Bytes taken before a model is loaded: by torch, transformers and peft in the process; on a GPU by the CUDA
+#: context and cuBLAS workspaces (an estimate).
 LIBRARIES = 600_000_000
 _UNITS = {"": 1e9, "g": 1e9, "gb": 1e9, "gib": 2**30, "m": 1e6, "mb": 1e6, "mib": 2**20}
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Where a recipe is to run.
+    """The machine to plan for.
 
     Attributes:
         device: ``cpu`` or ``cuda``.
-        free: bytes that a model and its work may take, the libraries being loaded already.
-        sm80: whether a GPU is of that generation (Ampere) or later; None where that is not known.
+        free: bytes available to the model and its work, with the libraries loaded.
+        sm80: whether a GPU is of that generation (Ampere) or later; None if unknown.
     """
 
     device: str
@@ -35,15 +35,15 @@ class Machine:
 
 
 def card(text: str) -> Machine:
-    """A GPU with so much memory and nothing else on it: ``8GB``, ``8``, ``7.5 GiB``, ``8000MB``.
+    """A GPU with this much memory, all of it free: ``8GB``, ``8``, ``7.5 GiB``, ``8000MB``.
 
     Raises:
-        UsageError: that is no size, or less than the libraries take.
+        UsageError: not a size, or less than the libraries take.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     unit = _UNITS.get(found[2].lower()) if found else None
     if found is None or unit is None:
-        raise UsageError(f"{text!r} is no size of memory", "--gpu-memory", "write it like 8GB")
+        raise UsageError(f"{text!r} is not a memory size", "--gpu-memory", "write it like 8GB")
     size = int(float(found[1]) * unit)
     if size <= LIBRARIES:
         raise UsageError(f"{text} is less than the CUDA context takes", "--gpu-memory", "write it like 8GB")
@@ -51,7 +51,7 @@ def card(text: str) -> Machine:
 
 
 def this_machine() -> Machine:
-    """The first visible GPU with what is free on it, else the CPU with the available RAM."""
+    """The first visible GPU with its free memory, else the CPU with the available RAM."""
     found = _first_gpu()
     if found is not None:
         free, sm80 = found
@@ -60,12 +60,12 @@ def this_machine() -> Machine:
 
 
 def available_ram() -> int:
-    """Bytes that the kernel calls available."""
+    """Bytes of RAM that the kernel reports as available."""
     return _proc_bytes("/proc/meminfo", "MemAvailable")
 
 
 def resident_memory() -> int:
-    """Bytes of RAM that this process holds now."""
+    """Bytes of RAM that this process holds."""
     return _proc_bytes("/proc/self/status", "VmRSS")
 
 
@@ -76,7 +76,7 @@ def _proc_bytes(file: str, name: str) -> int:
 
 
 def free_memory(device: Any) -> int:
-    """Bytes to be had on a torch device."""
+    """Bytes available on a torch device."""
     if device.type == "cuda":
         import torch
 
@@ -85,10 +85,10 @@ def free_memory(device: Any) -> int:
 
 
 def return_freed_blocks() -> None:
-    """Make the C library give blocks of 1 MB and more back to the system as soon as they are freed (glibc).
+    """Make glibc return blocks of 1 MB and more to the system as soon as they are freed.
 
-    By default it raises that limit, up to 32 MB, as large blocks are freed, and the process grows by a third
-    and more over what is alive. For small work that is the faster way: a fresh page costs a fault.
+    By default it raises that threshold, up to 32 MB, as large blocks are freed, and the process grows a third
+    and more beyond its live memory. For small work the default is faster: each fresh page costs a fault.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
@@ -96,8 +96,7 @@ def return_freed_blocks() -> None:
 
 
 def _first_gpu() -> tuple[int, bool | None] | None:
-    """Free bytes, and whether it is sm80 or later, from the driver's own tool; None without one, or where
-    every GPU is hidden."""
+    """Free bytes, and whether it is sm80 or later, from ``nvidia-smi``; None without a visible GPU."""
     tool, visible = shutil.which("nvidia-smi"), os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if tool is None or visible in ("", "-1"):
         return None
@@ -106,5 +105,5 @@ def _first_gpu() -> tuple[int, bool | None] | None:
     free, _, capability = (word.strip() for word in found.partition(","))
     if not free.isdigit():
         return None
-    known = re.fullmatch(r"(\d+)\.\d+", capability)  # old drivers say [N/A]
+    known = re.fullmatch(r"(\d+)\.\d+", capability)  # old drivers report [N/A]
     return int(free) * 2**20, int(known[1]) >= 8 if known else None

@@ -1,7 +1,6 @@
-"""Where a run's time went, and how far that is from what the device could do.
+"""Where a run's time went, and how far that is from the device's limits.
 
-Everything but the device's rates comes from the metrics of the steps, which are written whether or not
-anybody asks for a profile.
+Everything but the device's rates comes from the metrics of the steps, which are always written.
 """
 
 from __future__ import annotations
@@ -9,24 +8,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from empg_lite.policy.memory.shape import Shape
-from empg_lite.policy.memory.terms import Settings, cache_bytes_per_token, linear_weights
+from empg_lite.policy.memory.terms import cache_bytes_per_token, linear_weights
 
-#: Seconds spent on each of the two rates.
+if TYPE_CHECKING:
+    from empg_lite.policy.memory.shape import Shape
+    from empg_lite.policy.memory.terms import Settings
+
+#: Seconds spent measuring each of the two rates.
 PROBE_SECONDS = 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What the device reaches on the two things that the floor is made of.
+    """The device's measured rates, from which the floor is computed.
 
     Attributes:
         bytes_per_second: read and written by a copy.
-        flops_per_second: of a square matrix product in the computing type.
+        flops_per_second: of a square matrix product in the compute type.
     """
 
     bytes_per_second: float
@@ -34,7 +36,7 @@ class Rates:
 
 
 def probe(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Measure the rates with as many threads as the run has; half a second."""
+    """Measure the rates with the run's threads, in half a second."""
     large = device.type == "cuda"
     source = torch.ones(1 << (26 if large else 24), device=device)  # 256 or 64 MB: larger than a cache
     target = torch.empty_like(source)
@@ -48,7 +50,7 @@ def probe(device: torch.device, dtype: torch.dtype) -> Rates:
 
 
 def _fastest(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of the calls that fit into ``PROBE_SECONDS``, after one that warms up."""
+    """Seconds of the fastest call within ``PROBE_SECONDS``, after a warm-up."""
 
     def once() -> float:
         started = time.perf_counter()
@@ -71,15 +73,15 @@ def profile(
 
     Args:
         records: their metrics, at least one step.
-        seconds: wall time of the whole invocation; what the steps did not take is ``everything_else``.
+        seconds: wall time of the whole invocation; time outside the steps is ``everything_else``.
 
     Returns:
         ``steps``; ``seconds`` and ``shares`` by part; ``tokens_per_second`` (sampled tokens, of sampling and
-        of whole steps); ``wasted_row_steps`` (rows computed after their end), ``padding`` (of the M-step) and
-        ``rows_skipped`` (rows of weight 0), all shares; ``rates``; ``floor``: seconds that sampling and
-        fitting would need at least at these rates; ``of_floor``: that over the seconds they took.
+        of whole steps); ``wasted_row_steps`` (rows computed after they finished), ``padding`` (of the M-step)
+        and ``rows_skipped`` (rows of weight 0), all as shares; ``rates``; ``floor``: least seconds that
+        sampling and fitting would need at these rates; ``of_floor``: that over the seconds they took.
     """
-    assert records, "a profile is of steps"
+    assert records, "a profile needs at least one step"
 
     def total(name: str) -> float:
         return float(sum(record[name] for record in records))
@@ -125,10 +127,10 @@ Total = Callable[[str], float]
 
 
 def sampling_floor(shape: Shape, s: Settings, rates: Rates, tokens: int, total: Total) -> float:
-    """Seconds of the E-step at the device's rates: only what must be read and multiplied.
+    """Least seconds of the E-step at the device's rates.
 
-    The weights are read once for each pass of all rows at once, a row's keys and values once for each of its
-    tokens, each prompt goes through the network once; attention's own products and the draws are left out.
+    The weights are read once for each pass of all rows, a row's keys and values once for each of its tokens,
+    and each prompt is prefilled once; attention's own products and the draws are left out.
     """
     passes = tokens / s.decoded_rows
     weights = linear_weights(shape, s) if not s.merged else shape.linear_params * s.itemsize
@@ -141,11 +143,11 @@ def sampling_floor(shape: Shape, s: Settings, rates: Rates, tokens: int, total: 
 
 
 def fitting_floor(shape: Shape, rates: Rates, total: Total) -> float:
-    """Seconds of the M-step's products at the device's rate: forward, and back to the inputs (the base is
-    frozen). Recomputing, LoRA, attention and the head are left out."""
+    """Least seconds of the M-step's products at the device's rate: forward, and backward to the inputs (the
+    base is frozen). Recomputation, LoRA, attention and the head are left out."""
     return 4 * total("em/tokens_computed") * shape.linear_params / rates.flops_per_second
 
 
 def _share(part: float, whole: float) -> float:
-    """0 where there is nothing to share."""
+    """0 for an empty whole."""
     return part / whole if whole else 0.0

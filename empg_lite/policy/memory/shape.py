@@ -1,7 +1,7 @@
-"""The numbers of an architecture, known before a single weight is.
+"""The sizes of a model, known before its weights are loaded.
 
-They come from ``config.json`` where it is at hand, and for the models of the shipped recipes from a small
-table of public facts: a plan needs neither torch nor a network.
+They come from ``config.json`` where it is available, and for the models of the shipped recipes from a small
+table: a plan needs neither torch nor a network.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Shape:
 
     @property
     def embedding_params(self) -> int:
-        """Input embedding, and the head where it is a matrix of its own."""
+        """Input embedding, and the head where it is not tied to it."""
         return self.vocab * self.hidden * (1 if self.tied else 2)
 
     @property
@@ -77,13 +77,13 @@ def shape_of(config: Mapping[str, Any], where: str) -> Shape:
     """The shape that a ``config.json`` describes.
 
     Raises:
-        DataError: a number is missing or none.
+        DataError: a number is missing or not positive.
     """
 
     def number(name: str) -> int:
         value = config.get(name)
         if not isinstance(value, int) or value < 1:
-            raise DataError(f"config.json has no usable {name}", where, "fetch the model again")
+            raise DataError(f"config.json has no usable {name}", where, "download the model again")
         return value
 
     heads = number("num_attention_heads")
@@ -100,11 +100,11 @@ def shape_of(config: Mapping[str, Any], where: str) -> Shape:
 
 
 def read_shape(name: str, revision: str | None = None) -> Shape:
-    """The shape of ``model.name``: a folder, a bundled model, or a hub id. Nothing is fetched.
+    """The shape of ``model.name``: a folder, a bundled model, or a hub id. Nothing is downloaded.
 
     Raises:
         MissingInput: a hub id that is neither cached nor in the table.
-        DataError: the configuration is unreadable or another architecture.
+        DataError: the configuration is unreadable or of another architecture.
     """
     if name in BUNDLED or os.path.isdir(name):
         folder = resolve_model(name, revision)[0]
@@ -116,7 +116,7 @@ def read_shape(name: str, revision: str | None = None) -> Shape:
     if found and found[1] in KNOWN:
         return KNOWN[found[1]]
     raise MissingInput(
-        f"the shape of {name!r} is not known here", "model.name", "give a folder that holds its config.json"
+        f"the sizes of {name!r} are not known", "model.name", "give a folder that contains its config.json"
     )
 
 
