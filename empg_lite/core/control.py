@@ -1,7 +1,7 @@
-"""When a run should end early: a signal, or its time is up.
+"""Stopping a run early: a signal, or the time limit.
 
-A signal is noted; the loops that may take long (decoding steps, micro-batches, grading, evaluation) ask
-``stop_point`` whether one came. What they leave has changed nothing, and is done again on resume, the same.
+A signal is recorded; long loops (decoding steps, micro-batches, grading, evaluation) call ``stop_point`` to
+leave when one has arrived. The abandoned work has changed nothing and is repeated identically on resume.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
-#: Called at the first signal, before all else, to put a terminal back: the second ends the process at once.
+#: Called first at the first signal, to restore the terminal: the second signal kills the process.
 AT_SIGNAL: list[Callable[[], None]] = []
 #: What an interrupted run tells its user to do.
-RESUME = "repeat the command with --resume to go on"
+RESUME = "repeat the command with --resume to continue"
 
 
 @dataclass(slots=True)
 class Clock:
-    """Wall time of this invocation, and its limit."""
+    """Wall-clock time of this invocation, and its limit."""
 
     max_minutes: float | None
     started: float = field(default_factory=time.monotonic)
@@ -35,22 +35,22 @@ class Clock:
 
 
 class StopRequested(BaseException):
-    """A signal came while something long was going on. Like KeyboardInterrupt no error of the program."""
+    """A signal arrived during long work. Like KeyboardInterrupt, not an error of the program."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
         self.signum = signum
 
 
-#: What ``stop_point`` looks at: the signals received, where loops may be left because of them.
+#: Signals received that allow ``stop_point`` to leave a loop.
 _listened: list[int] = []
 
 
 def stop_point() -> None:
-    """Leave the loop at hand if a signal came.
+    """Leave the current loop if a signal has arrived.
 
     Raises:
-        StopRequested: one did, and ``stop_request(midway=True)`` is in force.
+        StopRequested: one has, within ``stop_request(midway=True)``.
     """
     if _listened:
         raise StopRequested(_listened[0])
@@ -58,12 +58,12 @@ def stop_point() -> None:
 
 @contextmanager
 def stop_request(*, announce: bool = True, midway: bool = False) -> Iterator[list[int]]:
-    """A list that the first SIGINT or SIGTERM is put into; the second ends the process at once.
+    """A list that receives the first SIGINT or SIGTERM; the second kills the process.
 
     Args:
-        announce: say so; one process of a launch does.
-        midway: ``stop_point`` leaves the step at hand. Else it is finished first: the processes of a launch
-            can only stop together.
+        announce: tell the user; one process of a launch does.
+        midway: let ``stop_point`` abandon the current step. Otherwise it is finished first, because the
+            processes of a launch can only stop together.
     """
     received: list[int] = []
 
@@ -75,13 +75,13 @@ def stop_request(*, announce: bool = True, midway: bool = False) -> Iterator[lis
             _listened.append(signum)
         if announce:
             when = b"now" if midway else b"after this step"
-            os.write(2, b"\nstopping " + when + b", what is done is saved; once more to stop at once\n")
+            os.write(2, b"\nstopping " + when + b", saving progress; press Ctrl-C again to quit at once\n")
         for number in previous:
-            signal.signal(number, signal.SIG_DFL)  # the kernel's own: no handler has to wait for its turn
+            signal.signal(number, signal.SIG_DFL)  # the kernel's: takes effect even while Python is busy
 
     try:
         previous = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals go to whoever runs it
+    except ValueError:  # not the main thread: its owner handles signals
         yield received
         return
     try:

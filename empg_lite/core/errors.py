@@ -1,8 +1,8 @@
-"""Every way empg-lite stops on purpose: one line for a person, one exit code for a script.
+"""Every deliberate way empg-lite stops: one line for a person, one exit code for a script.
 
 An error says *what* is wrong, *where*, and *what to do*. The command line prints
 ``error: what · where · what to do`` as its last line on stderr and exits with ``exit_code``
-(sysexits numbers where one fits).
+(sysexits numbers where they fit).
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ class EmpgError(Exception):
     """Base of all expected failures.
 
     Args:
-        what: the fault, in words a user knows.
-        where: file:line, field, folder or command it was found in; may be empty.
-        todo: the next thing to type or change; may be empty.
+        what: the problem, in the user's terms.
+        where: file:line, field, folder or command; may be empty.
+        todo: what to type or change next; may be empty.
     """
 
     exit_code = 70
-    #: All processes of a launch raise it alike (see ``parallel``).
+    #: Raised by all processes of a launch alike (see ``run.parallel``).
     shared = False
-    #: The optimiser has not moved anything since the last step: a checkpoint may be made.
+    #: The optimizer has changed nothing since the last step, so a checkpoint may be saved.
     between_steps = True
 
     def __init__(self, what: str, where: str = "", todo: str = "") -> None:
@@ -30,24 +30,24 @@ class EmpgError(Exception):
         super().__init__(" · ".join(part for part in (what, where, todo) if part))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Errors travel between processes; the subclasses' arguments differ, their attributes say it all."""
+        """Errors travel between processes; subclasses differ in arguments, so restore the attributes."""
         return _rebuilt, (type(self), str(self)), self.__dict__
 
 
 class CheckFailed(EmpgError):
-    """What was made, or asked about, is not as it should be."""
+    """A requested check did not pass."""
 
     exit_code = 1
 
 
 class UsageError(EmpgError):
-    """The command line itself is wrong."""
+    """The command line is wrong."""
 
     exit_code = 2
 
 
 class RecipeError(EmpgError):
-    """A recipe cannot be read, or says something that cannot be."""
+    """A recipe is unreadable or invalid."""
 
     exit_code = 65
 
@@ -59,13 +59,13 @@ class DataError(EmpgError):
 
 
 class MissingInput(EmpgError):
-    """A file, model or dataset is not there (offline included)."""
+    """A file, model or dataset does not exist or cannot be reached."""
 
     exit_code = 66
 
 
 class ModelUnusable(MissingInput):
-    """A base model's files are damaged, incomplete, bring code, or are of an architecture without tests."""
+    """A base model is damaged, incomplete, contains code, or has an untested architecture."""
 
 
 class GraderUnusable(EmpgError):
@@ -75,13 +75,13 @@ class GraderUnusable(EmpgError):
 
 
 class OutOfMemory(EmpgError):
-    """Nothing smaller is left to try."""
+    """Out of memory at the smallest batch size."""
 
     exit_code = 71
 
 
 class RunInUse(EmpgError):
-    """Another process holds the run directory."""
+    """Another process is using the run directory."""
 
     exit_code = 73
 
@@ -93,25 +93,25 @@ class StorageError(EmpgError):
 
 
 class NumericalStop(EmpgError):
-    """Too many steps in a row were not finite."""
+    """Too many consecutive non-finite steps."""
 
     exit_code = 75
 
 
 class CheckpointError(EmpgError):
-    """Checkpoints exist and none is valid, or the one named is not."""
+    """Checkpoints exist but none is valid, or the named one is not."""
 
     exit_code = 76
 
 
 class NoSignal(EmpgError):
-    """Training cannot learn anything with these settings."""
+    """Training cannot learn with these settings: there is no reward signal."""
 
     exit_code = 77
 
 
 class Interrupted(EmpgError):
-    """A signal arrived; what was reached is saved. ``exit_code`` is 128 + the signal's number."""
+    """A signal arrived and progress is saved. ``exit_code`` is 128 + the signal number."""
 
     def __init__(self, signum: int, what: str, where: str = "", todo: str = "") -> None:
         super().__init__(what, where, todo)
@@ -123,9 +123,9 @@ def _rebuilt(kind: type[EmpgError], text: str) -> EmpgError:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: torch says so in its own class on a card, in words on a CPU and in cuBLAS.
+    """Whether memory ran out: torch raises its own class on a GPU, but a RuntimeError on a CPU and in cuBLAS.
 
-    Inside the capture of a CUDA graph it is followed by an error about the capture: what came before counts.
+    During CUDA graph capture it is followed by an error about the capture, so the error's cause counts too.
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
@@ -136,9 +136,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def forget_frames(error: BaseException) -> None:
-    """Let go of the frames that an error came through, and so of every tensor in them.
+    """Drop the traceback frames of an error, and with them every tensor they reference.
 
-    Before a retry after running out of memory: an error that is still held keeps what did not fit.
+    Call before retrying after out-of-memory: a live exception keeps what did not fit.
     """
     at: BaseException | None = error
     while at is not None:
@@ -150,7 +150,7 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC
 
 
 def explained(error: BaseException) -> EmpgError:
-    """Any error as one of ours: what libraries and the system raise, in the words and codes of this page."""
+    """Convert any exception to an EmpgError, with the messages and exit codes of this module."""
     if isinstance(error, EmpgError):
         return error
     if isinstance(error, KeyboardInterrupt):

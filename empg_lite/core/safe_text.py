@@ -1,27 +1,27 @@
-"""Making text that a model wrote safe to show.
+"""Making model output safe to display.
 
-A model can emit anything: escape sequences that repaint or retitle a terminal, overrides that show text
-in another order than it is stored, halves of surrogate pairs that cannot be encoded. ``safe`` replaces
-each by a visible escape and leaves ordinary text, of any language, alone.
+A model can emit anything: escape sequences that repaint or retitle a terminal, overrides that reorder the
+displayed text, unpaired surrogates that cannot be encoded. ``safe`` replaces each with a visible escape and
+leaves ordinary text in any language unchanged.
 
-``safe`` does not touch rich's markup, which is harmless where it is not parsed: hand the result to
-``rich.text.Text``, or print with ``markup=False, emoji=False``.
+``safe`` does not escape rich markup: pass the result to ``rich.text.Text``, or print with
+``markup=False, emoji=False``.
 """
 
 from __future__ import annotations
 
 import re
 
-#: What must not reach a terminal as it is.
+#: Characters that must not reach a terminal.
 _UNSAFE = re.compile(
     "["
-    "\x00-\x08\x0b-\x1f\x7f"  # C0 controls but newline and tab; ESC begins CSI and OSC sequences
+    "\x00-\x08\x0b-\x1f\x7f"  # C0 controls except newline and tab; ESC starts CSI and OSC sequences
     "\x80-\x9f"  # C1 controls: the one-byte CSI and OSC
     "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # bidirectional marks, overrides and isolates
-    "\u00ad\u180e\u200b-\u200d\u2060-\u2065\ufeff"  # of no width: they hide in an answer
+    "\u00ad\u180e\u200b-\u200d\u2060-\u2065\ufeff"  # zero width: invisible in an answer
     "\u2028\u2029"  # line and paragraph separators
     "\ufff9-\ufffb"  # interlinear annotation
-    "\ud800-\udfff"  # lone surrogates: no encoding has them
+    "\ud800-\udfff"  # unpaired surrogates: cannot be encoded
     "\U000e0000-\U000e007f"  # invisible tag characters
     "]"
 )
@@ -34,11 +34,11 @@ def _escape(match: re.Match[str]) -> str:
     return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
 
 
-_PASSWORD = re.compile(r"(:/{1,2})[^/@\s]+@")  # one slash is left of two where it was taken for a path
+_PASSWORD = re.compile(r"(:/{1,2})[^/@\s]+@")  # a Path keeps one slash of the two
 
 
 def without_passwords(text: str) -> str:
-    """``text`` with what stands before the @ of an address taken out.
+    """Mask the credentials (before the @) in URLs.
 
     >>> without_passwords("https://me:secret@host/x")
     'https://***@host/x'
@@ -47,14 +47,14 @@ def without_passwords(text: str) -> str:
 
 
 def encodable(text: str) -> bool:
-    """False where ``text`` holds half of a surrogate pair: no encoding has it, and no tokenizer."""
+    """Whether ``text`` contains no unpaired surrogate, which no encoding or tokenizer accepts."""
     return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def safe(text: str) -> str:
-    r"""``text`` with control sequences, bidirectional overrides and lone surrogates as visible escapes.
+    r"""Show control characters, bidirectional overrides and unpaired surrogates as visible escapes.
 
-    The result can be encoded, holds no control character but newline and tab, and is a fixed point.
+    The result can be encoded, contains no control characters except newline and tab, and is a fixed point.
 
     >>> safe("a\x1b[31mb")
     'a\\x1b[31mb'

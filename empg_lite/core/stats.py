@@ -1,4 +1,4 @@
-"""The statistics of an evaluation: intervals, pass@k, maj@k, paired significance. Plain numbers."""
+"""Evaluation statistics: confidence intervals, pass@k, maj@k, paired significance. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Z_95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
 
 
 def wilson(successes: int, n: int, z: float = Z_95) -> tuple[float, float]:
-    """Wilson score interval of a proportion (JASA 1927): sound near 0 and 1, where accuracy often is."""
+    """Wilson score interval of a proportion (JASA 1927): reliable near 0 and 1."""
     assert n > 0 and 0 <= successes <= n
     p = successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
@@ -19,21 +19,20 @@ def wilson(successes: int, n: int, z: float = Z_95) -> tuple[float, float]:
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Chance that k of n samples, drawn without replacement, hold a right one (Chen et al. 2021, eq. 1)."""
+    """Probability that k of n samples, without replacement, hold a correct one (Chen et al. 2021, eq. 1)."""
     assert 0 <= right <= n and 1 <= k <= n
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def maj_at_k(ballots: Sequence[tuple[Hashable | None, float]], k: int) -> float:
-    """Expected value of the answer that most of k samples give, over all subsets of k of the n samples.
+    """Expected value of the majority answer of k samples, over all k-subsets of the n samples.
 
-    The mean over subsets is exact, as that of ``pass_at_k``: counted, not drawn. Answers with equally many
-    votes share the win; a sample without an answer (None) is drawn but does not vote; where nobody votes the
-    value is 0.
+    Exact, like ``pass_at_k``: subsets are counted, not sampled. Tied answers share the win; a sample without
+    an answer (None) is included but does not vote; a subset without votes has value 0.
 
     Args:
-        ballots: (answer, its value in [0, 1]) of each of n samples; equal answers count together, at the mean
-            of their values.
+        ballots: (answer, its value in [0, 1]) of each of n samples; equal answers are pooled at their mean
+            value.
     """
     n = len(ballots)
     assert 1 <= k <= n
@@ -52,11 +51,11 @@ def maj_at_k(ballots: Sequence[tuple[Hashable | None, float]], k: int) -> float:
 
 
 def _minorities(others: Sequence[int], silent: int, size: int, most: int) -> list[int]:
-    """Subsets of ``size`` further samples in which nobody has more than ``most`` votes, by number of ties.
+    """Number of ``size``-subsets of the other samples where no answer exceeds ``most`` votes, by ties.
 
     Args:
-        others: how many samples gave each other answer.
-        silent: how many gave none.
+        others: number of samples with each other answer.
+        silent: number of samples without an answer.
     """
     ways = {(s, 0): math.comb(silent, s) for s in range(min(silent, size) + 1)}  # (drawn, ties) -> subsets
     for count in others:
@@ -69,7 +68,7 @@ def _minorities(others: Sequence[int], silent: int, size: int, most: int) -> lis
 
 
 def powers_of_two(n: int) -> list[int]:
-    """2, 4, 8, ... below n, and n itself: the k at which pass@k and maj@k are worth a line; [] for n < 2.
+    """2, 4, 8, ... below n, and n itself: the k to report pass@k and maj@k for; [] for n < 2.
 
     >>> powers_of_two(12)
     [2, 4, 8, 12]
@@ -81,7 +80,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
     """Two-sided exact p-value of McNemar's test (Psychometrika 1947): do two models differ on the same items?
 
     Args:
-        only_first, only_second: items that only the first, only the second got right. The rest says nothing.
+        only_first, only_second: items that only the first, or only the second, got right.
     """
     n, fewer = only_first + only_second, min(only_first, only_second)
     tail = sum(math.comb(n, i) for i in range(fewer + 1))

@@ -48,7 +48,9 @@ def sweep(
     held = [run for run in (seed_dir(folder, seed) for seed in seeds) if is_run(run)]
     if held and not options.resume:
         raise UsageError(
-            "the folder holds a run", str(held[0]), "add --resume to go on, or name another folder"
+            "the folder already contains a run",
+            str(held[0]),
+            "add --resume to continue, or name another folder",
         )
     results: list[dict[str, Any]] = []
     for n, seed in enumerate(seeds, 1):

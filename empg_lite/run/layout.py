@@ -1,4 +1,4 @@
-"""Where things lie in a run directory, and how one is opened."""
+"""The layout of a run directory, and how a run is opened or resumed."""
 
 from __future__ import annotations
 
@@ -18,22 +18,24 @@ from empg_lite.core.rationale import Rationale
 from empg_lite.recipe.file import dump_recipe, load_recipe
 from empg_lite.recipe.schema import Recipe, changed_fields
 from empg_lite.run import store
-from empg_lite.run.checkpoint import list_checkpoints, newest_valid
+from empg_lite.run.checkpoint import newest_valid
 from empg_lite.run.parallel import processes
 from empg_lite.run.rollouts import read_rollouts
 
 RUNS = Path("runs")
 RECIPE, METRICS, EVENTS, ENVIRONMENT = "recipe.yaml", "metrics.jsonl", "events.jsonl", "environment.json"
 PROFILE = "profile.json"
+#: Packages whose versions are recorded.
+_PACKAGES = "empg-lite torch transformers peft bitsandbytes unsloth datasets math-verify".split()
 
 
 def is_run(path: Path) -> bool:
-    """A directory that a ``train`` or ``fit`` wrote."""
+    """Whether ``path`` is a directory written by ``train`` or ``fit``."""
     return (path / RECIPE).is_file()
 
 
 def next_run_dir(name: str) -> Path:
-    """``runs/<name>-NNN``, the first number that is free."""
+    """``runs/<name>-NNN``, with the first free number."""
     n = 1
     while (RUNS / f"{name}-{n:03d}").exists():
         n += 1
@@ -46,7 +48,7 @@ def seed_dir(sweep: Path, seed: int) -> Path:
 
 
 def runs_of(folder: Path) -> list[Path]:
-    """The run that a folder is, or those of the sweep that it is, by seed.
+    """The runs in a folder: itself if it is a run, or the runs of a sweep by seed.
 
     Raises:
         MissingInput: it is neither.
@@ -60,10 +62,10 @@ def runs_of(folder: Path) -> list[Path]:
 
 
 def newest_run() -> Path:
-    """The run written to last under ``runs/``, sweeps included.
+    """The newest run under ``runs/``, including runs of sweeps.
 
     Raises:
-        MissingInput: there is none.
+        MissingInput: there are no runs.
     """
     found = [p for pattern in ("*", "*/seed-*") for p in RUNS.glob(pattern) if is_run(p)]
     if not found:
@@ -77,10 +79,10 @@ def rollout_path(run: Path, step: int) -> Path:
 
 
 def find_rollouts(source: Path | None, step: int | None) -> tuple[Path, list[Rationale]]:
-    """The rollout file that RUN|FILE and a step mean, and its rationales; default: the newest run's last.
+    """The rollout file of RUN|FILE and a step, and its rationales; default: the last step of the newest run.
 
     Raises:
-        MissingInput: there is none.
+        MissingInput: it does not exist.
         DataError: it cannot be read.
     """
     source = source or newest_run()
@@ -88,49 +90,50 @@ def find_rollouts(source: Path | None, step: int | None) -> tuple[Path, list[Rat
         found = sorted((source / "rollouts").glob("step-*.jsonl"))
         wanted = rollout_path(source, step) if step is not None else found[-1] if found else None
         if wanted is None or not wanted.is_file():
-            known = (
-                f"steps {found[0].stem[5:]} to {found[-1].stem[5:]}" if found else "the run stored none yet"
+            stored = (
+                f"stored: steps {found[0].stem[5:]} to {found[-1].stem[5:]}" if found else "none stored yet"
             )
-            raise MissingInput("no rationales of that step" if step else "no rationales", str(source), known)
+            raise MissingInput(
+                f"no rationales of step {step}" if step else "no rationales", str(source), stored
+            )
         source = wanted
     return source, [r for segment in read_rollouts(source) for r in segment.rationales]
 
 
 def run_of(path: Path) -> Path | None:
-    """The run that a folder belongs to: RUN/adapter, RUN/best, RUN/checkpoints/step-N."""
+    """The run that contains a folder such as RUN/adapter, RUN/best or RUN/checkpoints/step-N."""
     return next((p for p in list(path.resolve().parents)[:2] if is_run(p)), None)
 
 
 def trained_adapter(run: Path) -> Path:
-    """The run's adapter: the final one, else the newest valid checkpoint.
+    """The run's final adapter, else its newest valid checkpoint.
 
     Raises:
-        MissingInput: nothing was saved yet.
-        CheckpointError: checkpoints exist and none is valid.
+        MissingInput: nothing has been saved yet.
+        CheckpointError: checkpoints exist but none is valid.
     """
     if (run / "adapter").is_dir():
         return run / "adapter"
-    if not list_checkpoints(run):
+    found = newest_valid(run)
+    if found is None:
         raise MissingInput(
             "the run has no adapter yet", str(run), "wait for its first checkpoint, or resume it"
         )
-    found = newest_valid(run)
-    assert found is not None  # newest_valid raises where checkpoints exist and none is valid
     return found
 
 
-#: What may differ between a run and its resumption.
+#: Recipe fields that may change on resume.
 FREE_ON_RESUME = frozenset({"run.steps", "run.eval_every", "run.eval_limit", "run.save_every", "run.keep"})
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A run directory, ready to be started or gone on with.
+    """A run directory, ready to be started or resumed.
 
     Attributes:
-        recipe: resolved; on resume with what ``auto`` had become.
-        checkpoint: where to go on from; None starts from the beginning.
-        events: what opening it came upon, for ``events.jsonl`` once that has been cut back.
+        recipe: resolved; on resume with the settled values of ``auto``.
+        checkpoint: where to resume from; None starts from the beginning.
+        events: findings from opening the run, for ``events.jsonl`` after it has been cut back.
     """
 
     recipe: Recipe
@@ -139,12 +142,12 @@ class Opened:
 
 
 def open_run(run: Path, recipe: Recipe, *, resume: bool, allow_change: Sequence[str] = ()) -> Opened:
-    """Decide whether this is a start or a resumption, and with which settings.
+    """Decide whether to start or resume, and with which settings.
 
     Raises:
-        UsageError: a run lies there and ``resume`` was not said.
-        RecipeError: the recipe differs from the run's in a field that matters.
-        CheckpointError: checkpoints exist and none is valid.
+        UsageError: the folder already contains a run and ``resume`` is False.
+        RecipeError: the recipe differs from the run's in a field that may not change.
+        CheckpointError: checkpoints exist but none is valid.
     """
     recipe = recipe.resolved()
     store.sweep(run)
@@ -153,12 +156,12 @@ def open_run(run: Path, recipe: Recipe, *, resume: bool, allow_change: Sequence[
         return Opened(recipe, None)
     if not resume:
         raise UsageError(
-            "the folder holds a run", str(run), "add --resume to go on with it, or name another folder"
+            "the folder already contains a run", str(run), "add --resume to continue, or name another folder"
         )
     recipe, events = _agree(load_recipe(str(run / RECIPE)), recipe, run, allow_change)
     invalid: list[tuple[Path, str]] = []
     checkpoint = newest_valid(run, on_invalid=lambda path, reason: invalid.append((path, reason)))
-    for path, reason in invalid:  # out of the way, or the next save under its name would collide with it
+    for path, reason in invalid:  # or the next save under that name would collide with it
         moved = store.set_aside(path).name
         events.append({"event": "invalid_checkpoint", "path": path.name, "reason": reason, "moved_to": moved})
     return Opened(recipe, checkpoint, tuple(events))
@@ -167,7 +170,7 @@ def open_run(run: Path, recipe: Recipe, *, resume: bool, allow_change: Sequence[
 def _agree(
     old: Recipe, new: Recipe, run: Path, allow_change: Sequence[str]
 ) -> tuple[Recipe, list[dict[str, Any]]]:
-    """The new recipe with the old one's settled ``auto`` values, and the changes allowed by name."""
+    """The new recipe with the old one's settled ``auto`` values, and events for the allowed changes."""
     events = []
     for field, (before, after) in changed_fields(old, new).items():
         section, name = field.split(".")
@@ -180,31 +183,31 @@ def _agree(
             raise RecipeError(
                 f"{field} is {after!r}, the run was started with {before!r}",
                 str(run / RECIPE),
-                f"set it back, or say --allow-change {field}",
+                f"set it back, or pass --allow-change {field}",
             )
     return new, events
 
 
 def compare_environment(run: Path, inputs: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Events for what differs from the environment that a run was started in.
+    """Events for differences from the environment in which a run was started.
 
     Args:
-        inputs: digests of what the run reads, by a name for people.
+        inputs: digests of the run's inputs, by display name.
 
     Raises:
-        RecipeError: an input is another one.
+        RecipeError: an input has changed.
     """
     try:
         old = json.loads((run / ENVIRONMENT).read_text("utf-8"))
         known, before = dict(old["inputs"]), {"torch": old["versions"]["torch"], "threads": old["threads"]}
     except (OSError, ValueError, KeyError, TypeError):
-        return []  # of an older version, or damaged: it is written again
+        return []  # from an older version, or damaged: it is written again
     for name, digest in inputs.items():
         if known.get(name, digest) != digest:
             raise RecipeError(
-                f"the {name} is not what the run was started with",
+                f"the {name} has changed since the run was started",
                 str(run / ENVIRONMENT),
-                "put it back, or start another run",
+                "restore it, or start a new run",
             )
     found = environment()
     now = {"torch": found["versions"]["torch"], "threads": found["threads"]}
@@ -218,10 +221,10 @@ def compare_environment(run: Path, inputs: Mapping[str, str]) -> list[dict[str, 
 def write_run_files(
     run: Path, recipe: Recipe, command: str, inputs: Mapping[str, str], engine: Mapping[str, Any]
 ) -> None:
-    """``recipe.yaml`` (every value, and the command that made it) and ``environment.json``.
+    """Write ``recipe.yaml`` (every value, and the command that made it) and ``environment.json``.
 
     Args:
-        engine: what samples and fits.
+        engine: the sampling and fitting backends.
     """
     facts = {**environment(), "engine": dict(engine), "inputs": dict(inputs)}
     store.write_file(run / ENVIRONMENT, json.dumps(facts, indent=1))
@@ -229,20 +232,11 @@ def write_run_files(
 
 
 def environment() -> dict[str, Any]:
-    """Versions, device and commit: what a number depends on beyond the recipe."""
+    """Versions, device and commit: what the numbers depend on besides the recipe."""
     import torch
 
     versions = {}
-    for name in (
-        "empg-lite",
-        "torch",
-        "transformers",
-        "peft",
-        "bitsandbytes",
-        "unsloth",
-        "datasets",
-        "math-verify",
-    ):
+    for name in _PACKAGES:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     return {
@@ -257,7 +251,7 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Commit of this package's own checkout, where it runs from one."""
+    """Git commit of this package's checkout, if it runs from one."""
     source = Path(__file__).resolve().parents[2]
     if not (source / ".git").exists() or shutil.which("git") is None:
         return None

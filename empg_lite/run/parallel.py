@@ -1,8 +1,9 @@
-"""Several processes, one run: each samples and fits a share, and all of them hold the same result.
+"""Data parallelism: each process of a launch samples and fits a share, and all reach the same result.
 
-``accelerate launch --num_processes N`` starts the same command N times. What depends on all the samples
-(weights, the denominator, metrics, every decision) is computed by every process from the same gathered
-values, so that nothing but the speed depends on N. One process alone is a world of one: all of this is free.
+``accelerate launch --num_processes N`` starts the same command N times. Everything that depends on all
+samples (weights, the denominator, metrics, every decision) is computed by every process from the same
+gathered values, so only the speed depends on N. A single process is a world of size one:
+all of this is free.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from empg_lite.run import store
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Seconds by which the others end after the one that talks: the launcher ends all when one has failed.
+#: Seconds that other processes wait before exiting on an error: the launcher kills all once one has failed,
+#: and the main process must print its message first.
 GRACE = 2.0
 
 A = TypeVar("A")
@@ -28,21 +30,21 @@ B = TypeVar("B")
 
 
 def processes() -> int:
-    """How many processes the launcher started; 1 without a launcher."""
+    """Number of processes in the launch; 1 without a launcher."""
     return int(os.environ["WORLD_SIZE"]) if {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys() else 1
 
 
 def speaks() -> bool:
-    """Whether this process talks to the user: one of a launch does."""
+    """Whether this process talks to the user; exactly one per launch does."""
     return processes() == 1 or int(os.environ["RANK"]) == 0
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The processes that work on one run; this one is number ``rank`` of ``size``.
+    """The processes that share one run; this one is ``rank`` of ``size``.
 
-    The base class is a world of one. ``join`` gives a launched process its own. Every method that talks must
-    be called by all processes, in the same order.
+    The base class is a world of size one; ``join`` yields the world of a launched process. Collective methods
+    must be called by all processes in the same order.
     """
 
     rank: int = 0
@@ -58,10 +60,10 @@ class World:
         return items[self.rank :: self.size]
 
     def gather(self, value: A) -> list[A]:
-        """The values of all processes, by rank. Values travel by pickle, between processes of one launch.
+        """The values of all processes, by rank, exchanged as pickles within the launch.
 
         Raises:
-            EmpgError: another process failed; it is that process's error.
+            EmpgError: another process failed; this is its error.
         """
         return [value]
 
@@ -69,7 +71,7 @@ class World:
         """Replace each gradient by its sum over the processes; None counts as zeros."""
 
     def share(self, items: Sequence[A], work: Callable[[Sequence[A]], Sequence[B]]) -> list[B]:
-        """Do ``work`` on this process's share of the items; the results of all, in the order of the items."""
+        """Apply ``work`` to this process's share; returns all results in the order of the items."""
         results: list[B | None] = [None] * len(items)
         done = work(self.mine(items))
         for rank, part in enumerate(self.gather(done)):
@@ -77,7 +79,7 @@ class World:
         return results  # type: ignore[return-value]
 
     def once(self, work: Callable[[], A]) -> A:
-        """Have the main process do ``work``; everyone gets its result."""
+        """Run ``work`` in the main process; every process gets its result."""
         return self.gather(work() if self.main else None)[0]  # type: ignore[return-value]
 
     def first(self, value: A | None) -> A | None:
@@ -85,25 +87,24 @@ class World:
         return next((found for found in self.gather(value) if found is not None), None)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up in some process."""
+        """Whether ``flag`` is set in any process."""
         return any(self.gather(flag))
 
 
-#: The world of a process that nobody launched others beside.
+#: The world of a single process.
 SINGLE = World()
 
 
 class _Launched(World):
-    """A world of several, which talk through Accelerate."""
+    """Several processes, connected through Accelerate."""
 
     __slots__ = ()
 
     def gather(self, value: A) -> list[A]:
-        """See ``World``."""
         return self._exchange(value, None)
 
     def fail(self, error: EmpgError) -> EmpgError:
-        """Tell the others, where they gather next, that this process cannot go on; the error to end with."""
+        """Tell the others, at their next gather, that this process failed; returns the error to exit with."""
         try:
             self._exchange(None, error)
         except EmpgError as shared:
@@ -111,7 +112,7 @@ class _Launched(World):
         raise AssertionError("an exchanged error is raised")
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """See ``World``. One message: the adapter's gradients are small."""
+        """See ``World``. One message suffices: the adapter's gradients are small."""
         import torch
         from accelerate.utils import reduce
 
@@ -123,14 +124,14 @@ class _Launched(World):
             p.grad = part.view_as(p)
 
     def _exchange(self, value: A | None, error: EmpgError | None) -> list[A]:
-        """Everyone's value; or the first process's error that has one, raised by all alike."""
+        """All values; or, if any process has an error, the first by rank, raised in every process."""
         from accelerate.utils import gather_object
 
         try:
             found = gather_object([(value, error)])
-        except RuntimeError as lost:  # the connection to a process that ended without a word
-            what, where = "another process of the launch has ended", f"process {self.rank} of {self.size}"
-            todo = "see what it and the launcher say; then repeat the command with --resume"
+        except RuntimeError as lost:  # the connection to a process that died silently
+            what, where = "another process of the launch died", f"process {self.rank} of {self.size}"
+            todo = "see its output and the launcher's, then repeat the command with --resume"
             raise _shared(EmpgError(what, where, todo)) from lost
         for _, failed in found:
             if failed is not None:
@@ -139,13 +140,13 @@ class _Launched(World):
 
 
 def _shared(error: EmpgError) -> EmpgError:
-    """Mark an error as one that nobody needs to be told of."""
+    """Mark an error as known to all processes."""
     error.shared = True
     return error
 
 
 def leave(code: int) -> NoReturn:
-    """End a launched process as it is: torch's own teardown may abort it once the others are gone."""
+    """Exit a launched process at once: torch's teardown may abort it when the others are gone."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -153,12 +154,12 @@ def leave(code: int) -> NoReturn:
 
 @contextmanager
 def join() -> Iterator[World]:
-    """The world of this process, while the block runs. Only the main process writes to disk within it.
+    """The world of this process while the block runs. Within it only the main process writes to disk.
 
-    An error in one process ends all: the others raise it where they gather next, or at the end of the block.
+    An error in one process ends all: the others raise it at their next gather or at the end of the block.
 
     Raises:
-        EmpgError: what ended this process or another one, the same in all of them.
+        EmpgError: the error of this or another process, the same in all of them.
     """
     if processes() == 1:
         yield SINGLE

@@ -1,25 +1,28 @@
 """Optional sinks of the metric stream: TensorBoard, Trackio, Weights & Biases.
 
-Names are those of ``metrics.jsonl``. None of these packages is imported unless it is asked for by name, and
-training never ends because of one: what fails is said once and left alone from then on.
+Names are those of ``metrics.jsonl``. A package is imported only if it is requested by name, and a tracker
+never ends training: its first failure is reported and it is dropped.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from empg_lite.core.errors import UsageError
-from empg_lite.recipe.schema import Recipe
 from empg_lite.run import store
 
+if TYPE_CHECKING:
+    from empg_lite.recipe.schema import Recipe
+
 NAMES = ("tensorboard", "trackio", "wandb")
-#: What a run remembers of its trackers, so that a resumed one goes on in the same place.
+#: The run's name with each tracker, so that a resumed run continues there.
 TRACKING = "tracking.json"
 PROJECT = "empg-lite"
 
@@ -30,7 +33,7 @@ def require(names: Sequence[str]) -> None:
     """Refuse trackers that are unknown or not installed, before any work.
 
     Raises:
-        UsageError: says what to type.
+        UsageError: names the tracker and what to type.
     """
     for name in names:
         if name not in NAMES:
@@ -46,8 +49,8 @@ def tracked(
     """Sinks for a run's records, closed at the end.
 
     Args:
-        step: the last step that counts; a resumed run takes the later ones again.
-        warn: told of a tracker that fails, once.
+        step: the last completed step; a resumed run logs later ones again.
+        warn: called once for each tracker that fails.
     """
     opened = [_Guarded(name, warn) for name in names]
     for tracker in opened:
@@ -60,7 +63,7 @@ def tracked(
 
 
 class _Guarded:
-    """A tracker whose failures stay its own."""
+    """A tracker whose failures do not spread."""
 
     def __init__(self, name: str, warn: Callable[[str], None]) -> None:
         self.name, self._warn = name, warn
@@ -69,10 +72,10 @@ class _Guarded:
     def _safely(self, call: Callable[[], Any]) -> Any:
         try:
             return call()
-        except Exception as error:  # whatever a foreign service raises: the run is worth more
+        except Exception as error:  # anything a third-party service raises: the run matters more
             self._tracker = None
-            said = " ".join(str(error).split())[:200]
-            self._warn(f"{self.name} failed and is left out from here on: {said}")
+            reason = " ".join(str(error).split())[:200]
+            self._warn(f"{self.name} failed and is disabled for the rest of the run: {reason}")
             return None
 
     def open(self, run: Path, recipe: Recipe, step: int) -> None:
@@ -90,36 +93,33 @@ class _Guarded:
 
 
 class _Tensorboard:
-    """Event files under ``RUN/tensorboard``; steps that are taken again replace the old ones."""
+    """Event files under ``RUN/tensorboard``; repeated steps replace the old ones."""
 
     def __init__(self, run: Path, recipe: Recipe, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+        self.close = self._writer.close
         if not step:
             settings = json.dumps(recipe.model_dump(mode="json"), indent=1)
             self._writer.add_text("recipe", f"```json\n{settings}\n```")
 
-    def log(self, scalars: Mapping[str, float], step: int) -> None:
+    def log(self, scalars: dict[str, float], step: int) -> None:
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def close(self) -> None:
-        self._writer.close()
-
 
 class _Trackio:
-    """Trackio's local database (``trackio show``); no Space is made and nothing is sent."""
+    """Trackio's local database (``trackio show``); creates no Space and sends nothing."""
 
     def __init__(self, run: Path, recipe: Recipe, step: int) -> None:
         import trackio
 
-        name = _remembered(run, "trackio", lambda: _unique_name(run))
         with redirect_stdout(StringIO()):  # it explains itself at length
             self._run = trackio.init(
                 project=PROJECT,
-                name=name,
+                name=_remembered(run, "trackio"),
                 config=recipe.model_dump(mode="json"),
                 resume="allow",
                 embed=False,
@@ -127,8 +127,8 @@ class _Trackio:
                 auto_log_cpu=False,
             )
 
-    def log(self, scalars: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(scalars), step=step)
+    def log(self, scalars: dict[str, float], step: int) -> None:
+        self._run.log(scalars, step=step)
 
     def close(self) -> None:
         import trackio
@@ -138,12 +138,12 @@ class _Trackio:
 
 
 class _Wandb:
-    """Weights & Biases, where the user's own settings say: online, offline, or disabled."""
+    """Weights & Biases, in the mode that the user's own settings select: online, offline or disabled."""
 
     def __init__(self, run: Path, recipe: Recipe, step: int) -> None:
         import wandb
 
-        name = _remembered(run, "wandb", lambda: _unique_name(run))
+        name = _remembered(run, "wandb")
         self._run = wandb.init(
             project=PROJECT,
             id=name,
@@ -153,29 +153,23 @@ class _Wandb:
             resume="allow",
             settings=wandb.Settings(silent=True, disable_git=True, disable_code=True, console="off"),
         )
+        self.close = self._run.finish
 
-    def log(self, scalars: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(scalars), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+    def log(self, scalars: dict[str, float], step: int) -> None:
+        self._run.log(scalars, step=step)
 
 
-def _unique_name(run: Path) -> str:
-    """The run's folder, and some digits: two machines both have a ``tiny-001``."""
-    import secrets
+def _remembered(run: Path, tracker: str) -> str:
+    """The run's name with a tracker, kept across resumes.
 
-    return f"{run.resolve().name}-{secrets.token_hex(4)}"
-
-
-def _remembered(run: Path, tracker: str, make: Callable[[], str]) -> str:
-    """The name that the run has with a tracker, the same whenever it is resumed."""
+    The folder's name and some hex digits: two machines may both have a ``tiny-001``.
+    """
     path = run / TRACKING
     try:
         known = dict(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError):
         known = {}
     if not isinstance(known.get(tracker), str):
-        known[tracker] = make()
+        known[tracker] = f"{run.resolve().name}-{secrets.token_hex(4)}"
         store.write_file(path, json.dumps(known, indent=1))
     return str(known[tracker])

@@ -352,7 +352,7 @@ def test_a_finished_run_is_left_alone_and_can_be_extended(recipe_file: Path, tmp
     assert {k: v for k, v in again.items() if "seconds" not in k} == {
         k: v for k, v in first.items() if "seconds" not in k
     }
-    with pytest.raises(UsageError, match="holds a run.*--resume"):
+    with pytest.raises(UsageError, match="already contains a run.*--resume"):
         train(recipe, run)
     longer = load_recipe(str(recipe_file), ["run.steps=3"])
     assert train(longer, run, TrainOptions(resume=True))["steps"] == 3

@@ -304,7 +304,7 @@ def test_what_may_not_change_is_named_and_what_may_is_recorded(tmp_path: Path, m
 
     kept = recipe_file.with_name("problems.jsonl").read_text("utf-8")
     recipe_file.with_name("problems.jsonl").write_text(kept.replace("2 + 2", "2 + 9"), "utf-8")
-    with pytest.raises(RecipeError, match="the training data is not what the run was started with"):
+    with pytest.raises(RecipeError, match="the training data has changed since the run was started"):
         go("run.steps=3", "optim.learning_rate=0.5")
     recipe_file.with_name("problems.jsonl").write_text(kept, "utf-8")
 
@@ -314,7 +314,7 @@ def test_what_may_not_change_is_named_and_what_may_is_recorded(tmp_path: Path, m
     try:
         weights[name] += 1.0
         (model_dir / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
-        with pytest.raises(RecipeError, match="the base model is not what the run was started with"):
+        with pytest.raises(RecipeError, match="the base model has changed since the run was started"):
             go("run.steps=3", "optim.learning_rate=0.5")
     finally:
         shutil.copy(other / "model.safetensors", model_dir / "model.safetensors")
