@@ -1,4 +1,4 @@
-"""What is installed, what was tested, what to type."""
+"""Installed packages against the supported versions, and what this machine can do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One package: installed version (None: absent), the range asked for, and whether it is inside."""
+    """A required package: the installed version (None: missing) and the supported range."""
 
     name: str
     installed: str | None
@@ -25,13 +25,14 @@ class Finding:
 
     @property
     def ok(self) -> bool:
+        """Whether the version is in range; an optional package may be missing."""
         if self.installed is None:
             return self.optional
         return Requirement(f"{self.name}{self.wanted}").specifier.contains(self.installed, prereleases=True)
 
 
 def packages() -> list[Finding]:
-    """The package's own requirements against what is installed; extras are optional."""
+    """This package's requirements and what is installed; extras are optional."""
     findings = []
     for text in _requirements():
         requirement = Requirement(text)
@@ -47,7 +48,7 @@ def packages() -> list[Finding]:
 
 
 def _requirements() -> list[str]:
-    """As the installed package states them; a checkout that is not installed has its ``pyproject.toml``."""
+    """From the installed package's metadata, or from ``pyproject.toml`` in an uninstalled checkout."""
     try:
         return requires("empg-lite") or []
     except PackageNotFoundError:
@@ -60,7 +61,7 @@ def _requirements() -> list[str]:
 
 
 def device() -> dict[str, Any]:
-    """The machine as training would use it."""
+    """This machine as training would use it."""
     import torch
 
     from empg_lite.policy import resolve_dtype
@@ -83,7 +84,7 @@ def device() -> dict[str, Any]:
 
 
 def trial() -> dict[str, Any]:
-    """What a GPU really computes with: the bundled model, loaded and sampled from as training would."""
+    """Load the bundled model on the GPU, sample from it, and report the kernels that were used."""
     from empg_lite.loop.learner import build_learner
     from empg_lite.recipe.file import load_recipe
     from empg_lite.sampler import Prompt
@@ -91,9 +92,11 @@ def trial() -> dict[str, Any]:
     try:
         learner = build_learner(load_recipe("tiny", ["model.dtype=auto", "model.load_in_4bit=true"]))
         sampler = learner.sampler()
-        prompt = learner.policy.encode_prompt("Tom has 3 coins. He buys 4 more. How many has he now?")[1]
+        prompt = learner.policy.encode_prompt("Tom has 3 coins. He buys 4 more. How many does he have now?")[
+            1
+        ]
         sampler.sample([Prompt(prompt, tuple(range(16)))], learner.decoding)
-    except Exception as error:  # whatever it is: the doctor says so and goes on
+    except Exception as error:  # any failure is reported, not raised
         return {"trial": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     work, facts = sampler.work, learner.engine_facts()
     return {

@@ -1,4 +1,4 @@
-"""Grade what a rollout file holds, or grade it again. No model and no torch: any machine will do."""
+"""Grade a rollout file, or regrade it. Needs neither a model nor torch, so any machine will do."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from empg_lite.run.rollouts import Segment, encode_rollouts, read_rollouts
 def score_file(
     path: Path, reward: str | None, view: View | None = None, *, allow_code: bool = False
 ) -> dict[str, Any]:
-    """Grade, or grade again under another reward, what a rollout file holds; in place, in one step.
+    """Grade a rollout file in place, possibly under another reward. The file is replaced atomically.
 
     Args:
-        reward: a reward's name; None: the one in the file's header.
-        allow_code: run the user's own function, where the reward is one.
+        reward: None: the reward in the file's header.
+        allow_code: permission to run the file of a ``python:FILE.py`` reward.
 
     Returns:
-        ``file``, ``rationales``, ``reward`` (mean of those that could be graded, None where none could),
-        ``reasons`` (counts), ``seconds``, ``peak_rss_mb`` of this process and, where workers ran,
+        ``file``, ``rationales``, ``reward`` (mean over the rows that could be graded; None if none could),
+        ``reasons`` (counts), ``seconds``, ``peak_rss_mb`` of this process and, if workers ran,
         ``peak_rss_mb_workers`` of the largest.
 
     Raises:
-        UsageError: no reward is named anywhere.
-        DataError: it is a function that was not allowed.
+        UsageError: neither the file nor the caller names a reward, or the file names several functions.
+        DataError: the reward runs a file that was not allowed.
     """
     started = time.monotonic()
     view = view or View()
@@ -67,8 +67,8 @@ def score_file(
 def _peak_rss_mb(process: str) -> float:
     """Peak resident memory of a process, ``self`` or an id, in MB of 2**20 bytes.
 
-    Linux keeps a figure for the program that runs now. ``getrusage``, which must do elsewhere, also counts
-    what the process was before it became that program: the size of whoever started it.
+    Linux keeps a figure for the current program. The fallback, ``getrusage``, also counts the process before
+    exec, which is as large as its parent.
     """
     try:
         lines = Path(f"/proc/{process}/status").read_text("ascii", "replace").splitlines()
@@ -81,12 +81,12 @@ def _peak_rss_mb(process: str) -> float:
 def _rewards_of(
     segments: Sequence[Segment], reward: str | None, path: Path, allow_code: bool
 ) -> tuple[list[str], UserCode | None]:
-    """The reward of each segment, pinned, and the one function among them."""
+    """The reward of each segment, pinned, and the file they run, if any."""
     names, codes = [], dict[str, UserCode]()
     for segment in segments:
         name = reward or segment.header.reward_name
         if name is None:
-            raise UsageError("no reward is named", str(path), "add --reward NAME")
+            raise UsageError("the file names no reward", str(path), "add --reward NAME")
         name, code = pin(name)
         if code is not None and not allow_code:
             raise refuse_code(code.ref, str(path))
@@ -94,5 +94,7 @@ def _rewards_of(
             codes[str(code.ref)] = code
         names.append(name)
     if len(codes) > 1:
-        raise UsageError("its parts name different functions", str(path), "say which with --reward")
+        raise UsageError(
+            "its segments name different reward functions", str(path), "choose one with --reward"
+        )
     return names, next(iter(codes.values()), None)

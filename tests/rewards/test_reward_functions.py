@@ -15,7 +15,6 @@ from empg_lite.core.errors import GraderUnusable
 from empg_lite.rewards import Case, Grader, check_reward
 from empg_lite.rewards.kinds.choice import options_of, read_letter
 from empg_lite.rewards.spec import parse_spec
-from empg_lite.tools.check import written_gold
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +249,9 @@ def test_an_option_text_that_two_share_is_no_letter() -> None:
 
 
 def test_written_golds() -> None:
+    def written_gold(gold: str, spec: str) -> str | None:
+        return parse_spec(spec).kind.written_gold(gold)
+
     assert written_gold("7", "gsm8k") == "#### 7" and written_gold("7", "exact") == "7"
     for spec in ("math", "choice", "gym", "math * boxed"):
         assert written_gold("7", spec) == r"\boxed{7}"
