@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+import tomllib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import behavior_sentences
-
 from empg_lite.core.behaviors import BEHAVIORS, sentences
 
+SENTENCES = Path(__file__).with_name("behavior_sentences.toml")
 REFERENCES = Path(__file__).with_name("behavior_references.jsonl")
 Detector = Callable[[str], frozenset[str]]
 Labelled = tuple[str, frozenset[str]]
@@ -20,7 +20,7 @@ Labelled = tuple[str, frozenset[str]]
 
 @dataclass(frozen=True)
 class Score:
-    """Sentences of one behaviour: found rightly, found wrongly, missed."""
+    """Sentences of one behavior: found correctly, found wrongly, missed."""
 
     right: int
     wrong: int
@@ -36,8 +36,8 @@ class Score:
 
 
 def own_sentences(part: str) -> list[Labelled]:
-    """``dev``, ``test`` or ``fresh`` of ``behavior_sentences.py``."""
-    blocks: Mapping[str, str] = getattr(behavior_sentences, part.upper())
+    """``dev``, ``test`` or ``fresh`` of ``behavior_sentences.toml``."""
+    blocks: dict[str, str] = tomllib.loads(SENTENCES.read_text("utf-8"))[part]
     return [
         (line, frozenset(labels.split()))
         for labels, text in blocks.items()
@@ -67,7 +67,7 @@ def real_sentences(part: str, data: Path) -> list[Labelled]:
 
 
 def score(detector: Detector, labelled: Iterable[Labelled]) -> dict[str, Score]:
-    """The score of each behaviour."""
+    """The score of each behavior."""
     judged = [(detector(text), labels) for text, labels in labelled]
     return {
         name: Score(
@@ -88,10 +88,10 @@ _KEYWORDS = {
 
 
 def keywords(sentence: str) -> frozenset[str]:
-    """Negative control: the words that one thinks of first, wherever they stand."""
+    """Negative control: the obvious words, wherever they occur."""
     return frozenset(name for name, words in _KEYWORDS.items() if re.search(words, sentence, re.IGNORECASE))
 
 
 def always(sentence: str) -> frozenset[str]:
-    """Negative control: every behaviour in every sentence."""
+    """Negative control: every behavior in every sentence."""
     return frozenset(BEHAVIORS)

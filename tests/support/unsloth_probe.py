@@ -116,7 +116,7 @@ def kernels(model: str) -> dict[str, Any]:
     from sampling import ids_of, prompts_of
     from unsloth.kernels import rope_embedding
 
-    from empg_lite.policy.kernels import PLAIN, verified, unsloth_kernels
+    from empg_lite.policy.kernels import PLAIN, unsloth_kernels, verified
     from empg_lite.sampler import Decoding
     from empg_lite.sampler.native import NativeSampler
 
