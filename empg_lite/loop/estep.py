@@ -1,22 +1,31 @@
-"""E-step: sample rationales from the policy and weigh them; ``scoring`` grades them between. No gradients.
+"""E-step: sample rationales from the policy, score them, weigh them. No gradients.
 
-q(z|x) is proportional to pi_old(z|x) R(x, z); on samples of pi_old it is the weight alone. Each of the
-three is usable without the others: that is what ``sample``, ``score`` and ``fit`` do.
+q(z|x) is proportional to pi_old(z|x) R(x, z); on samples of pi_old only the weight is left. Each of the three
+works without the others: that is what the commands ``sample``, ``score`` and ``fit`` do.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from empg_lite.core.rationale import FAILURES, Group, Problem, Rationale, flatten
-from empg_lite.em import effective_sample_size, em_weights, group_signal
-from empg_lite.policy.policy import Policy
+from empg_lite.core.errors import DataError
+from empg_lite.core.rationale import Group, Problem, Rationale, flatten, group_rationales
+from empg_lite.em import em_weights
+from empg_lite.rewards.scorer import Scorer, VerdictKey
+from empg_lite.run.rollouts import read_rollouts
 from empg_lite.sampler import Completion, Decoding, OnToken, Prompt, Sampler, sample_key
+
+if TYPE_CHECKING:
+    from empg_lite.loop.learner import Learner
+    from empg_lite.policy.policy import Policy
+    from empg_lite.rewards import Grader
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +97,107 @@ def sample_rationales(
     return Draw(groups, -sum(logprobs) / max(len(logprobs), 1))
 
 
-def by_group(groups: Sequence[Group], rows: Sequence[Rationale]) -> list[list[Rationale]]:
-    """The rows of flattened groups, graded since, cut into the groups again."""
-    left = iter(rows)
-    return [[next(left) for _ in group.rationales] for group in groups]
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Scored groups and what they took.
+
+    Attributes:
+        groups: one per problem, with rewards; weights after ``weigh``.
+        nats: surprise of all sampled tokens together, -sum log pi.
+        sample_seconds, score_seconds: wall time; scoring overlaps sampling, so it is what is left after it.
+        grader_error: what the last grader failure said.
+    """
+
+    groups: tuple[Group, ...]
+    nats: float
+    sample_seconds: float
+    score_seconds: float
+    grader_error: str | None = None
+
+    def with_groups(self, groups: tuple[Group, ...]) -> Drawn:
+        """The same draw, its groups weighed."""
+        return replace(self, groups=groups)
+
+    def __add__(self, more: Drawn) -> Drawn:
+        return Drawn(
+            self.groups + more.groups,
+            self.nats + more.nats,
+            self.sample_seconds + more.sample_seconds,
+            self.score_seconds + more.score_seconds,
+            more.grader_error or self.grader_error,
+        )
+
+
+def draw_and_score(
+    learner: Learner,
+    sampler: Sampler,
+    grader: Grader,
+    problems: Sequence[Problem],
+    decoding: Decoding | None = None,
+    *,
+    samples: int,
+    step: int,
+    policy_step: int,
+    known: Mapping[VerdictKey, Rationale] | None = None,
+    on_done: Callable[[int], None],
+) -> Drawn:
+    """Draw K = ``samples`` rationales for each problem; each is graded as soon as it ends.
+
+    Training, preflight and evaluation all sample here. The processes of a launch share the problems.
+
+    Args:
+        decoding: None samples as training does.
+        known: verdicts given before, which are not asked for again.
+        on_done: told how many rationales have ended since the last call (progress).
+    """
+    started, sampled, nats, world = time.perf_counter(), 0.0, 0.0, learner.world
+    reward = str(learner.recipe.data.reward)
+    scorer = Scorer(grader, reward, known, lambda n: on_done(n * world.size))
+
+    def ask(mine: Sequence[Problem]) -> list[list[Rationale]]:
+        nonlocal sampled, nats
+        draw = sample_rationales(
+            learner.policy,
+            sampler,
+            mine,
+            decoding or learner.decoding,
+            samples=samples,
+            seed=learner.recipe.run.seed,
+            step=step,
+            policy_step=policy_step,
+            on_rationale=scorer.submit,
+        )
+        sampled = time.perf_counter()
+        nats = draw.entropy * sum(len(r.completion_ids) for r in flatten(draw.groups))
+        scored = iter(scorer.scored(flatten(draw.groups)))
+        return [[next(scored) for _ in group.rationales] for group in draw.groups]
+
+    scored = [r for rows in world.share(problems, ask) for r in rows]
+    return Drawn(
+        tuple(group_rationales(scored)),
+        sum(world.gather(nats)),
+        sampled - started,
+        time.perf_counter() - sampled,
+        world.first(scorer.error),
+    )
+
+
+def known_verdicts(path: Path, reward: str) -> dict[VerdictKey, Rationale]:
+    """Verdicts of a step that was graded before the run was cut off: they are not asked for again."""
+    if not path.is_file():
+        return {}
+    try:
+        (segment,) = read_rollouts(path)
+    except (DataError, ValueError):
+        return {}
+    if segment.header.reward_name != reward:
+        return {}
+    return {(r.problem_id, r.completion): r for r in segment.rationales if r.reward is not None}
+
+
+def has_signal(group: Group) -> bool:
+    """Whether a weighed group moves the policy at all."""
+    return any(r.weight for r in group.rationales)
 
 
 def reward_matrix(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
@@ -139,59 +245,3 @@ def weigh(
         rationales = tuple(replace(r, weight=row[k]) for k, r in enumerate(group.rationales))
         weighed.append(Group(group.problem_id, group.step, rationales))
     return tuple(weighed)
-
-
-def estep_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """What the samples of a step say: rewards, signal, lengths, grader failures.
-
-    Means of rewards leave grader failures out; lengths are in tokens, stops included.
-    """
-    rows = flatten(groups)
-    rewards, valid = reward_matrix(groups)
-    graded = rewards[valid]
-    lengths = [len(r.completion_ids) for r in rows]
-    right = [n for r, n in zip(rows, lengths, strict=True) if r.reward and not r.failed]
-    texts = {(r.problem_id, r.completion) for r in rows if r.reward and not r.failed}
-    reasons = Counter(r.reason for r in rows)
-    signal = group_signal(rewards, valid)
-    return {
-        "reward": float(graded.mean()) if len(graded) else 0.0,
-        "reward_std": float(graded.std()) if len(graded) > 1 else 0.0,
-        "frac_reward_zero_std": signal.pop("frac_reward_zero_std"),
-        **{f"em/{name}": value for name, value in signal.items()},
-        "em/frac_wrong_paid": _wrong_paid(groups),
-        "completions/mean_length": sum(lengths) / len(lengths),
-        "completions/mean_length_right": sum(right) / len(right) if right else 0.0,
-        "completions/distinct_right": len(texts) / len(right) if right else 0.0,
-        "completions/clipped_ratio": reasons["truncated"] / len(rows),
-        **{f"reasons/{name}": reasons[name] / len(rows) for name in sorted(filter(None, reasons))},
-        "reasons/failed": sum(reasons[name] for name in FAILURES) / len(rows),
-    }
-
-
-def _wrong_paid(groups: Sequence[Group]) -> float:
-    """Share of the problems where no answer is right and rewards differ all the same: shaping gone wrong."""
-    wrong = [[r for r in g.rationales if not r.failed] for g in groups]
-    paid = [rows for rows in wrong if not any(r.correct for r in rows) and len({r.reward for r in rows}) > 1]
-    return len(paid) / len(groups)
-
-
-def mixture_metrics(rows: Sequence[Rationale], policy_step: int) -> dict[str, float]:
-    """What a step fits: where its rows come from, how old they are, how few of them carry it.
-
-    An age is the number of optimiser steps between the policy that drew a row and the one about to be fitted,
-    which has seen ``policy_step`` of them. It is known where the row's own ``policy_step`` is 0 or more.
-
-    Args:
-        rows: at least one, weighed.
-    """
-    ages = [abs(policy_step - r.policy_step) for r in rows if r.policy_step >= 0]
-    origins = Counter(r.origin for r in rows)
-    return {
-        "em/weight_max": max(abs(r.weight or 0.0) for r in rows),
-        "em/ess": effective_sample_size(torch.tensor([r.weight for r in rows if not r.failed])),
-        "em/frac_text": origins["text"] / len(rows),
-        "em/frac_stale": sum(age > 0 for age in ages) / len(rows),
-        "em/staleness": sum(ages) / len(ages) if ages else 0.0,
-        "em/staleness_max": float(max(ages, default=0)),
-    }

@@ -13,7 +13,7 @@ from typing import Any
 from empg_lite.core.behaviors import behavior_rates
 from empg_lite.core.rationale import Rationale
 from empg_lite.core.stats import maj_at_k, mcnemar, pass_at_k, powers_of_two, wilson
-from empg_lite.rewards.math.votes import ballot
+from empg_lite.rewards.math import ballot
 
 #: What a problem's source may know of it, and the name of its breakdown.
 BREAKDOWNS = {"level": "by_level", "subject": "by_subject"}

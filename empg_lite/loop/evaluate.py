@@ -17,11 +17,10 @@ from empg_lite import __version__
 from empg_lite.core.rationale import Problem, Rationale, flatten
 from empg_lite.core.view import View
 from empg_lite.data.sources import load_problems, subset
-from empg_lite.loop.estep import by_group, sample_rationales
+from empg_lite.loop.estep import draw_and_score
 from empg_lite.loop.eval_summary import Evaluation, paired
 from empg_lite.loop.learner import Learner, build_learner
 from empg_lite.rewards import Grader
-from empg_lite.rewards.scorer import Scorer
 from empg_lite.run import store
 from empg_lite.run.answers import AnswerFile
 from empg_lite.run.layout import RUNS
@@ -34,7 +33,7 @@ EVAL_STEP = -1
 
 
 @dataclass(frozen=True, slots=True)
-class Examiner:
+class Evaluator:
     """Asks a learner's policy, as it is at that moment; base and tuned are asked alike."""
 
     learner: Learner
@@ -106,28 +105,23 @@ class Examiner:
         self, kept: AnswerFile, problems: Sequence[Problem], decoding: Decoding, k: int, label: str
     ) -> None:
         """Ask for what is missing, a batch for each process at a time."""
-        recipe, world = self.learner.recipe, self.learner.world
-
-        def ask(mine: Sequence[Problem]) -> list[list[Rationale]]:
-            scorer = Scorer(self.grader, str(recipe.data.reward), on_done=lambda n: on_done(n * world.size))
-            draw = sample_rationales(
-                self.learner.policy,
-                self.sampler,
-                mine,
-                decoding,
-                samples=k,
-                seed=recipe.run.seed,
-                step=EVAL_STEP,
-                policy_step=0,
-                on_rationale=scorer.submit,
-            )
-            return by_group(draw.groups, scorer.scored(flatten(draw.groups)))
-
+        world = self.learner.world
         with self.view.phase(label, len(problems) * k) as on_done:
             on_done(len(kept.rows))
             unit = kept.batch * world.size
             for start in range(len(kept.rows) // k, len(problems), unit):
-                kept.add([r for rows in world.share(problems[start : start + unit], ask) for r in rows])
+                drawn = draw_and_score(
+                    self.learner,
+                    self.sampler,
+                    self.grader,
+                    problems[start : start + unit],
+                    decoding,
+                    samples=k,
+                    step=EVAL_STEP,
+                    policy_step=0,
+                    on_done=on_done,
+                )
+                kept.add(flatten(drawn.groups))
 
 
 def evaluate_target(
@@ -159,14 +153,14 @@ def evaluate_target(
     split = split or recipe.data.eval_split
     problems = subset(load_problems(recipe.data, split), limit or recipe.run.eval_limit)
     learner = build_learner(recipe)
-    examiner = Examiner(learner, learner.sampler(), grader, view or View())
+    evaluator = Evaluator(learner, learner.sampler(), grader, view or View())
     out = out or (target.run / "eval" if target.run else RUNS / "eval")
-    tuned_header = examiner.header(problems)
+    tuned_header = evaluator.header(problems)
 
     def run(label: str, header: RolloutHeader) -> tuple[Path, Evaluation, dict[str, Any]]:
         folder = out / f"{label}-{split}-{_digest(header)}"
         with store.run_lock(folder):
-            evaluation = examiner.evaluate(
+            evaluation = evaluator.evaluate(
                 problems, samples=k, label=f"evaluating {label}", folder=folder, header=header
             )
             summary = evaluation.summary()

@@ -6,7 +6,7 @@ Built the same way by ``train``, ``fit`` and ``sample``, so that a loop of the t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +14,15 @@ import torch
 
 from empg_lite.core.errors import DataError
 from empg_lite.core.rationale import Problem, Rationale
+from empg_lite.core.view import View
 from empg_lite.loop import plan
 from empg_lite.loop.mstep import FitSettings, FitStats, m_step
 from empg_lite.policy import import_libraries, load_policy
-from empg_lite.policy.adam import make_adamw
+from empg_lite.policy.adapter import make_adamw
+from empg_lite.policy.attention import shares_keys
 from empg_lite.policy.integrity import check_config, resolve_model
 from empg_lite.policy.memory import machine
 from empg_lite.policy.memory.shape import shape_of
-from empg_lite.policy.packing import shares_keys
 from empg_lite.policy.policy import Policy
 from empg_lite.recipe.schema import Recipe, choose_engine
 from empg_lite.run.checkpoint import TrainState
@@ -128,28 +129,26 @@ class Learner:
             kl_stop=recipe.em.kl_stop,
             normalization=recipe.em.normalization,
             max_new_tokens=recipe.sampler.max_new_tokens,
-            micro_batch_tokens=self.state.micro_batch_tokens or int(recipe.optim.micro_batch_tokens),
+            micro_batch_tokens=self.micro_batch_tokens,
         )
 
     def fit(
-        self,
-        rationales: Sequence[Rationale],
-        *,
-        measure_kl: bool = False,
-        on_done: Callable[[int], None] | None = None,
+        self, rationales: Sequence[Rationale], view: View | None = None, *, measure_kl: bool = False
     ) -> FitStats:
         """One M-step on weighted rationales; advances ``state.policy_step`` and the counters."""
-        state = self.state
-        stats = m_step(
-            self.policy,
-            self.optimizer,
-            rationales,
-            self.fit_settings(),
-            scaler=self.scaler,
-            measure_kl=measure_kl,
-            on_done=on_done,
-            world=self.world,
-        )
+        state, world = self.state, self.world
+        total = sum(r.weight != 0 for r in rationales) * self.recipe.em.passes
+        with (view or View()).phase("fitting", total) as on_done:
+            stats = m_step(
+                self.policy,
+                self.optimizer,
+                rationales,
+                self.fit_settings(),
+                scaler=self.scaler,
+                measure_kl=measure_kl,
+                on_done=lambda n: on_done(n * world.size),
+                world=world,
+            )
         state.policy_step += stats.updates
         state.micro_batch_tokens = stats.micro_batch_tokens
         state.steps_without_update += stats.updates == 0
@@ -157,6 +156,11 @@ class Learner:
         state.skipped_nonfinite += stats.skipped_nonfinite
         state.nonfinite_in_a_row = 0 if stats.updates else state.nonfinite_in_a_row + stats.skipped_nonfinite
         return stats
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """The budget of a micro-batch: the recipe's, or less since memory ran out."""
+        return self.state.micro_batch_tokens or int(self.recipe.optim.micro_batch_tokens)
 
     def header(self, reward: str | None) -> RolloutHeader:
         """Who samples now, for a rollout file."""

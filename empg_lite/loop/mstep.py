@@ -7,10 +7,12 @@ micro-batch size is a matter of memory alone: it never changes the maths.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +26,6 @@ from empg_lite.loop.batching import packed_batches, whole_problems
 from empg_lite.policy.packing import Ids
 from empg_lite.policy.policy import Policy
 from empg_lite.run.parallel import SINGLE, World
-
-T = TypeVar("T")
 
 #: A gradient that is not finite at this loss scale or below is not the scale's fault.
 LEAST_SCALE = 1.0
@@ -59,6 +59,7 @@ class FitStats:
         tokens_padded: places that attention computed, with the padding up to a micro-batch's longest row.
         loss_scale: for float16, at the end; None for other types.
         scale_halvings: how often it was too large, so that a gradient was computed again at half of it.
+        seconds: wall time.
     """
 
     updates: int
@@ -72,6 +73,7 @@ class FitStats:
     tokens_padded: int
     loss_scale: float | None
     scale_halvings: int
+    seconds: float
 
 
 def m_step(
@@ -101,7 +103,7 @@ def m_step(
     z = denominator(lengths, normalization=settings.normalization, max_new_tokens=settings.max_new_tokens)
     fitter = _Fitter(policy, optimizer, rationales, z, settings, scaler, on_done, world)
     if not any(weights):
-        # Not even an empty optimiser step: Adam's momentum would move the weights.
+        # Not even an empty optimizer step: Adam's momentum would move the weights.
         return fitter.stats(Drift() if measure_kl else None)
 
     policy.prepare_fit()
@@ -114,7 +116,10 @@ def m_step(
             if n_pass and old is not None and fitter.drift(old).k3 > settings.kl_stop:
                 break
             if any(weights):
-                fitter.fit(weights)
+                loss, norm = fitter.gradient(weights)
+                while fitter.scale_too_large(loss, norm):
+                    loss, norm = fitter.gradient(weights)
+                fitter.update(loss, norm)
         return fitter.stats(fitter.drift(old) if old is not None else None)
 
 
@@ -142,12 +147,25 @@ class _Fitter:
         self.budget = settings.micro_batch_tokens
         self.updates = self.nonfinite = self.fitted = self.computed = self.padded = self.halvings = 0
         self.first: tuple[float, float] | None = None  # loss, grad_norm
+        self.started = time.perf_counter()
 
-    def fit(self, weights: Sequence[float]) -> None:
-        """One pass: the gradient of the whole step, clipped, one optimiser step."""
-        loss, norm = self._gradient(weights)
-        while self._scale_too_large(loss, norm):
-            loss, norm = self._gradient(weights)
+    def gradient(self, weights: Sequence[float]) -> tuple[float, float]:
+        """The whole step's gradient, unscaled and clipped, in the parameters; the loss, the norm before."""
+        done = False
+        while not done:
+            with self._smaller_if_it_does_not_fit() as attempt:
+                attempt.result = self._backward(weights)
+            done = attempt.done
+        loss, computed, padded = (sum(part) for part in zip(*self.world.gather(attempt.result), strict=True))
+        self.computed, self.padded = self.computed + computed, self.padded + padded
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.world.sum_gradients(parameters)  # a sum, not a mean: the denominator is the whole step's
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        return loss, float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm))
+
+    def update(self, loss: float, norm: float) -> None:
+        """One optimizer step by the gradient in the parameters; none where it is not finite."""
         finite = math.isfinite(norm) and math.isfinite(loss)
         self.first = self.first or ((loss, norm) if finite else None)
         for group in self.optimizer.param_groups:
@@ -162,18 +180,7 @@ class _Fitter:
         self.nonfinite += not finite
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _gradient(self, weights: Sequence[float]) -> tuple[float, float]:
-        """The whole step's gradient, unscaled and clipped, in the parameters; the loss, the norm before."""
-        parts = self.world.gather(self._with_backoff(lambda: self._backward(weights)))
-        loss, computed, padded = (sum(part) for part in zip(*parts, strict=True))
-        self.computed, self.padded = self.computed + computed, self.padded + padded
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.world.sum_gradients(parameters)  # a sum, not a mean: the denominator is the whole step's
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
-        return loss, float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm))
-
-    def _scale_too_large(self, loss: float, norm: float) -> bool:
+    def scale_too_large(self, loss: float, norm: float) -> bool:
         """Halve the loss scale where it made a 16-bit gradient overflow; the same samples are fitted again.
 
         It starts at 65,536 to find its place, so overflows are expected; a loss that is not finite is not.
@@ -198,7 +205,10 @@ class _Fitter:
         for batch in self._micro_batches(whole_problems(self.rows, kept, self.world)):
             self._stop_point()
             w = torch.tensor([weights[i] for i in batch], dtype=torch.float32, device=self.policy.device)
-            loss = self.policy.completion_loss(self._pairs(batch), partial(self._loss, w, scale))
+            # The loss scale is a power of two: it goes into the weights without rounding.
+            loss = self.policy.completion_loss(
+                self._pairs(batch), w * scale, partial(m_step_loss, denominator=self.z)
+            )
             loss.backward()
             total += loss.detach() / scale
             tokens, places = self._size(batch)
@@ -212,11 +222,6 @@ class _Fitter:
         if not self.updates:
             stop_point()
 
-    def _loss(self, weights: Tensor, scale: Tensor, rows: Tensor, logprobs: Tensor) -> Tensor:
-        """Of some tokens, ``(n,)``: each is a row of its own here, so that a row may be cut anywhere."""
-        tokens = logprobs[:, None]
-        return scale * m_step_loss(tokens, torch.ones_like(tokens, dtype=torch.bool), weights[rows], self.z)
-
     def logprobs(self) -> Tensor:
         """Trainer log-probs of every row's completion, right and wrong: (B, T) on the CPU, 0 behind it."""
 
@@ -229,10 +234,15 @@ class _Fitter:
                 found |= {i: row.cpu() for i, row in zip(batch, measured, strict=True)}
             return list(found.values())
 
-        rows = range(len(self.rows))
-        return pad_sequence(
-            self.world.share(rows, lambda mine: self._with_backoff(lambda: measure(mine))), batch_first=True
-        )
+        def backed_off(mine: Sequence[int]) -> list[Tensor]:
+            done = False
+            while not done:
+                with self._smaller_if_it_does_not_fit() as attempt:
+                    attempt.result = measure(mine)
+                done = attempt.done
+            return attempt.result
+
+        return pad_sequence(self.world.share(range(len(self.rows)), backed_off), batch_first=True)
 
     def drift(self, old: Tensor) -> Drift:
         """Over all rows, against the log-probs at the start."""
@@ -254,6 +264,7 @@ class _Fitter:
             tokens_padded=self.padded,
             loss_scale=self.scaler.get_scale() if self.scaler else None,
             scale_halvings=self.halvings,
+            seconds=time.perf_counter() - self.started,
         )
 
     def _pairs(self, batch: Sequence[int]) -> list[tuple[Ids, Ids]]:
@@ -270,29 +281,43 @@ class _Fitter:
         sizes = {i: (self.rows[i].prompt_ids, len(self.rows[i].completion_ids)) for i in rows}
         return packed_batches(sizes, self.budget)
 
-    def _with_backoff(self, work: Callable[[], T]) -> T:
-        """Do ``work``; where memory runs out, do it again in half the micro-batch. The result is the same.
+    @contextmanager
+    def _smaller_if_it_does_not_fit(self) -> Iterator[_Attempt]:
+        """Where memory runs out in the block, halve the micro-batch: the block is to be run again.
 
-        Processes do so together: one that is short of memory makes all halve theirs, and none waits alone.
+        The result does not depend on it. Processes do so together: one that is short of memory makes all
+        halve theirs, and none waits alone.
+
+        Raises:
+            OutOfMemory: every micro-batch was a single row already.
         """
+        attempt, short = _Attempt(), None
+        try:
+            yield attempt
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            forget_frames(short := error)  # they hold the activations that did not fit
+        attempt.done = not self.world.any(short is not None)
+        if attempt.done:
+            return
         sizes = [r.tokens for r in self.rows]
-        while True:
-            try:
-                result, short = work(), None
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                forget_frames(short := error)  # they hold the activations that did not fit
-            if not self.world.any(short is not None):
-                return result
-            if self.budget <= min(sizes):  # every micro-batch was a single row
-                failure = OutOfMemory(
-                    f"out of memory at one rationale at a time, the longest of {max(sizes)} tokens",
-                    "M-step",
-                    "lower sampler.max_new_tokens, or set optim.gradient_checkpointing: true",
-                )
-                failure.between_steps = not self.updates
-                raise failure from short
-            self.optimizer.zero_grad(set_to_none=True)
-            self.budget = max(self.budget // 2, 1)
-            torch.cuda.empty_cache()
+        if self.budget <= min(sizes):
+            failure = OutOfMemory(
+                f"out of memory at one rationale at a time, the longest of {max(sizes)} tokens",
+                "M-step",
+                "lower sampler.max_new_tokens, or set optim.gradient_checkpointing: true",
+            )
+            failure.between_steps = not self.updates
+            raise failure from short
+        self.optimizer.zero_grad(set_to_none=True)
+        self.budget = max(self.budget // 2, 1)
+        torch.cuda.empty_cache()
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """A try at something that may not fit in memory."""
+
+    result: Any = None
+    done: bool = False

@@ -12,20 +12,20 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from empg_lite.core.control import RESUME, Clock, stop_request
-from empg_lite.core.errors import DataError, Interrupted, MissingInput, RecipeError, UsageError
+from empg_lite.core.control import Clock, stop_request
+from empg_lite.core.errors import DataError, MissingInput, UsageError
 from empg_lite.core.rationale import Group, Rationale, flatten, group_rationales
 from empg_lite.core.view import View
 from empg_lite.data.sources import ProblemStream, load_splits
+from empg_lite.loop.begin import check_sampling
 from empg_lite.loop.estep import sample_rationales, weigh
 from empg_lite.loop.learner import Learner, build_learner
-from empg_lite.loop.recorder import Session, finished, summarise
+from empg_lite.loop.recorder import Recorder, finished, summarize
 from empg_lite.loop.train import TrainOptions
 from empg_lite.policy.policy import Policy
-from empg_lite.recipe.schema import Recipe, refused_sampling
+from empg_lite.recipe.schema import Recipe
 from empg_lite.run import store
 from empg_lite.run.checkpoint import load_checkpoint, newest_valid, require_valid, stored_state
-from empg_lite.run.journal import Journal
 from empg_lite.run.layout import is_run, open_run, rollout_path
 from empg_lite.run.rollouts import (
     RolloutHeader,
@@ -85,9 +85,7 @@ def sample(
     started = time.monotonic()
     view = view or View()
     recipe = recipe.resolved()
-    refusal = refused_sampling(recipe)
-    if refusal and not options.force:
-        raise RecipeError(refusal, "sampler", "set it back, or say --force")
+    check_sampling(recipe, force=options.force)
     splits = load_splits(recipe)
     learner = build_learner(recipe)
     if source is not None:
@@ -200,13 +198,13 @@ def fit(
         update={"run": recipe.run.model_copy(update={"eval_every": 0, "steps": steps})}
     )
     with store.run_lock(run), stop_request() as stop:
-        journal = Journal(run)
         opened = open_run(run, recipe, resume=options.resume, allow_change=options.allow_change)
         if opened.checkpoint is not None and finished(run, opened.recipe):
-            view.note(f"{run} is finished: nothing to do")
-            return summarise(run, opened.recipe, stored_state(opened.checkpoint), clock)
-        session = _FitSession(run, opened, journal, view, options.command, source)
-        learner, state, recipe = session.learner, session.learner.state, session.recipe
+            view.note(f"{run} is already finished")
+            return summarize(run, opened.recipe, stored_state(opened.checkpoint), clock)
+        learner = build_learner(opened.recipe)
+        recorder = _FitRecorder(run, opened, learner, view, options.command, source=source)
+        state, recipe = learner.state, learner.recipe
         groups = [
             (group, segment.header)
             for segment in (_with_ids(segment, learner.policy) for segment in segments)
@@ -215,28 +213,19 @@ def fit(
         while state.step < recipe.run.steps:
             at = (state.step - state.first_step) * p
             batch = weigh(
-                session.take(groups[at : at + p]),
+                recorder.take(groups[at : at + p]),
                 weighting=recipe.em.weighting,
                 baseline=recipe.em.baseline,
                 current_step=state.policy_step,
                 max_age=recipe.em.max_age,
             )
-            session.record(
-                session.fit_groups(batch, reward=None, times={}, measure_kl=recipe.em.passes > 1, extra={})
-            )
-            out_of_time = clock.out_of_time()
-            if session.checkpoint_due() or stop or out_of_time:
-                saved = session.checkpoint()
-            if state.step < recipe.run.steps and stop:
-                raise Interrupted(
-                    stop[0], f"stopped after step {state.step}, {saved.name} is saved", str(run), RESUME
-                )
-            if state.step < recipe.run.steps and out_of_time:
-                break
-            session.stop_if_hopeless(force=options.force)
-        else:
-            session.publish_adapter("adapter", {})
-        return summarise(run, recipe, state, clock)
+            recorder.keep_rollouts(state.step + 1, flatten(batch), None)
+            stats = learner.fit(flatten(batch), view, measure_kl=recipe.em.passes > 1)
+            recorder.record(recorder.advance(batch, stats))
+            if recorder.end_step(stop, clock, force=options.force):
+                return summarize(run, recipe, state, clock)
+        recorder.publish_adapter("adapter", {})
+        return summarize(run, recipe, state, clock)
 
 
 def _scored_segments(path: Path) -> list[Segment]:
@@ -271,8 +260,8 @@ def _with_ids(segment: Segment, policy: Policy) -> Segment:
     return Segment(replace(segment.header, tokenizer=ours), tuple(map(with_ids, segment.rationales)))
 
 
-class _FitSession(Session):
-    """A session that keeps the rows of each step under the headers they came with.
+class _FitRecorder(Recorder):
+    """A recorder that keeps the rows of each step under the headers they came with.
 
     Two files may hold the same problem and step: below one header they would be one group when read again.
     """
@@ -298,7 +287,7 @@ class _FitSession(Session):
         ]
 
     def keep_rollouts(self, step: int, rows: Sequence[Rationale], reward: str | None) -> None:
-        """See ``Session``; the headers name the reward."""
+        """See ``Recorder``; the headers name the reward."""
         pairs = zip(self._headers, rows, strict=True)
         segments = [list(part) for _, part in groupby(pairs, key=lambda pair: id(pair[0]))]
         text = "".join(encode_rollouts(part[0][0], [r for _, r in part]) for part in segments)

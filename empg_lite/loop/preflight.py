@@ -14,16 +14,16 @@ from typing import Any
 import torch
 
 from empg_lite.core.errors import GraderUnusable, NoSignal
-from empg_lite.core.rationale import Group, Problem, Rationale, flatten, group_rationales
+from empg_lite.core.rationale import Group, Problem, Rationale, flatten
 from empg_lite.core.view import View
 from empg_lite.data.sources import ProblemStream, load_splits
-from empg_lite.loop.estep import by_group, estep_metrics, sample_rationales, weigh
+from empg_lite.loop.estep import draw_and_score, weigh
 from empg_lite.loop.health import FAILURES_STOP, Finding, diagnose, graded_failures
 from empg_lite.loop.learner import Learner, build_learner
+from empg_lite.loop.metrics import estep_metrics
 from empg_lite.loop.mstep import m_step
 from empg_lite.recipe.schema import Recipe
 from empg_lite.rewards import Grader
-from empg_lite.rewards.scorer import Scorer
 from empg_lite.sampler import Sampler
 
 #: Problems asked, K times each.
@@ -93,30 +93,22 @@ def preflight(
     Raises:
         GraderUnusable: the grader fails on most answers.
     """
-    recipe, world, view = learner.recipe, learner.world, view or View()
+    recipe, view = learner.recipe, view or View()
     k, wanted = recipe.sampler.samples_per_problem, recipe.sampler.problems_per_step
     started = time.perf_counter()
     with view.phase("preflight", len(problems) * k) as on_done:
-        scorer = Scorer(grader, str(recipe.data.reward), on_done=lambda n: on_done(n * world.size))
-
-        def ask(mine: Sequence[Problem]) -> list[list[Rationale]]:
-            draw = sample_rationales(
-                learner.policy,
-                sampler,
-                mine,
-                learner.decoding,
-                samples=k,
-                seed=recipe.run.seed,
-                step=PREFLIGHT_STEP,
-                policy_step=learner.state.policy_step,
-                on_rationale=scorer.submit,
-            )
-            return by_group(draw.groups, scorer.scored(flatten(draw.groups)))
-
-        scored = [r for rows in world.share(problems, ask) for r in rows]
-    seconds = time.perf_counter() - started
-    error = world.first(scorer.error)
-    groups = weigh(group_rationales(scored), weighting=recipe.em.weighting, baseline=recipe.em.baseline)
+        drawn = draw_and_score(
+            learner,
+            sampler,
+            grader,
+            problems,
+            samples=k,
+            step=PREFLIGHT_STEP,
+            policy_step=learner.state.policy_step,
+            on_done=on_done,
+        )
+    seconds, error = time.perf_counter() - started, drawn.grader_error
+    groups = weigh(drawn.groups, weighting=recipe.em.weighting, baseline=recipe.em.baseline)
     record = estep_metrics(groups)
     if graded_failures(record) > FAILURES_STOP:
         raise GraderUnusable(

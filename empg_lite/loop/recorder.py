@@ -1,4 +1,4 @@
-"""What ``train`` and ``fit`` share: a run directory being written while a learner learns.
+"""The recorder: a run directory being written while a policy learns.
 
 The order within a step is what makes a resumption exact: rollouts, fit, validation, metrics line, checkpoint.
 Whatever happened after the newest checkpoint happens again, the same.
@@ -8,44 +8,40 @@ from __future__ import annotations
 
 import faulthandler
 import json
-import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from empg_lite.core.control import RESUME, Clock, StopRequested
-from empg_lite.core.errors import (
-    EmpgError,
-    GraderUnusable,
-    Interrupted,
-    NoSignal,
-    NumericalStop,
-    OutOfMemory,
-)
-from empg_lite.core.rationale import Group, Problem, Rationale, flatten
-from empg_lite.core.view import View
-from empg_lite.em import Drift
-from empg_lite.loop.estep import estep_metrics, mixture_metrics
+from empg_lite.core.errors import EmpgError, GraderUnusable, Interrupted, NoSignal, NumericalStop, OutOfMemory
+from empg_lite.core.rationale import Group, Rationale, flatten
 from empg_lite.loop.health import FAILURES_STOP, Finding, diagnose, graded_failures
-from empg_lite.loop.learner import Learner, build_learner
-from empg_lite.loop.mstep import FitStats
+from empg_lite.loop.metrics import (
+    estep_metrics,
+    fit_metrics,
+    memory_metrics,
+    mixture_metrics,
+    sampling_metrics,
+)
 from empg_lite.policy.adapter import WEIGHTS, adapter_files
-from empg_lite.policy.card import tokenizer_files
 from empg_lite.policy.integrity import fingerprint, resolve_model
-from empg_lite.policy.memory.profile import probe, profile
-from empg_lite.recipe.schema import Recipe
 from empg_lite.run import store
-from empg_lite.run.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
+from empg_lite.run.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from empg_lite.run.journal import Journal, read_metrics
 from empg_lite.run.layout import METRICS, PROFILE, Opened, compare_environment, rollout_path, write_run_files
-from empg_lite.run.parallel import SINGLE, World
-from empg_lite.run.rollouts import encode_rollouts, rationale_line
-from empg_lite.run.trackers import tracked
+from empg_lite.run.rollouts import encode_rollouts
+
+if TYPE_CHECKING:
+    from empg_lite.core.view import View
+    from empg_lite.loop.estep import Drawn
+    from empg_lite.loop.learner import Learner
+    from empg_lite.loop.mstep import FitStats
+    from empg_lite.recipe.schema import Recipe
+    from empg_lite.run.checkpoint import TrainState
+    from empg_lite.sampler import Sampler, SampleWork
 
 #: Steps in a row without any signal, or with a non-finite gradient, after which going on is pointless.
 DEAD_STEPS = 10
@@ -56,163 +52,108 @@ NONFINITE_SHARE = 0.05
 MANY_PASSES = 4
 #: Times the median step, at which a step counts as stuck.
 STUCK, SURELY_STUCK = 10, 60.0  # and no less than so many seconds
-#: Of a run on disk: bytes of a metrics record, of a block, and characters of text that a token stands for.
-METRICS_BYTES, BLOCK, CHARACTERS = 4000, 4096, 5
 #: Steps within which the same finding is not said again.
 SILENCE = 10
 
 
-class Session:
-    """A learner and the run directory it is recorded in."""
+class Recorder:
+    """Writes what a learner does into its run directory, shows it, and ends a run that cannot learn.
+
+    Attributes:
+        recipe: the learner's, every ``auto`` decided.
+        begun: step at which this process took the run up.
+        grader_error: what the last grader failure of the step at hand said.
+    """
 
     def __init__(
         self,
         run: Path,
         opened: Opened,
-        journal: Journal,
+        learner: Learner,
         view: View,
-        command: str,
-        source: Path | None = None,
-        world: World = SINGLE,
+        command: str = "",
         *,
-        refuse: bool = False,
+        source: Path | None = None,
         data: str | None = None,
     ) -> None:
-        """``data``: digest of the problems; with another one a run does not resume."""
-        self.run, self.journal, self.view = run, journal, view
-        self.learner: Learner = build_learner(opened.recipe, world, refuse=refuse)
-        self.recipe: Recipe = self.learner.recipe
-        self.grader_error: str | None = None  # what the last grader failure said
+        """Restore the run's checkpoint, or that of ``source``, into the learner.
+
+        Args:
+            source: checkpoint that a new run starts from.
+            data: digest of the training problems; a run does not resume with others.
+        """
+        self.run, self.learner, self.view, self.journal = run, learner, view, Journal(run)
+        self.recipe: Recipe = learner.recipe
+        self.grader_error: str | None = None
         self._graph_failure: str | None = None
-        m = self.recipe.model
+        self._restore(opened, source, data, command)
+        self.begun = learner.state.step
+        self._budget = learner.micro_batch_tokens
+        past = learner.world.once(lambda: read_metrics(run / METRICS)[-SILENCE:])
+        self._recent: deque[Mapping[str, Any]] = deque(past, SILENCE)
+
+    def _restore(self, opened: Opened, source: Path | None, data: str | None, command: str) -> None:
+        learner, journal, m = self.learner, self.journal, self.recipe.model
         inputs = {"base model": fingerprint(resolve_model(m.name, m.revision)[0])}
         inputs |= {"training data": data} if data else {}
-        changed = compare_environment(run, inputs) if opened.checkpoint else []
-        if opened.checkpoint is None:
-            journal.cut_back({})
-            if source is not None:
-                self._restore(source)
-                self.learner.state.first_step = self.learner.state.step
-                journal.event("started_from", step=self.learner.state.step, checkpoint=str(source))
-        else:
-            journal.cut_back(self._restore(opened.checkpoint))
-            journal.event("resumed", step=self.learner.state.step, checkpoint=opened.checkpoint.name)
-            view.note(f"resumed from {opened.checkpoint.name}")
-        past = world.once(lambda: read_metrics(run / METRICS)[-SILENCE:])
-        self._recent: deque[Mapping[str, Any]] = deque(past, SILENCE)
+        changed = compare_environment(self.run, inputs) if opened.checkpoint else []
+        logs: dict[str, int] = {}
+        if start := opened.checkpoint or source:
+            learner.state, logs = load_checkpoint(start, learner.policy, learner.optimizer, learner.scaler)
+        journal.cut_back(logs if opened.checkpoint else {})
+        if opened.checkpoint:
+            journal.event("resumed", step=learner.state.step, checkpoint=opened.checkpoint.name)
+            self.view.note(f"resumed from {opened.checkpoint.name}")
+        elif source:
+            learner.state.first_step = learner.state.step
+            journal.event("started_from", step=learner.state.step, checkpoint=str(source))
+        self._announce(opened, changed)
+        self._facts = learner.engine_facts()
+        for note in self._facts["notes"]:
+            self.view.note(f"without Unsloth's {note}")
+        write_run_files(self.run, self.recipe, command, inputs, self._facts)
+
+    def _announce(self, opened: Opened, changed: Sequence[Mapping[str, Any]]) -> None:
+        """Record and show what is unusual about this start."""
         if self.recipe.em.passes > MANY_PASSES:
-            view.warn(
-                f"em.passes is {self.recipe.em.passes}: above {MANY_PASSES} they gain little, and drift"
-            )
+            passes = self.recipe.em.passes
+            self.view.warn(f"em.passes is {passes}: more than {MANY_PASSES} gain little and drift")
         for event in opened.events:
-            journal.event(**event)
+            self.journal.event(**event)
             if event["event"] == "invalid_checkpoint":
-                view.warn(f"{event['path']} is damaged: {event['reason']}; it is kept as {event['moved_to']}")
-        for event in changed:
-            journal.event(**event)
-            view.warn(
-                f"{event['what']} was {event['old']} when the run was started and is {event['new']} now: "
+                what = f"{event['path']} is damaged: {event['reason']}"
+                self.view.warn(f"{what}; it is kept as {event['moved_to']}")
+        for change in changed:
+            self.journal.event(**change)
+            self.view.warn(
+                f"{change['what']} was {change['old']} when the run started and is {change['new']} now: "
                 "numbers may differ in their last digits"
             )
-        self._facts = self.learner.engine_facts()
-        for note in self._facts["notes"]:
-            view.note(f"without Unsloth's {note}")
-        write_run_files(run, self.recipe, command, inputs, self._facts)
 
     @contextmanager
     def tracked(self, trackers: Sequence[str]) -> Iterator[None]:
-        """Within the block every metrics record goes to these trackers too."""
-        with tracked(
-            trackers, self.run, self.recipe, self.learner.state.step, self.view.warn
-        ) as self.journal.sinks:
+        """Within the block, every metrics record also goes to these trackers."""
+        from empg_lite.run.trackers import tracked
+
+        step = self.learner.state.step
+        with tracked(trackers, self.run, self.recipe, step, self.view.warn) as self.journal.sinks:
             yield
         self.journal.sinks = []
 
-    def check_disk_space(self, problems: Sequence[Problem], evaluated: int) -> None:
-        """Before the first step: write a trial checkpoint, and ask whether all that is to come fits the disk.
-
-        Every completion is counted at its longest, every file with a block of its own.
-
-        Args:
-            problems: those that are sampled for.
-            evaluated: how many problems are answered, each greedily and once more.
-
-        Raises:
-            StorageError: it does not fit, or nothing can be written there.
-        """
-        r, policy = self.recipe, self.learner.policy
-        adapter = sum(map(len, adapter_files(policy).values()))
-        published = adapter + sum(map(len, tokenizer_files(policy).values()))
-        one = 3 * adapter  # with Adam's two moments
-        sampled = (r.run.steps + 1) * r.sampler.problems_per_step * r.sampler.samples_per_problem
-        files = r.run.steps + 6 * (r.run.keep + 1) + 40
-        needed = (
-            (r.run.keep + 1) * one + 3 * published + (sampled + 2 * evaluated) * self._longest_row(problems)
-        )
-        needed += r.run.steps * METRICS_BYTES + files * BLOCK
-        store.check_disk_space(self.run / "checkpoints", one, needed)
-
-    def _longest_row(self, problems: Sequence[Problem]) -> int:
-        """Bytes of a stored rationale that runs to the limit, for a problem of middling length."""
-        problem = sorted(problems, key=lambda p: len(p.question))[len(problems) // 2]
-        prompt, ids = self.learner.policy.encode_prompt(problem.question)
-        n = int(self.recipe.sampler.max_new_tokens)
-        longest = Rationale(
-            problem_id=problem.id,
-            question=problem.question,
-            gold=problem.gold,
-            prompt=prompt,
-            prompt_ids=ids,
-            completion="x" * CHARACTERS * n,
-            completion_ids=(len(self.learner.policy.tokenizer),) * n,
-            finish_reason="length",
-            step=self.recipe.run.steps,
-            policy_step=self.recipe.run.steps,
-            sample_index=0,
-            reward=0.0,
-            reason="truncated",
-            weight=0.1234567890123456,
-            meta=problem.meta,
-        )
-        return len(rationale_line(longest))
-
-    def _restore(self, checkpoint: Path) -> dict[str, int]:
-        learner = self.learner
-        learner.state, logs = load_checkpoint(checkpoint, learner.policy, learner.optimizer, learner.scaler)
-        return logs
-
     # --- one step ---------------------------------------------------------------------------------
 
-    def fit_groups(
-        self,
-        groups: Sequence[Group],
-        *,
-        reward: str | None,
-        times: dict[str, float],
-        measure_kl: bool,
-        extra: Mapping[str, Any],
-    ) -> dict[str, Any]:
-        """Write the rollouts of the step at hand, fit them, advance the state; returns the metrics record."""
-        learner, state = self.learner, self.learner.state
-        rows = flatten(groups)
+    def advance(self, groups: Sequence[Group], stats: FitStats, drawn: Drawn | None = None) -> dict[str, Any]:
+        """Advance the state past the step just fitted; returns its metrics, not yet logged.
+
+        Args:
+            drawn: what the E-step took; None where it was another command's.
+        """
+        learner, state, rows = self.learner, self.learner.state, flatten(groups)
         rate, step = learner.learning_rate(), state.step + 1
-        mixture = mixture_metrics(rows, state.policy_step)
-        self.keep_rollouts(step, rows, reward)
-        started = time.perf_counter()
-        budget = state.micro_batch_tokens or self.recipe.optim.micro_batch_tokens
-        with self.view.phase("fitting", sum(r.weight != 0 for r in rows) * self.recipe.em.passes) as on_done:
-            stats = learner.fit(
-                rows, measure_kl=measure_kl, on_done=lambda n: on_done(n * learner.world.size)
-            )
-        times["fit"] = time.perf_counter() - started
-        if stats.micro_batch_tokens != budget:
-            self.journal.event("micro_batch_shrunk", step=step, old=budget, new=stats.micro_batch_tokens)
-        if stats.skipped_nonfinite:
-            self.journal.event("nonfinite_gradient", step=step, skipped=stats.skipped_nonfinite)
-        if stats.scale_halvings:
-            self.journal.event(
-                "loss_scale_halved", step=step, times=stats.scale_halvings, scale=stats.loss_scale
-            )
+        self._note_fit(step, stats)
+        times = {"fit": stats.seconds}
+        if drawn:
+            times = {"sample": drawn.sample_seconds, "score": drawn.score_seconds} | times
         state.step = step
         state.position += len(groups)
         state.num_tokens += sum(len(r.completion_ids) for r in rows)
@@ -220,36 +161,36 @@ class Session:
         return {
             "step": step,
             **estep_metrics(groups),
-            **mixture,
-            **extra,
-            "loss": stats.loss,
-            "grad_norm": stats.grad_norm,
-            "learning_rate": rate,
-            "num_tokens": state.num_tokens,
-            "em/rows_fitted": stats.rows_fitted,
-            "em/rows_skipped": len(rows) - stats.rows_fitted,
-            "em/updates": stats.updates,
-            "em/policy_step": state.policy_step,
-            "em/skipped_nonfinite": stats.skipped_nonfinite,
-            "em/tokens_computed": stats.tokens_computed,
-            **_loss_scale(stats),
-            "time/tokens_padded": stats.tokens_padded,
-            **_drift_metrics(stats.drift),
+            **mixture_metrics(rows, state.policy_step - stats.updates),
+            **(sampling_metrics(drawn, self._work, self.recipe) if drawn else {}),
+            **fit_metrics(stats, rate, state, len(rows)),
             "step_time": sum(times.values()),
             **{f"time/{name}": seconds for name, seconds in times.items()},
             "engine": self._facts["engine"],
             "kernels": ", ".join(self._facts["kernels"]),
             "attention": ", ".join(f"{where} {kernel}" for where, kernel in self._facts["attention"].items()),
-            **_memory(learner.held + learner.planned.peak),
+            **memory_metrics(learner.held + learner.planned.peak),
         }
 
+    def _note_fit(self, step: int, stats: FitStats) -> None:
+        """Events for whatever the fit had to work around."""
+        if stats.micro_batch_tokens != self._budget:
+            new = stats.micro_batch_tokens
+            self.journal.event("micro_batch_shrunk", step=step, old=self._budget, new=new)
+            self._budget = new
+        if stats.skipped_nonfinite:
+            self.journal.event("nonfinite_gradient", step=step, skipped=stats.skipped_nonfinite)
+        if stats.scale_halvings:
+            times, scale = stats.scale_halvings, stats.loss_scale
+            self.journal.event("loss_scale_halved", step=step, times=times, scale=scale)
+
     def keep_rollouts(self, step: int, rows: Sequence[Rationale], reward: str | None) -> None:
-        """The rationales of a step, by the policy as it is, before they are fitted."""
+        """Write a step's rationales, under the policy as it is, before they are fitted."""
         header = self.learner.header(reward)
         store.write_file(rollout_path(self.run, step), encode_rollouts(header, rows))
 
     def record(self, record: Mapping[str, Any]) -> None:
-        """Log a step's metrics and show them; what keeps it from teaching is said in words."""
+        """Log a step's metrics and show them, with a diagnosis where there is little to learn from."""
         step, rows = record["step"], record["em/rows_fitted"] + record["em/rows_skipped"]
         limit = self.recipe.sampler.max_new_tokens
         findings = diagnose(record, rows=rows, max_new_tokens=limit, error=self.grader_error)
@@ -263,11 +204,11 @@ class Session:
                 self.view.warn(f"step {step}: {why}; nothing was learned")
         if self.grader_error:  # a user's function that raises, say: seen here before it is frequent
             self.journal.event("grader_error", step=step, error=self.grader_error)
-        self.say(step, findings)
+        self.report(step, findings)
         self._recent.append(record)
 
-    def say(self, step: int, findings: Sequence[Finding]) -> None:
-        """Each finding once in ``SILENCE`` steps, also across a resumption; step 0 is the preflight."""
+    def report(self, step: int, findings: Sequence[Finding]) -> None:
+        """Show each finding once in ``SILENCE`` steps, also across a resumption; step 0 is preflight."""
         for finding in findings:
             if not any(finding.kind in record.get("health", ()) for record in self._recent):
                 self.journal.event("health", step=step, **asdict(finding))
@@ -344,18 +285,52 @@ class Session:
             wait = max(SURELY_STUCK, STUCK * times[len(times) // 2])
             faulthandler.dump_traceback_later(wait, file=2)
 
-    def note_graphs(self, failure: str | None) -> None:
-        """That a GPU decodes without captured graphs, once."""
-        if failure is not None and failure != self._graph_failure:
-            self._graph_failure = failure
-            self.journal.event("graphs_not_captured", step=self.learner.state.step + 1, why=failure)
+    def note_sampler(self, sampler: Sampler, own: SampleWork) -> None:
+        """Events for whatever sampling a step had to work around.
 
-    def note_rows(self, rows: int | None) -> None:
-        """Rows that the sampler draws at once now, if fewer than before."""
-        state, before = self.learner.state, self.learner.state.batch_rows or self.recipe.sampler.batch_rows
+        Args:
+            own: what this process's sampler did in the step.
+        """
+        state, world = self.learner.state, self.learner.world
+        before, rows = state.batch_rows or self.recipe.sampler.batch_rows, sampler.batch_rows
         if rows is not None and rows < int(before):
             self.journal.event("sampler_rows_shrunk", step=state.step + 1, old=before, new=rows)
             state.batch_rows = rows
+        failure = sampler.graph_failure
+        if failure is not None and failure != self._graph_failure:  # once
+            self._graph_failure = failure
+            self.journal.event("graphs_not_captured", step=state.step + 1, why=failure)
+        first, *others = world.gather(own)
+        self._work = own, sum(others, first)
+
+    def end_step(self, stop: Sequence[int], clock: Clock, *, force: bool, profile: bool = False) -> bool:
+        """After a step is recorded: checkpoint where due, and end the run where it should.
+
+        Returns:
+            Whether the time is up before the last step.
+
+        Raises:
+            Interrupted: a signal came; a checkpoint is saved.
+            what ``stop_if_hopeless`` raises.
+        """
+        world, state, last = self.learner.world, self.learner.state, self._last
+        signum, out_of_time = world.first(next(iter(stop), None)), world.any(clock.out_of_time())
+        if self.checkpoint_due() or signum or out_of_time:
+            saved = self.checkpoint()
+        if profile and not last and (signum or out_of_time):
+            self.write_profile(clock.seconds())
+        if signum and not last:
+            what = f"stopped after step {state.step}; {saved.name} is saved"
+            raise Interrupted(signum, what, str(self.run), RESUME)
+        if out_of_time and not last:
+            self.view.note(f"out of time after step {state.step}; {saved.name} is saved; {RESUME}")
+            return True
+        self.stop_if_hopeless(force=force)
+        return False
+
+    @property
+    def _last(self) -> bool:
+        return self.learner.state.step >= self.recipe.run.steps
 
     # --- what stays on disk -----------------------------------------------------------------------
 
@@ -384,12 +359,11 @@ class Session:
 
     def checkpoint_due(self) -> bool:
         """After every ``save_every`` steps and after the last."""
-        step, r = self.learner.state.step, self.recipe.run
-        return step % r.save_every == 0 or step >= r.steps
+        return self.learner.state.step % self.recipe.run.save_every == 0 or self._last
 
     def publish_adapter(self, folder: str, figures: Mapping[str, Any]) -> None:
         """``adapter/`` or ``best/``: plain PEFT files, tokenizer, template, stop tokens and a card."""
-        from empg_lite.policy.card import Provenance, adapter_card
+        from empg_lite.policy.card import Provenance, adapter_card, tokenizer_files
 
         policy = self.learner.policy
         before = read_figures(self.run, "before") if "pass@1" in figures else None
@@ -399,12 +373,13 @@ class Session:
             adapter_files(policy) | tokenizer_files(policy) | {"README.md": card.encode()},
         )
 
-    def write_profile(self, begun: int, seconds: float) -> None:
-        """``profile.json``: where the time of the steps after ``begun`` went; probes the device."""
-        learner = self.learner
-        policy = learner.policy
+    def write_profile(self, seconds: float) -> None:
+        """``profile.json``: where the time of this process's steps went; probes the device."""
+        from empg_lite.policy.memory.profile import probe, profile
+
+        learner, policy = self.learner, self.learner.policy
         steps = (r for r in read_metrics(self.run / METRICS) if "step_time" in r)  # the rest are evaluations
-        records = [r for r in steps if r["step"] > begun]
+        records = [r for r in steps if r["step"] > self.begun]
         if not records:
             return
         rates = probe(policy.device, policy.dtype)
@@ -433,7 +408,7 @@ def finished(run: Path, recipe: Recipe) -> bool:
     return recipe.run.eval_every == 0 or (after is not None and after["step"] >= recipe.run.steps)
 
 
-def summarise(run: Path, recipe: Recipe, state: TrainState, clock: Clock) -> dict[str, Any]:
+def summarize(run: Path, recipe: Recipe, state: TrainState, clock: Clock) -> dict[str, Any]:
     """The result object of ``train`` and ``fit``."""
     before, after = (
         read_figures(run, name) if recipe.run.eval_every else None for name in ("before", "after")
@@ -451,36 +426,3 @@ def summarise(run: Path, recipe: Recipe, state: TrainState, clock: Clock) -> dic
         result[f"accuracy_{name}"] = figures and figures["pass@1"]
         result[f"t1_accuracy_{name}"] = figures and figures["t1_accuracy"]
     return result
-
-
-def _loss_scale(stats: FitStats) -> dict[str, float]:
-    """Of a float16 run: the scale after the step, and how often it was halved to get there."""
-    if stats.loss_scale is None:
-        return {}
-    return {"em/loss_scale": stats.loss_scale, "em/loss_scale_halvings": stats.scale_halvings}
-
-
-def _drift_metrics(drift: Drift | None) -> dict[str, float]:
-    if drift is None:
-        return {}
-    return {
-        "em/kl_old": drift.k3,
-        "em/kl_old_k1": drift.k1,
-        "em/dlogp_right": drift.right,
-        "em/dlogp_wrong": drift.wrong,
-        "em/logratio_max": drift.largest,
-    }
-
-
-def _memory(predicted: int) -> dict[str, float]:
-    """Peak memory so far in MB, of the process and of the card where there is one; and what was planned: on a
-    card beside ``peak_gpu_mb``, else beside ``peak_rss_mb``."""
-    import resource
-
-    peak = {
-        "memory/peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "memory/predicted_mb": predicted / 2**20,
-    }
-    if torch.cuda.is_available():
-        peak["memory/peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 2**20
-    return peak

@@ -19,14 +19,11 @@ from torch import Tensor, nn
 
 from empg_lite.policy.attention import attention_kernels
 from empg_lite.policy.kernels import PLAIN
-from empg_lite.policy.logprobs import chosen_logprobs, head_loss
+from empg_lite.policy.logprobs import RowLoss, chosen_logprobs, head_loss
 from empg_lite.policy.network import Network, live_network
 from empg_lite.policy.packing import Ids, pack, packed_hidden
 from empg_lite.policy.shared_prefix import disagreement, forget_masks, shared_prefix_hidden
 from empg_lite.policy.templates import Template
-
-#: (row of each token ``(n,)``, its log-prob ``(n,)``) -> scalar, a sum over tokens.
-RowLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,17 +199,19 @@ class Policy:
         assert hidden.shape[:2] == mask.shape, f"backbone returned {tuple(hidden.shape)}"
         return hidden, targets, mask
 
-    def completion_loss(self, pairs: Sequence[tuple[Ids, Ids]], loss: RowLoss) -> Tensor:
+    def completion_loss(self, pairs: Sequence[tuple[Ids, Ids]], weights: Tensor, loss: RowLoss) -> Tensor:
         """A sum over completion tokens of something of their log-probabilities, ready to go backward.
 
         Args:
             pairs: (prompt_ids, completion_ids) of B rows, neither empty.
-            loss: ``(rows (n,), log-probs (n,)) -> scalar``; which of the B each token belongs to, nats in
-                float32. See ``head_loss`` for what it must be.
+            weights: ``(B,)`` float32.
+            loss: ``(log-probs (b, T), mask (b, T), weights (b,)) -> scalar`` of some of the rows; see
+                ``head_loss``.
         """
         with self.autocast():
-            hidden, targets, rows = self._scored(pairs)
-            return head_loss(hidden, self.head_weight, targets, lambda at, logprobs: loss(rows[at], logprobs))
+            hidden, targets, _ = self._scored(pairs)
+            lengths = [len(completion) for _, completion in pairs]
+            return head_loss(hidden, self.head_weight, targets, lengths, weights, loss)
 
     def completion_logprobs(
         self, pairs: Sequence[tuple[Ids, Ids]], *, shared: bool | None = None

@@ -8,7 +8,7 @@ from rationales import rationale
 from empg_lite.core.rationale import Rationale
 from empg_lite.core.stats import mcnemar, wilson
 from empg_lite.loop.eval_summary import Evaluation, paired
-from empg_lite.rewards.math.votes import ballot
+from empg_lite.rewards.math import ballot
 
 
 def votes(*answers: tuple[str | None, float]) -> tuple[Rationale, ...]:

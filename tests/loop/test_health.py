@@ -8,8 +8,9 @@ import pytest
 from rationales import rationale
 
 from empg_lite.core.rationale import Rationale, group_rationales
-from empg_lite.loop.estep import estep_metrics, weigh
+from empg_lite.loop.estep import weigh
 from empg_lite.loop.health import diagnose, graded_failures
+from empg_lite.loop.metrics import estep_metrics
 
 
 def samples(*groups: str, **fields: Any) -> list[Rationale]:

@@ -232,17 +232,17 @@ def test_a_decoder_that_did_not_fit_is_free_before_fewer_rows_are_tried(
     engine: str,
 ) -> None:
     """And before the card's cache is emptied, which cannot give back what is still alive."""
-    from empg_lite.sampler.base import Engine
+    from empg_lite.sampler.base import Sampler
 
     tried: list[Any] = []
     emptied: list[bool] = []
-    shrink = Engine._shrink
+    shrink = Sampler._shrink
 
-    def watched(self: Engine, *rest: Any) -> None:
+    def watched(self: Sampler, *rest: Any) -> None:
         emptied.append(any(reference() is not None for reference in tried))
         shrink(self, *rest)
 
-    def draw(self: Engine, *_: Any) -> None:
+    def draw(self: Sampler, *_: Any) -> None:
         if len(tried) < 2:
             held = torch.zeros(8)
             tried.append(weakref.ref(held))
@@ -252,7 +252,7 @@ def test_a_decoder_that_did_not_fit_is_free_before_fewer_rows_are_tried(
     sampler = make_sampler(policy, engine, 64)
     real = type(sampler).draw
     monkeypatch.setattr(type(sampler), "draw", draw)
-    monkeypatch.setattr(Engine, "_shrink", watched)
+    monkeypatch.setattr(Sampler, "_shrink", watched)
     gc.disable()
     try:
         sampler.sample(prompts_of(policy, 8, 8), Decoding(4))

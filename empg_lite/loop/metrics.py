@@ -1,0 +1,168 @@
+"""The metrics of a step, part by part: what its samples say, what was fitted, what it cost.
+
+The names are listed in ``docs/files.md``; they follow TRL where the quantity is the same, EM's own are under
+``em/``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from empg_lite.core.rationale import FAILURES, flatten
+from empg_lite.em import effective_sample_size, group_signal
+from empg_lite.loop.estep import reward_matrix
+
+if TYPE_CHECKING:
+    from empg_lite.core.rationale import Group, Rationale
+    from empg_lite.em import Drift
+    from empg_lite.loop.estep import Drawn
+    from empg_lite.loop.mstep import FitStats
+    from empg_lite.recipe.schema import Recipe
+    from empg_lite.run.checkpoint import TrainState
+    from empg_lite.sampler import SampleWork
+
+
+def estep_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """What the samples of a step say: rewards, signal, lengths, grader failures.
+
+    Means of rewards leave grader failures out; lengths are in tokens, stops included.
+    """
+    rows = flatten(groups)
+    rewards, valid = reward_matrix(groups)
+    graded = rewards[valid]
+    lengths = [len(r.completion_ids) for r in rows]
+    right = [n for r, n in zip(rows, lengths, strict=True) if r.reward and not r.failed]
+    texts = {(r.problem_id, r.completion) for r in rows if r.reward and not r.failed}
+    reasons = Counter(r.reason for r in rows)
+    signal = group_signal(rewards, valid)
+    return {
+        "reward": float(graded.mean()) if len(graded) else 0.0,
+        "reward_std": float(graded.std()) if len(graded) > 1 else 0.0,
+        "frac_reward_zero_std": signal.pop("frac_reward_zero_std"),
+        **{f"em/{name}": value for name, value in signal.items()},
+        "em/frac_wrong_paid": _wrong_paid(groups),
+        "completions/mean_length": sum(lengths) / len(lengths),
+        "completions/mean_length_right": sum(right) / len(right) if right else 0.0,
+        "completions/distinct_right": len(texts) / len(right) if right else 0.0,
+        "completions/clipped_ratio": reasons["truncated"] / len(rows),
+        **{f"reasons/{name}": reasons[name] / len(rows) for name in sorted(filter(None, reasons))},
+        "reasons/failed": sum(reasons[name] for name in FAILURES) / len(rows),
+    }
+
+
+def _wrong_paid(groups: Sequence[Group]) -> float:
+    """Share of the problems where no answer is right and rewards differ all the same: shaping gone wrong."""
+    wrong = [[r for r in g.rationales if not r.failed] for g in groups]
+    paid = [rows for rows in wrong if not any(r.correct for r in rows) and len({r.reward for r in rows}) > 1]
+    return len(paid) / len(groups)
+
+
+def mixture_metrics(rows: Sequence[Rationale], policy_step: int) -> dict[str, float]:
+    """What a step fits: where its rows come from, how old they are, how few of them carry it.
+
+    An age is the number of optimiser steps between the policy that drew a row and the one about to be fitted,
+    which has seen ``policy_step`` of them. It is known where the row's own ``policy_step`` is 0 or more.
+
+    Args:
+        rows: at least one, weighed.
+    """
+    ages = [abs(policy_step - r.policy_step) for r in rows if r.policy_step >= 0]
+    origins = Counter(r.origin for r in rows)
+    return {
+        "em/weight_max": max(abs(r.weight or 0.0) for r in rows),
+        "em/ess": effective_sample_size(torch.tensor([r.weight for r in rows if not r.failed])),
+        "em/frac_text": origins["text"] / len(rows),
+        "em/frac_stale": sum(age > 0 for age in ages) / len(rows),
+        "em/staleness": sum(ages) / len(ages) if ages else 0.0,
+        "em/staleness_max": float(max(ages, default=0)),
+    }
+
+
+def sampling_metrics(drawn: Drawn, work: tuple[SampleWork, SampleWork], recipe: Recipe) -> dict[str, Any]:
+    """What drawing a step's rationales took.
+
+    Args:
+        work: of this process's sampler, and of all processes together.
+    """
+    rows, (own, total) = flatten(drawn.groups), work
+    tokens = sum(len(r.completion_ids) for r in rows)
+    return {
+        "entropy": drawn.nats / max(tokens, 1),
+        "em/refilled": len(drawn.groups) - recipe.sampler.problems_per_step,
+        "em/prompt_tokens": total.prompt_tokens,
+        "time/row_steps": total.row_steps,
+        "em/context_tokens": sum(context_tokens(r) for r in rows),
+        "time/refresh": own.refresh_seconds,
+        "time/graphs_captured": total.graphs_captured,
+        "time/graphs_replayed": total.graphs_replayed,
+        "time/eager_steps": total.eager_steps,
+        "time/tokens_per_second": tokens / drawn.sample_seconds,
+    }
+
+
+def fit_metrics(stats: FitStats, rate: float, state: TrainState, rows: int) -> dict[str, Any]:
+    """What an M-step did.
+
+    Args:
+        rate: learning rate of the step.
+        state: after it.
+        rows: all rows of the step.
+    """
+    return {
+        "loss": stats.loss,
+        "grad_norm": stats.grad_norm,
+        "learning_rate": rate,
+        "num_tokens": state.num_tokens,
+        "em/rows_fitted": stats.rows_fitted,
+        "em/rows_skipped": rows - stats.rows_fitted,
+        "em/updates": stats.updates,
+        "em/policy_step": state.policy_step,
+        "em/skipped_nonfinite": stats.skipped_nonfinite,
+        "em/tokens_computed": stats.tokens_computed,
+        **_loss_scale(stats),
+        "time/tokens_padded": stats.tokens_padded,
+        **_drift_metrics(stats.drift),
+    }
+
+
+def _loss_scale(stats: FitStats) -> dict[str, float]:
+    """Of a float16 run: the scale after the step, and how often it was halved to get there."""
+    if stats.loss_scale is None:
+        return {}
+    return {"em/loss_scale": stats.loss_scale, "em/loss_scale_halvings": stats.scale_halvings}
+
+
+def context_tokens(rationale: Rationale) -> int:
+    """Keys that the completion's tokens attended to, one by one: what was read of a layer's cache."""
+    n = len(rationale.completion_ids)
+    return n * len(rationale.prompt_ids) + n * (n - 1) // 2
+
+
+def _drift_metrics(drift: Drift | None) -> dict[str, float]:
+    if drift is None:
+        return {}
+    return {
+        "em/kl_old": drift.k3,
+        "em/kl_old_k1": drift.k1,
+        "em/dlogp_right": drift.right,
+        "em/dlogp_wrong": drift.wrong,
+        "em/logratio_max": drift.largest,
+    }
+
+
+def memory_metrics(predicted: int) -> dict[str, float]:
+    """Peak memory so far in MB, of the process and of the card where there is one; and what was planned: on a
+    card beside ``peak_gpu_mb``, else beside ``peak_rss_mb``."""
+    import resource
+
+    peak = {
+        "memory/peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "memory/predicted_mb": predicted / 2**20,
+    }
+    if torch.cuda.is_available():
+        peak["memory/peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    return peak
