@@ -1,4 +1,4 @@
-"""Reasoning Gym: its problems, its scorers behind a guard, every task."""
+"""Reasoning Gym: problems, guarded scorers, every task."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def create_dataset(name, **params): return DATASETS[name](**params)
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Reasoning Gym of a few lines, for this process and its workers."""
+    """A minimal Reasoning Gym for this process and its workers."""
     folder = tmp_path / "lib" / "reasoning_gym"
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text("")
@@ -74,10 +74,10 @@ def gym_case(prediction: str, n: int = 5, task: str = "twice") -> Case:
     return Case(str(2 * n), prediction, f"Twice {n}?", meta)
 
 
-def test_gym_problems_are_the_same_every_time(stand_in: None) -> None:
+def test_gym_problems_are_reproducible(stand_in: None) -> None:
     problems, left_out = gym_problems("gym:twice", "test")
     assert len(problems) == SPLITS["test"][0] == 200 and left_out == {"duplicate": 0, "no_answer": 0}
-    assert problems == gym_problems("gym:twice", "test")[0]  # noise of the shared generator included
+    assert problems == gym_problems("gym:twice", "test")[0]  # including the noise of the global generator
     assert problems[3].question == "Twice 1000003?" and problems[3].gold == "2000006"
     assert problems[3].meta["gym"]["task"] == "twice" and problems[3].meta["gym"]["params"] == {}
     assert json.loads(json.dumps(problems[3].meta)) == problems[3].meta
@@ -85,7 +85,7 @@ def test_gym_problems_are_the_same_every_time(stand_in: None) -> None:
     assert stepped[1].question == "Twice 3000003?" and stepped[1].meta["gym"]["params"] == {"step": 3}
 
 
-def test_gym_splits_share_nothing(stand_in: None) -> None:
+def test_gym_splits_are_disjoint(stand_in: None) -> None:
     train, _ = gym_problems("gym:twice", "train")
     test, _ = gym_problems("gym:twice", "test")
     assert len(train) == 1000 and not {p.id for p in train} & {p.id for p in test}
@@ -107,13 +107,13 @@ def test_gym_splits_share_nothing(stand_in: None) -> None:
         ("gym:", "no task"),
     ],
 )
-def test_gym_refuses_in_one_line(stand_in: None, source: str, message: str) -> None:
+def test_gym_errors_are_one_line(stand_in: None, source: str, message: str) -> None:
     with pytest.raises(DataError, match=re.escape(message)) as caught:
         gym_problems(source, "test")
     assert "\n" not in str(caught.value) and caught.value.exit_code == 65
 
 
-def test_gym_is_missing_or_has_no_such_split(stand_in: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gym_not_installed_or_unknown_split(stand_in: None, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MissingInput, match="train and test"):
         gym_problems("gym:twice", "validation")
     monkeypatch.setattr("empg_lite.data.gym.find_spec", lambda name: None)
@@ -130,7 +130,7 @@ def test_gym_scores(stand_in: None, tmp_path: Path) -> None:
         gym_case(r"\boxed{11}"),
         gym_case(r"\boxed{12}"),
         gym_case(r"\boxed{2*5}"),
-        gym_case(r"\boxed{ten}"),  # the scorer raises: its own answer it reads
+        gym_case(r"\boxed{ten}"),  # the scorer raises, though it accepts its own answer
         gym_case(attack),
         gym_case(""),
         Case("10", r"\boxed{10}"),
@@ -157,7 +157,7 @@ def test_gym_scores(stand_in: None, tmp_path: Path) -> None:
 
 
 def test_gym_pay_for_nothing_is_nothing() -> None:
-    """0.01 for any answer would make a problem without a right answer weigh as much as a solved one."""
+    """With 0.01 for any answer, a problem without a correct answer would weigh as much as a solved one."""
     from empg_lite.rewards.kind import WorkerRequest
     from empg_lite.rewards.kinds.gym import LEAST_SCORE
 
@@ -169,7 +169,7 @@ def test_gym_pay_for_nothing_is_nothing() -> None:
     assert [o.reason for o in paid] == ["different"] * 5 + ["equal"]
 
 
-def test_gym_scorers_can_be_killed_and_lie(stand_in: None) -> None:
+def test_gym_scorers_that_hang_or_leave_the_range(stand_in: None) -> None:
     with Grader(workers=1, time_limit=1.0) as grader:
         hung, after, outside = grader.grade_many(
             "gym",
@@ -181,7 +181,7 @@ def test_gym_scorers_can_be_killed_and_lie(stand_in: None) -> None:
 
 
 def test_gym_through_the_command_line(stand_in: None, cli, recipe_file: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """check reads the task; sample carries the entry; score needs nothing but the file."""
+    """`check` reads the task, `sample` stores the entry, `score` needs only the file."""
     sets = ("--set", "data.source=gym:twice", "--set", "data.path=null", "--set", "data.reward=gym")
     code, out, err = cli("check", "--recipe", recipe_file, *sets, "--json")
     report = json.loads(out.splitlines()[-1])
@@ -205,7 +205,7 @@ def test_reward_gym_needs_a_gym_source(cli, recipe_file: Path) -> None:  # type:
     assert code == 65 and "gym:TASK" in one_line(err)
 
 
-def test_parameters_are_json_or_text() -> None:
+def test_gym_parameters_are_json_or_text() -> None:
     assert parse_source("gym:t?a=2&b=[1,2]&c=x%26y&d=true") == (
         "t",
         {"a": 2, "b": [1, 2], "c": "x&y", "d": True},
@@ -232,13 +232,13 @@ def test_parameters_are_json_or_text() -> None:
         ("(" * 5000, False),
     ],
 )
-def test_what_the_evaluator_may_see(source: str, fine: bool) -> None:
+def test_which_expressions_the_evaluator_accepts(source: str, fine: bool) -> None:
     assert harmless(source) is fine
 
 
 # ---- Reasoning Gym itself ----------------------------------------------------------------------------
 
-#: Tasks that are refused; docs/rewards.md lists them too.
+#: Unusable tasks; docs/rewards.md lists them too.
 UNUSABLE = set(
     "arc_agi boxnet composite game_of_life_halting graph_color propositional_logic rearc rubiks_cube "
     "rush_hour".split()
@@ -276,7 +276,7 @@ def _entries(task: str, order: list[int]) -> dict[int, dict]:  # type: ignore[ty
 @pytest.mark.gym
 @pytest.mark.slow
 def test_every_task_round_trips(reasoning_gym: None, tmp_path: Path) -> None:
-    """Entries are the same in any order; their answers score 1 from JSON; no answer runs as code."""
+    """Entries do not depend on their order, their answers score 1 after JSON, and no answer runs as code."""
     from reasoning_gym.factory import DATASETS
 
     canary = tmp_path / "canary"
