@@ -24,11 +24,11 @@ from pydantic_core import PydanticCustomError
 from empg_lite.core.bundled import BUNDLED
 from empg_lite.core.safe_text import encodable, without_passwords
 from empg_lite.policy.templates import TEMPLATES
+from empg_lite.rewards.registry import REWARDS
 
 SOURCES = ("gsm8k", "math", "math-hard", *BUNDLED, "local")
 #: Prefix of a Reasoning Gym source: gym:TASK?PARAMETER=VALUE&...
 GYM = "gym:"
-REWARDS = "gsm8k, math, exact, choice, gym, python:FILE.py, regex:PATTERN"
 #: prompt, reward and max_prompt_tokens where the recipe leaves them null.
 _DEFAULTS_BY_SOURCE = {
     "gsm8k": ("qwen-boxed", "gsm8k", 512),
@@ -112,7 +112,7 @@ class DataSection(Section):
     eval_split: Text = key("test", "split to report accuracy on")
     validation: CountOrZero | None = key(None, "training rows to hold out; null: 10%, at most 100")
     prompt: Text | None = key(None, f"template: {', '.join(TEMPLATES)}, or a file; null: by source")
-    reward: Text | None = key(None, f"reward: {REWARDS}; null: by source")
+    reward: Text | None = key(None, f"reward: {', '.join(REWARDS)}; null: by source")
     max_prompt_tokens: Tokens | None = key(None, "longer prompts are dropped and counted; null: by source")
     hub_config: Text | None = key(None, "configuration (subset) of a hub dataset")
     question_column: Text | None = key(None, "question column; null: question, problem or prompt")
@@ -149,7 +149,7 @@ class DataSection(Section):
             try:
                 check_reward(reward)
             except ValueError as error:
-                raise refusal(str(error), f"known: {REWARDS}") from error
+                raise refusal(str(error), f"known: {', '.join(REWARDS)}") from error
         return reward
 
 
@@ -263,7 +263,7 @@ def absolute_path(section: str, name: str, value: Any, base: Path) -> Any:
         return value
     key = f"{section}.{name}"
     if key == "data.reward" and "python:" in value:
-        from empg_lite.rewards.spec import with_absolute_file
+        from empg_lite.rewards import with_absolute_file
 
         return with_absolute_file(value, base)
     if key == "model.name":

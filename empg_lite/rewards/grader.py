@@ -1,4 +1,4 @@
-"""The grader: runs rewards by their spec, cheap answers at once, the rest in processes that can be killed."""
+"""The grader: decides cheap answers at once and the rest in processes that can be killed."""
 
 from __future__ import annotations
 
@@ -6,50 +6,38 @@ import json
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from functools import lru_cache, partial
+from functools import partial
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from empg_lite.core.errors import GraderUnusable
 from empg_lite.core.rationale import FAILURES
-from empg_lite.rewards.functions import ALGEBRA, MAX_TEXT, Outcome, Question, Reward, reward_of
-from empg_lite.rewards.math.extract import extract
-from empg_lite.rewards.self_test import self_test
+from empg_lite.rewards.kind import ALGEBRA, MAX_TEXT, Case, Outcome, Verdict, WorkerRequest
+from empg_lite.rewards.kinds.python import UserCode, python_ref, refuse_code
+from empg_lite.rewards.math import extract
 from empg_lite.rewards.spec import Part, Spec, parse_spec
-from empg_lite.rewards.verdict import Case, Verdict
 from empg_lite.rewards.worker.pool import Reply, WorkerPool
-from empg_lite.rewards.worker.usercode import UserCode, refuse_code, worker_setup
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 _BOXED_RULES = frozenset({"boxed", "hash"})
-
-
-class _Rule(NamedTuple):
-    """A spec, ready to be applied."""
-
-    spec: Spec
-    reward: Reward
-
-
-@lru_cache(maxsize=64)
-def _rule(text: str) -> _Rule:
-    spec = parse_spec(text)
-    return _Rule(spec, reward_of(spec.correctness))
 
 
 class Grader:
     """Grades predictions; a context manager that owns the worker processes.
 
-    Plain answers are decided here. Workers start when the first answer needs one: algebra and regular
-    expressions, a Reasoning Gym task's scorer, and the user's own function each have processes of their own.
-    Usable from any thread, several at once.
+    Plain answers are decided in this process. Workers start when an answer first needs one: algebra and
+    regular expressions share a pool, each Reasoning Gym task and the user's function have their own.
+    Thread-safe.
 
     Args:
-        workers: processes at most, of each kind.
-        time_limit: wall-clock seconds one answer may take in a worker.
-        memory_limit: bytes of address space of a worker; of a scorer or a function, beyond what loading took.
-        code: the user's function, where it may run.
+        workers: maximum number of processes per pool.
+        time_limit: wall-clock seconds that one answer may take in a worker.
+        memory_limit: address space of a worker in bytes; for a scorer or a function, in addition to what
+            loading it took.
+        code: the user's function, if it may run.
     """
 
     def __init__(
@@ -93,7 +81,7 @@ class Grader:
         """Verdicts, in order.
 
         Raises:
-            ValueError: ``spec`` names no reward.
+            ValueError: ``spec`` is invalid.
             UsageError: ``spec`` is a function that this grader was not given.
             GraderUnusable: workers are needed and do not start.
         """
@@ -101,32 +89,35 @@ class Grader:
         return [future.result() for future in futures]
 
     def submit(self, spec: str, case: Case | tuple[str, str, str | None]) -> Future[Verdict]:
-        """One verdict, later: the cheap is decided before this returns, the rest while the caller goes on.
+        """A verdict in the future. A cheap one is done when this returns; a worker decides the others.
 
         Raises:
-            ValueError: ``spec`` names no reward.
+            ValueError: ``spec`` is invalid.
             UsageError: ``spec`` is a function that this grader was not given.
             GraderUnusable: the grader is closed. The future raises it where workers do not start.
         """
-        rule, case = _rule(spec), Case(*case)
-        self._check_code(rule.spec)
+        parsed, case = parse_spec(spec), Case(*case)
+        self._check_code(parsed)
         start = time.perf_counter()
-        outcome = Outcome("too_long") if len(case.prediction) > MAX_TEXT else rule.reward(case)
+        if len(case.prediction) > MAX_TEXT:
+            outcome: Outcome | WorkerRequest = Outcome("too_long")
+        else:
+            outcome = parsed.kind.grade(case, parsed.correctness.argument)
         verdict: Future[Verdict] = Future()
         if isinstance(outcome, Outcome):
-            verdict.set_result(_verdict(rule.spec, case, outcome, time.perf_counter() - start))
+            verdict.set_result(_verdict(parsed, case, outcome, time.perf_counter() - start))
             return verdict
-        question, seconds = outcome, time.perf_counter() - start
+        request, seconds = outcome, time.perf_counter() - start
 
         def finish(replied: Future[Reply]) -> None:
-            try:  # whatever goes wrong here belongs to whoever waits
+            try:  # an error in here belongs to whoever waits for the verdict
                 reply = replied.result()
-                found = _outcome(question, reply)
-                verdict.set_result(_verdict(rule.spec, case, found, seconds + reply.seconds))
+                found = _outcome(request, reply)
+                verdict.set_result(_verdict(parsed, case, found, seconds + reply.seconds))
             except BaseException as error:
                 verdict.set_exception(error)
 
-        self._pool_for(question.setup).submit(question.request).add_done_callback(finish)
+        self._pool_for(request.setup).submit(request.request).add_done_callback(finish)
         return verdict
 
     def _pool_for(self, setup: Mapping[str, Any]) -> WorkerPool:
@@ -136,13 +127,13 @@ class Grader:
             if key not in self._pools:
                 if self._closed:
                     raise GraderUnusable("the grader is closed")
-                code = worker_setup(self._code) if self._code and setup["kind"] == "python" else {}
+                code = self._code.worker_setup() if self._code and setup["kind"] == "python" else {}
                 self._pools[key] = self._new_pool(setup={**setup, **code})
             return self._pools[key]
 
     def _check_code(self, spec: Spec) -> None:
-        """The function asked for is the one that was allowed, to the byte."""
-        ref = spec.python
+        """Raise unless the function in ``spec`` is, byte for byte, the one that was allowed."""
+        ref = python_ref(spec)
         if ref is None:
             return
         given = self._code.ref if self._code else None
@@ -152,26 +143,24 @@ class Grader:
             raise GraderUnusable(f"another file is loaded, sha256 {given.sha256}", f"reward {spec}")
 
     def self_test(self, spec: str) -> None:
-        """Grade answers whose verdict is known, before anything depends on it.
+        """Grade answers whose verdict is known, before anything depends on the grader.
 
         Raises:
-            ValueError: ``spec`` names no reward.
+            ValueError: ``spec`` is invalid.
             UsageError: ``spec`` is a function that this grader was not given.
             GraderUnusable: a verdict is wrong, or a worker does not start; it names what failed.
         """
-        rule = _rule(spec)
-        self._check_code(rule.spec)
-
-        def ask(setup: Mapping[str, Any], request: Mapping[str, Any]) -> Reply:
-            return self._pool_for(setup).submit(request).result()
-
-        self_test(rule.spec, self.grade_many, ask)
+        parsed = parse_spec(spec)
+        self._check_code(parsed)
+        parsed.kind.self_test(
+            self.grade_many, lambda setup, request: self._pool_for(setup).submit(request).result()
+        )
 
 
-def _outcome(question: Question, reply: Reply) -> Outcome:
+def _outcome(request: WorkerRequest, reply: Reply) -> Outcome:
     if reply.failure is None:
-        return question.read(reply.result)
-    return Outcome(reply.failure, question.answer, error=reply.error)
+        return request.read(reply.result)
+    return Outcome(reply.failure, request.answer, error=reply.error)
 
 
 def _verdict(spec: Spec, case: Case, outcome: Outcome, seconds: float) -> Verdict:
@@ -190,7 +179,7 @@ def _verdict(spec: Spec, case: Case, outcome: Outcome, seconds: float) -> Verdic
 
 
 def _combine(spec: Spec, case: Case, outcome: Outcome) -> tuple[float, dict[str, float]]:
-    """The reward and its named parts; a failure of the grader has neither."""
+    """The reward and its named terms; 0 and none where the grader failed."""
     if outcome.reason in FAILURES:
         return 0.0, {}
     if not spec.shaping and not outcome.terms:
@@ -204,7 +193,7 @@ def _shaping(part: Part, case: Case, outcome: Outcome) -> float:
     """A shaping term, in [0, 1]."""
     if part.name == "concise":
         return min(1.0, int(part.argument) / max(1, len(case.prediction)))
-    answer = (
-        outcome.answer if outcome.answer and outcome.answer.rule != "pattern" else extract(case.prediction)
-    )
+    answer = outcome.answer
+    if answer is None or answer.rule == "pattern":
+        answer = extract(case.prediction)
     return 1.0 if answer and answer.rule in _BOXED_RULES else 0.5

@@ -1,35 +1,40 @@
-"""The middle of the E-step: give rationales their rewards. No model, no torch.
+"""Scoring, the middle of the E-step: rationales get their rewards. Needs neither a model nor torch.
 
-``train`` scores while it samples; ``score`` does it to a file, on any machine, at any time.
+``train`` scores while it samples; ``score`` scores a file, on any machine, at any time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from empg_lite.core.control import stop_point
-from empg_lite.core.rationale import Rationale
-from empg_lite.rewards import Case, Grader, Verdict
+from empg_lite.rewards.kind import Case, Verdict
 
-#: What identifies a completion for the purpose of not grading it twice.
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from concurrent.futures import Future
+
+    from empg_lite.core.rationale import Rationale
+    from empg_lite.rewards.grader import Grader
+
+#: (problem ID, completion): what identifies a graded completion.
 VerdictKey = tuple[str, str]
 
 
 class Scorer:
     """Grades rationales while others are still being sampled.
 
-    A plain answer is graded in the time it takes to read it, anything else in the grader's processes: what is
-    left when the last sample ends is short. A truncated rationale is wrong without being read.
+    Plain answers are graded at once, the others in the grader's processes, so little is left to do when the
+    last sample ends. A truncated rationale is wrong without being read.
 
     Args:
-        reward: the reward's name, as in a recipe's ``data.reward``.
-        known: verdicts given before, by (problem id, completion): they are not given again.
-        on_done: told of each rationale handed over (progress).
+        reward: the reward, as in a recipe's ``data.reward``.
+        known: earlier verdicts, which are reused.
+        on_done: called with 1 for each submitted rationale (progress).
 
     Attributes:
-        error: what the last grader failure said, where it said anything.
+        error: message of the last grader failure, if it had one.
     """
 
     def __init__(
@@ -44,7 +49,7 @@ class Scorer:
         self.error: str | None = None
 
     def submit(self, r: Rationale) -> None:
-        """Begin to grade a rationale.
+        """Start grading a rationale.
 
         Raises:
             GraderUnusable: the grader cannot start.
@@ -57,7 +62,7 @@ class Scorer:
             self._on_done(1)
 
     def scored(self, rationales: Sequence[Rationale]) -> list[Rationale]:
-        """The rationales with their verdicts, in order; waits for those that are still out.
+        """The rationales with their verdicts, in order; waits for pending ones.
 
         Raises:
             GraderUnusable: the grader cannot start.
@@ -87,5 +92,5 @@ class Scorer:
 
 
 def score(rationales: Sequence[Rationale], grader: Grader, reward: str) -> list[Rationale]:
-    """Grade rationales that are all there. See ``Scorer``."""
+    """Grade complete rationales; see ``Scorer``."""
     return Scorer(grader, reward).scored(rationales)

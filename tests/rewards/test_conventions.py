@@ -10,7 +10,7 @@ import pytest
 
 from empg_lite.rewards import Grader
 from empg_lite.rewards.explain import explain
-from empg_lite.rewards.math.extract import RULES, extract
+from empg_lite.rewards.math.extraction import RULES, extract
 
 PAGE = Path(__file__).parents[2] / "docs" / "grading.md"
 
@@ -116,7 +116,7 @@ STEPS = [
     (r"2\sqrt{3}", r"\boxed{\sqrt{12}}", "left to algebra in the worker"),
     (r"\text{red}", r"\boxed{blue}", "not equal (words)"),
     (r"3", r"\boxed{3} or \boxed{4}", "joined by 'or'"),
-    (r"3", r"maybe \boxed{3}", "does not commit itself"),
+    (r"3", r"maybe \boxed{3}", "does not commit to one"),
     (r"C", r"\boxed{(D) 12}", "letters of a choice"),
     (r"101_2", r"\boxed{5}", "numerals of a base"),
     (r"3:2", r"\boxed{2:3}", "not equal (ratios)"),
@@ -147,4 +147,4 @@ def test_steps_of_the_other_rewards(grader: Grader) -> None:
         spec, "18", "it is certainly 18 eggs", verdict=grader.grade(spec, "18", "it is certainly 18 eggs")
     )
     assert steps[-2] == "multiplied its terms: correct 1 * concise 0.87 * boxed 0.5"
-    assert explain("math", "5", "x" * 300_000) == ["a text of over 200000 characters is not read"]
+    assert explain("math", "5", "x" * 300_000) == ["a text over 200000 characters is not read"]

@@ -15,11 +15,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from empg_lite.rewards import Grader, check_reward, reward_names
+from empg_lite.rewards import Grader, check_reward
 from empg_lite.rewards.math.compare import asks_percentage, cheap_leaf, compare
 from empg_lite.rewards.math.exact import read_exact
-from empg_lite.rewards.math.extract import extract
+from empg_lite.rewards.math.extraction import extract
 from empg_lite.rewards.math.normalize import normalize
+from empg_lite.rewards.registry import NAMES
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_any_text_is_read_without_a_fault(text: str) -> None:
 
 
 def test_reward_names_and_specs() -> None:
-    assert reward_names() == ("gsm8k", "math", "exact", "choice", "gym", "python", "regex")
+    assert NAMES == ("gsm8k", "math", "exact", "choice", "gym", "python", "regex")
     for spec in ("gsm8k", "math", "exact", r"regex:answer: (\d+)"):
         check_reward(spec)
     for spec, message in {

@@ -1,1 +1,31 @@
-"""Whether two answers are equal."""
+"""The mathematics of grading: finding an answer in a text, and deciding whether two answers are the same.
+
+The rest of the package uses only what this file exports; the algebra worker also uses ``symbolic``, which
+needs sympy. Names are imported on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from empg_lite.rewards.math.compare import Pair
+    from empg_lite.rewards.math.extraction import Answer, extract
+    from empg_lite.rewards.math.steps import comparison_steps, quoted, reading_steps
+    from empg_lite.rewards.math.votes import ballot
+
+__all__ = ["Answer", "Pair", "ballot", "comparison_steps", "extract", "quoted", "reading_steps"]
+_HOMES = {
+    "compare": ("Pair",),
+    "extraction": ("Answer", "extract"),
+    "steps": ("comparison_steps", "quoted", "reading_steps"),
+    "votes": ("ballot",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

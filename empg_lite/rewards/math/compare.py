@@ -11,8 +11,10 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from typing import NamedTuple
 
 from empg_lite.rewards.math.exact import read_exact
+from empg_lite.rewards.math.normalize import normalize
 from empg_lite.rewards.math.real_line import read_conditions
 from empg_lite.rewards.math.shapes import Shape, as_intervals, parse_shape
 from empg_lite.rewards.math.units import strip_units
@@ -321,3 +323,30 @@ def compare(gold: str, prediction: str, leaf: Leaf) -> bool | None:
     if _squeezed(gold) == _squeezed(prediction):
         return True
     return same(read_shape(gold), read_shape(prediction), leaf)
+
+
+class Pair(NamedTuple):
+    """Two answers, each in its normalized spelling.
+
+    Attributes:
+        percent: the problem asks for a percentage, so that 20% answers 20.
+    """
+
+    gold: str
+    prediction: str
+    percent: bool = False
+
+    @classmethod
+    def of(cls, gold: str, prediction: str, question: str | None = None) -> Pair:
+        """Normalize both; ``question`` is the problem's text."""
+        normalized = normalize(prediction)
+        return cls(normalize(gold), normalized, "%" in normalized and asks_percentage(question))
+
+    @property
+    def blank(self) -> bool:
+        """True where the prediction says nothing: no letter, digit or symbol, "nan", a bare infinity."""
+        return is_empty(self.prediction)
+
+    def equal(self, leaf: Leaf | None = None) -> bool | None:
+        """Whether they mean the same; None where ``leaf``, by default without algebra, cannot decide."""
+        return compare(self.gold, self.prediction, leaf or cheap_leaf(self.percent))

@@ -21,7 +21,7 @@ from latex2sympy2_extended.math_normalization import NormalizationConfig, normal
 from math_verify import verify
 from sympy.core.function import AppliedUndef  # type: ignore[import-untyped]
 
-from empg_lite.rewards.math.compare import Leaf, cheap_leaf
+from empg_lite.rewards.math.compare import Leaf, Pair, cheap_leaf
 from empg_lite.rewards.math.shapes import Shape
 from empg_lite.rewards.math.units import strip_units
 
@@ -220,3 +220,13 @@ def symbolic_leaf(percent_asked: bool) -> Leaf:
         return bool(verify(parse(gold.source), parse(prediction.source), timeout_seconds=None))
 
     return leaf
+
+
+def decide(pair: Pair) -> bool:
+    """Whether two answers mean the same, by algebra.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError, RecursionError, ArithmeticError: one is not mathematics,
+            has no value, or one that is too large: the ways in which sympy says so.
+    """
+    return bool(pair.equal(symbolic_leaf(pair.percent)))

@@ -1,7 +1,11 @@
-"""Reasoning Gym inside a worker: making a task's entries, and asking the task's own scorer.
+"""Reasoning Gym inside a worker: makes a task's entries and asks the task's own scorer.
 
-Some scorers hand the answer to Python's evaluator, directly or by sympy's parser, and the answer is a model's
-text. Here the evaluator sees no more than literals, arithmetic and the functions of a calculator.
+``{"op": "entry", "index"}`` -> ``{"entry": {...}}`` or ``{"refused": why, "altogether": bool}``,
+``{"op": "score", "answer", "gold", "question", "metadata"}`` -> ``{"score": number}`` or
+``{"unreadable": why}``.
+
+Some scorers pass the answer, which is a model's text, to Python's evaluator, directly or through sympy's
+parser. In here the evaluator accepts only literals, arithmetic and the functions of a calculator.
 """
 
 from __future__ import annotations
@@ -17,7 +21,9 @@ from typing import Any
 
 import numpy
 
-#: An answer that is right nowhere.
+from empg_lite.rewards.worker.main import Answer, Broken
+
+#: An answer that no task should accept.
 NONSENSE = "qwrtp zxcvb"
 _SAFE_NODES = (
     ast.Expression,
@@ -31,15 +37,17 @@ _SAFE_NODES = (
     ast.UnaryOp,
     ast.unaryop,
 )
-#: What may be called: sympy's numbers and symbols, and elementary functions.
+#: Functions that may be called: sympy's numbers and symbols, and elementary functions.
 _SAFE_CALLS = frozenset(
     "Symbol Integer Float Rational Abs sqrt cbrt exp log ln factorial sin cos tan sec csc cot asin acos atan "
     "sinh cosh tanh asinh acosh atanh erf erfi Ei Si Ci li gamma Integral".split()
 )
 
 
-class TaskUnusable(Exception):
-    """A task cannot be used: what is wrong, and what to do."""
+def load(setup: Mapping[str, Any]) -> Answer:
+    """The task of ``{"task", "params"}``, with ``seed`` and ``size`` where entries are to be made."""
+    task = Task(setup["task"], setup["params"], setup.get("seed", 0), setup.get("size", 1))
+    return lambda request: task.entry(request["index"]) if request["op"] == "entry" else task.score(request)
 
 
 class Task:
@@ -47,35 +55,34 @@ class Task:
 
     Args:
         name, params: as Reasoning Gym's ``create_dataset`` takes them.
-        seed, size: of the entries to make; a scorer alone needs neither.
+        seed, size: of the entries to make; the scorer needs neither.
 
     Raises:
-        TaskUnusable: Reasoning Gym is not installed, or knows no such task or parameters.
+        Broken: Reasoning Gym is not installed, or knows no such task or parameters.
     """
 
     def __init__(self, name: str, params: Mapping[str, Any], seed: int = 0, size: int = 1) -> None:
+        where = f"gym:{name}"
         try:
             from reasoning_gym.factory import DATASETS, create_dataset
         except ImportError as error:
-            raise TaskUnusable(
-                f"Reasoning Gym is not installed ({error})", "pip install 'empg-lite[gym]'"
-            ) from None
+            what = f"Reasoning Gym is not installed ({error})"
+            raise Broken(what, where, "pip install 'empg-lite[gym]'") from None
         if name not in DATASETS:
             close = difflib.get_close_matches(name, sorted(DATASETS), n=3)
             hint = f"did you mean {' or '.join(close)}?" if close else "docs/rewards.md lists them"
-            raise TaskUnusable(f"Reasoning Gym has no task {name!r}", hint)
+            raise Broken(f"Reasoning Gym has no task {name!r}", where, hint)
         try:
             self._dataset = create_dataset(name, seed=seed, size=size, **params)
         except Exception as error:  # whatever a task's own validation raises
             text = " ".join(str(error).split()) or type(error).__name__
-            raise TaskUnusable(
-                f"the task {name} refuses its parameters: {text}", "see the task's configuration"
-            ) from None
+            what = f"the task {name} refuses its parameters: {text}"
+            raise Broken(what, where, "see the task's configuration") from None
 
     def entry(self, index: int) -> dict[str, Any]:
         """Entry ``index`` as JSON, or why it cannot be used: ``{"entry": ...}`` or ``{"refused": why}``.
 
-        ``altogether`` beside ``refused`` says that the task is of no use, whatever its other entries are.
+        ``altogether`` in addition to ``refused`` means that the whole task is unusable.
         """
         random.seed(index)  # some tasks draw from the shared generators too
         numpy.random.seed(index)
@@ -96,7 +103,7 @@ class Task:
         return {"entry": entry}
 
     def score(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The task's own verdict on an answer, in [0, 1], or why it cannot read it."""
+        """The task's own score for an answer, in [0, 1], or why it cannot read the answer."""
         entry = {"question": request["question"], "answer": request["gold"], "metadata": request["metadata"]}
         try:
             score = self._score(request["answer"], entry)
@@ -104,7 +111,7 @@ class Task:
             raise
         except Exception as error:
             if self._score(entry["answer"], entry) != 1.0:
-                raise  # it cannot read the right answer either: not the answer's fault
+                raise  # it cannot read the right answer either, so the answer is not at fault
             return {"unreadable": f"{type(error).__name__}: {error}"[:300]}
         if not 0.0 <= score <= 1.0:
             return {"error": f"the task's scorer returned {score!r}, which is outside [0, 1]"}
@@ -114,14 +121,10 @@ class Task:
         with guarded_evaluator():
             return float(self._dataset.score_answer(answer, entry))
 
-    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The reply to one request."""
-        return self.entry(request["index"]) if request["op"] == "entry" else self.score(request)
-
 
 @contextmanager
 def guarded_evaluator() -> Iterator[None]:
-    """Python's evaluator refuses, in here, what is more than a calculator's input."""
+    """Within this context Python's evaluator refuses everything but a calculator's input."""
     evaluate = builtins.eval
 
     def guarded(source: object, *namespaces: Any) -> Any:

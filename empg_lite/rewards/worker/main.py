@@ -1,23 +1,13 @@
 """The grading worker: one process that can be killed at any instant.
 
-Reads one JSON message a line on stdin and answers with one JSON line on stdout. It has no clock of its
-own: the parent keeps the time and kills. What it does see to is that it dies with its parent, ignores
-Ctrl-C, and cannot take more memory or processor time than it was given.
+Reads one JSON message per line on stdin and answers each with one JSON line on stdout. It keeps no time: the
+parent does, and kills. It sees to it that it dies with its parent, ignores Ctrl-C, and cannot take more
+memory or processor time than it was given.
 
-The first message says what to load; the reply is ``{"ready": true}``, or ``{"broken": {"what", "where",
-"todo"}}``. What is asked then, and what is answered, depends on the kind:
-
-* ``{"kind": "algebra"}``:
-  ``{"op": "equal", "gold", "prediction", "percent"}`` -> ``{"equal": bool}`` or ``{"unparsable": why}``,
-  ``{"op": "regex", "pattern", "text"}`` -> ``{"match": null | {"group": str | null}}``.
-* ``{"kind": "gym", "task", "params", "seed", "size"}``:
-  ``{"op": "entry", "index"}`` -> ``{"entry": {...}}`` or ``{"refused": why, "altogether": bool}``,
-  ``{"op": "score", "answer", "gold", "question", "metadata"}`` -> ``{"score": number}`` or
-  ``{"unreadable": why}``.
-* ``{"kind": "python", "path", "function", "source"}``:
-  ``{"op": "call", "completion", "gold", "question", "meta"}`` -> ``{"terms": {name: number}}``.
-* any: ``{"op": "ping"}`` -> ``{}``; and any reply may be ``{"error": why}``, or ``{"memory": true}``, after
-  which the worker ends.
+The first message is the setup; its ``kind`` names the module in this folder whose ``load(setup)`` returns
+the function that answers requests. The reply is ``{"ready": true}`` or ``{"broken": {"what", "where",
+"todo"}}``. Then each module documents its own requests, and every one answers ``{"op": "ping"}`` with
+``{}``. Any reply may be ``{"error": why}``, or ``{"memory": true}``, after which the worker ends.
 """
 
 from __future__ import annotations
@@ -26,22 +16,27 @@ import ctypes
 import json
 import math
 import os
-import re
 import resource
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
-#: Copies of the worker that one request may make.
+#: How often one request may fork the worker.
 _MAX_FORKS = 8
 
+#: What a module's ``load`` returns: request -> reply.
 Answer = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
+class Broken(Exception):
+    """The setup cannot be loaded: (what, where, what to do)."""
+
+
 def _die_with_parent(parent: int) -> None:
-    """On Linux the kernel kills us with the thread that started us; elsewhere end of input must do."""
+    """On Linux the kernel kills us with the thread that started us; elsewhere we end with our input."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -54,81 +49,13 @@ def _limit(which: int, soft: int) -> None:
 
 
 def _limit_cpu(seconds: float) -> None:
-    """Allow the next request ``seconds`` of processor time: for a parent that is itself stopped."""
+    """Allow the next request ``seconds`` of processor time, in case the parent itself is stopped."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     _limit(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime + seconds) + 1)
 
 
-def _equal(request: Mapping[str, Any]) -> dict[str, Any]:
-    from empg_lite.rewards.math.compare import compare
-    from empg_lite.rewards.math.symbolic import symbolic_leaf
-
-    leaf = symbolic_leaf(request["percent"])
-    try:
-        return {"equal": bool(compare(request["gold"], request["prediction"], leaf))}
-    # Not mathematics, no value, or one too large: sympy says it in these ways. The warm-up has shown that
-    # the grader itself works, so the answer is at fault: a verdict, which no policy can dodge by it.
-    except (ValueError, TypeError, NotImplementedError, RecursionError, ArithmeticError) as error:
-        return {"unparsable": f"{type(error).__name__}: {error}"[:300]}
-
-
-def _regex(request: Mapping[str, Any]) -> dict[str, Any]:
-    pattern = re.compile(request["pattern"])
-    if not pattern.groups:
-        return {"match": {"group": None} if pattern.search(request["text"]) else None}
-    groups = [match.group(1) for match in pattern.finditer(request["text"])]
-    return {"match": {"group": groups[-1]} if groups else None}
-
-
-def _algebra(request: Mapping[str, Any]) -> dict[str, Any]:
-    return {"equal": _equal, "regex": _regex}[request["op"]](request)
-
-
-def _warm_up() -> None:
-    """Import and run what the first request would otherwise wait for."""
-    for gold, prediction in (
-        (r"3\sqrt{5}", r"\sqrt{45}"),
-        (r"\frac{x^2}{2}+1", r"(x^2+2)/2"),
-        ("2x+y=1", "y=1-2x"),
-        (r"\mathbb{R}\setminus\{1\}", r"(-\infty,1)\cup(1,\infty)"),
-    ):
-        assert _equal({"gold": gold, "prediction": prediction, "percent": False}) == {"equal": True}, gold
-
-
-class _Broken(Exception):
-    """What was to be loaded cannot be: what, where, what to do."""
-
-
-def _load(setup: Mapping[str, Any]) -> Answer:
-    """Everything that takes long, before any clock runs.
-
-    Raises:
-        _Broken: with what the parent should say.
-    """
-    if setup["kind"] == "algebra":
-        _warm_up()
-        return _algebra
-    if setup["kind"] == "gym":
-        from empg_lite.rewards.worker.gym import Task, TaskUnusable
-
-        try:
-            task = Task(setup["task"], setup["params"], setup.get("seed", 0), setup.get("size", 1))
-        except TaskUnusable as error:
-            raise _Broken(error.args[0], f"gym:{setup['task']}", error.args[1]) from None
-        return task.answer
-    from empg_lite.rewards.worker.usercode import call_function, describe, load_function
-
-    path = setup["path"]
-    try:
-        function = load_function(setup)
-    except BaseException as error:  # SystemExit too
-        todo = "repair it; `empg-lite grade --reward python:FILE.py --allow-code` tries it alone"
-        raise _Broken(f"the reward file cannot be loaded: {describe(error, path)}", path, todo) from None
-    return lambda request: call_function(function, request, path)
-
-
 def _address_space() -> int:
-    """Bytes that the process has mapped; 0 where the system does not say."""
+    """Bytes that the process has mapped; 0 where the system does not tell."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[0]) * resource.getpagesize()
@@ -137,7 +64,7 @@ def _address_space() -> int:
 
 
 class _Pipes:
-    """The protocol's own two descriptors, which neither a stray print nor a forked copy of us can reach."""
+    """Private copies of stdin and stdout, which neither a stray print nor a forked copy of us can reach."""
 
     def __init__(self) -> None:
         self._requests, self._replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
@@ -148,7 +75,7 @@ class _Pipes:
         os.register_at_fork(before=self._before_fork, after_in_child=self._in_child)
 
     def receive(self) -> bytes:
-        """The next message; empty at the end. A copy of us that comes here ends."""
+        """The next message; empty at the end. A forked copy of us that gets here exits."""
         if os.getpid() != self._pid:
             os._exit(1)
         self._forks = 0
@@ -161,7 +88,7 @@ class _Pipes:
         self._replies.flush()
 
     def _before_fork(self) -> None:
-        """Copies that copy themselves are stopped before the machine stops: all of them, and us."""
+        """Stop a fork bomb: kill all copies, and ourselves."""
         self._forks += 1
         if self._forks > _MAX_FORKS:
             os.killpg(0, signal.SIGKILL)
@@ -179,11 +106,11 @@ def main() -> None:
     pipes = _Pipes()
     setup = json.loads(pipes.receive())
     try:
-        answer = _load(setup)
-    except _Broken as broken:
+        answer: Answer = import_module(f"empg_lite.rewards.worker.{setup['kind']}").load(setup)
+    except Broken as broken:
         pipes.send({"broken": dict(zip(("what", "where", "todo"), broken.args, strict=True))})
         return
-    # A scorer's or a user's libraries may have mapped gigabytes before the first question.
+    # The libraries of a scorer or a user may have mapped gigabytes before the first request.
     taken = 0 if setup["kind"] == "algebra" else _address_space()
     _limit(resource.RLIMIT_AS, memory_limit + taken)
     _limit(resource.RLIMIT_CORE, 0)
@@ -200,10 +127,6 @@ def main() -> None:
             reply = {} if request["op"] == "ping" else answer(request)
         except MemoryError:
             reply = {"memory": True}
-        except Exception as error:  # a fault of ours or of a library's: reported, counted as a crash
+        except Exception as error:  # a bug of ours or of a library: reported and counted as a crash
             reply = {"error": f"{type(error).__name__}: {error}"[:300]}
         pipes.send(reply)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,13 +1,12 @@
 """A small pool of grading workers that the parent owns, times and kills.
 
-Each worker is served by one thread for as long as the pool lives. That thread starts it (the kernel then
-kills the worker with the thread, so with us), hands it one request at a time, and kills and replaces it
-when the clock runs out. Nothing here uses signals or timers, so any thread may call.
+One thread serves each worker for as long as the pool lives. It starts the worker (the kernel then kills the
+worker together with the thread, hence with us), sends it one request at a time, and kills and replaces it
+when time runs out. Nothing here uses signals or timers, so any thread may call.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import queue
@@ -23,10 +22,10 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from empg_lite.core.errors import GraderUnusable
+from empg_lite.rewards.kind import ALGEBRA
 
 #: Importing sympy takes half a second on an idle machine.
 _START_SECONDS = 60.0
@@ -46,9 +45,9 @@ main()
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a worker answered, or how it failed (``timeout``, ``memory``, ``crash``), and after how long.
+    """A worker's answer, or how it failed (``timeout``, ``memory``, ``crash``), and after how long.
 
-    ``error`` is what a crash said.
+    ``error`` is the message of a crash.
     """
 
     result: Mapping[str, Any]
@@ -74,23 +73,14 @@ class _StartFailed(Exception):
 class _Worker:
     """One child process and the two pipes to it."""
 
-    def __init__(self, time_limit: float, memory_limit: int, setup: bytes) -> None:
+    def __init__(self, time_limit: float, memory_limit: int, setup: Mapping[str, Any]) -> None:
         self._setup = setup
         root = str(Path(__file__).resolve().parents[2])
         self.complaints = tempfile.TemporaryFile()
-        # -P: the folder one happens to stand in must not shadow sympy. A session of its own: the
-        # terminal's Ctrl-C is for the parent.
+        limits = [str(os.getpid()), str(time_limit), str(memory_limit)]
+        # -P: the current folder must not shadow sympy. New session: the terminal's Ctrl-C is for the parent.
         self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-c",
-                _BOOTSTRAP,
-                root,
-                str(os.getpid()),
-                str(time_limit),
-                str(memory_limit),
-            ],
+            [sys.executable, "-P", "-c", _BOOTSTRAP, root, *limits],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.complaints,
@@ -110,16 +100,16 @@ class _Worker:
 
         Raises:
             _StartFailed: it ended.
-            GraderUnusable: what it was to load is broken or takes for ever; a second try would not help.
+            GraderUnusable: its setup is broken or takes forever; a second try would not help.
         """
         if self.ready:
             return
         deadline = time.monotonic() + _START_SECONDS
-        line = self._receive(self._setup, deadline)
+        line = self._receive(_line(self._setup), deadline)
         said = _object(line)
         if line is not None and said is None:
             self.kill()
-            raise _StartFailed("it did not speak the workers' language")
+            raise _StartFailed("it sent something other than a JSON object")
         if said is not None and (broken := said.get("broken")):
             self.kill()
             raise GraderUnusable(broken["what"], broken["where"], broken["todo"])
@@ -127,7 +117,7 @@ class _Worker:
             self.kill()
             raise GraderUnusable(f"the grading worker is not ready after {_START_SECONDS:g} s", "", _TODO)
         if line is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):  # it has closed its pipe and is ending
+            with suppress(subprocess.TimeoutExpired):  # it has closed its pipe and is ending
                 self.process.wait(_START_SECONDS)
             self.complaints.seek(0)
             lines = self.complaints.read()[-4000:].decode(errors="replace").strip().splitlines()
@@ -136,15 +126,15 @@ class _Worker:
         self.ready = True
 
     def ask(self, request: bytes, limit: float) -> Reply:
-        """One request, one reply; the process is dead afterwards unless it answered in time."""
+        """Send one request and wait for its reply; unless it came in time, the process is dead afterwards."""
         start = time.monotonic()
         line = self._receive(request, start + limit)
         seconds = time.monotonic() - start
         if line is not None:
             result = _object(line)
-            if result is None:  # not one object on one line: no later reply can be trusted
+            if result is None:  # no later reply can be trusted
                 self.kill()
-                return Reply({}, "crash", seconds, "the worker did not speak its language")
+                return Reply({}, "crash", seconds, "the worker sent something other than one JSON object")
             if not result.get("memory"):
                 error = result.get("error")
                 return Reply(result, "crash" if error is not None else None, seconds, error)
@@ -154,6 +144,8 @@ class _Worker:
         self.kill()
         if out_of_time or self.process.returncode == -signal.SIGXCPU:
             return Reply({}, "timeout", seconds)
+        if self._setup["kind"] == "algebra" and self.process.returncode == -signal.SIGABRT:
+            return Reply({}, "memory", seconds)  # GMP, which sympy computes with, aborts where malloc fails
         return Reply({}, "crash", seconds, f"the worker {self._how_it_ended()}")
 
     def _how_it_ended(self) -> str:
@@ -189,13 +181,13 @@ class _Worker:
         return self.process.poll() is None
 
     def kill_group(self) -> None:
-        """Send it and what it started the signal that nothing survives."""
-        if self.process.returncode is None:  # not reaped: its id, which is its group's, is still its own
+        """SIGKILL the worker and everything it started."""
+        if self.process.returncode is None:  # not reaped, so its process group id cannot have been reused
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
 
     def kill(self) -> None:
-        """End it now, and what it started; safe to call twice."""
+        """End the worker and everything it started; safe to call twice."""
         self.kill_group()
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout, self.complaints):
@@ -215,10 +207,10 @@ class WorkerPool:
     """Killable workers behind a queue.
 
     Args:
-        workers: processes at most; they start when there is work for them.
-        time_limit: wall-clock seconds a request may take.
-        memory_limit: bytes of address space of a worker.
-        setup: what a worker loads before its first request: ``worker.main`` has the kinds.
+        workers: maximum number of processes; they start when there is work for them.
+        time_limit: wall-clock seconds that a request may take.
+        memory_limit: address space of a worker in bytes.
+        setup: what a worker loads before its first request; see ``worker.main``.
     """
 
     def __init__(
@@ -227,9 +219,9 @@ class WorkerPool:
         workers: int,
         time_limit: float,
         memory_limit: int,
-        setup: Mapping[str, Any] = MappingProxyType({"kind": "algebra"}),
+        setup: Mapping[str, Any] = ALGEBRA,
     ) -> None:
-        self._setup = _line(dict(setup))
+        self._setup = dict(setup)
         self._workers, self._time_limit, self._memory_limit = workers, time_limit, memory_limit
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -239,7 +231,7 @@ class WorkerPool:
         self._broken: GraderUnusable | None = None
 
     def run(self, requests: Sequence[Mapping[str, Any]]) -> list[Reply]:
-        """Ask every request, in parallel; replies in order. From any thread.
+        """Send all requests, in parallel; replies in order. Thread-safe.
 
         Raises:
             GraderUnusable: workers cannot be started, or the pool was closed.
@@ -248,7 +240,7 @@ class WorkerPool:
         return [future.result() for future in futures]
 
     def submit(self, request: Mapping[str, Any]) -> Future[Reply]:
-        """Ask one request; the reply comes later. Callbacks of the future run in a thread of the pool.
+        """Send one request. Callbacks of the future run in a thread of the pool.
 
         Raises:
             GraderUnusable: the pool was closed. The future raises it where workers do not start.
@@ -275,7 +267,7 @@ class WorkerPool:
             thread.join()
 
     def _break(self, error: GraderUnusable) -> None:
-        """Refuse new work, fail what waits, kill what runs, send every thread home."""
+        """Refuse new work, fail waiting jobs, kill running workers, end every thread."""
         waiting = []
         with self._lock:
             self._broken = self._broken or error
@@ -283,12 +275,12 @@ class WorkerPool:
                 worker.kill_group()
             while not self._queue.empty():
                 waiting.append(self._queue.get_nowait())
-            # Again for every thread: what was just drained may have been another's word to go home.
+            # One for every thread, again: the drain may have taken another call's end markers.
             for _ in self._threads:
                 self._queue.put(None)
         for job in waiting:
             if job is not None:
-                job.future.set_exception(error)  # without the lock: whoever waits may call us
+                job.future.set_exception(error)  # without the lock: a callback may call us
 
     def _start_thread(self) -> None:
         index = len(self._threads)
@@ -297,10 +289,10 @@ class WorkerPool:
         thread.start()
 
     def _ready_worker(self, index: int) -> _Worker:
-        """This thread's worker, waiting for its imports; a new one where it ended.
+        """This thread's worker, ready for requests; a new one if the old one ended.
 
         Raises:
-            GraderUnusable: it does not start, several times over.
+            GraderUnusable: it failed to start several times.
         """
         failure = ""
         for _ in range(_START_ATTEMPTS):
@@ -322,7 +314,7 @@ class WorkerPool:
         job: _Job | None = None
         try:
             while True:
-                self._ready_worker(index)  # starts the replacement of a killed one before work comes
+                self._ready_worker(index)  # replaces a killed worker before there is work for it
                 job = self._queue.get()
                 if job is None:
                     break
@@ -331,7 +323,7 @@ class WorkerPool:
                     self._outstanding -= 1
                 job.future.set_result(reply)
                 job = None
-        except Exception as error:  # whatever it is, nobody may wait for ever for this thread
+        except Exception as error:  # nobody may wait forever for this thread
             unusable = error if isinstance(error, GraderUnusable) else GraderUnusable(str(error), todo=_TODO)
             if job is not None:
                 job.future.set_exception(unusable)

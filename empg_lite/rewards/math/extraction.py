@@ -26,18 +26,19 @@ from dataclasses import dataclass
 from empg_lite.rewards.math.exact import read_exact
 from empg_lite.rewards.math.normalize import normalize, restore_escapes
 
-RULES = (
-    "hash",
-    "final_answer_is",
-    "boxed",
-    "boxed_unclosed",
-    "answer_is",
-    "whole",
-    "values_are",
-    "last_math",
-    "last_number",
-    "pattern",
-)
+#: The rules by name, in words. ``pattern`` is that of the reward ``regex``.
+RULES = {
+    "hash": "the last line that begins with ####",
+    "final_answer_is": 'an explicit "final answer is", which wins over boxes before it',
+    "boxed": "the boxes of the last sentence that has one",
+    "boxed_unclosed": "the last box, never closed: read to the end of its line",
+    "answer_is": 'the last "answer is", "Answer:" or heading of that name',
+    "whole": "the text is nothing but an answer",
+    "values_are": 'all that the last "solutions are" lists',
+    "last_math": "a fallback: the last mathematics in the text",
+    "last_number": "a fallback: the last number in the text",
+    "pattern": "the last match of the pattern",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +189,7 @@ def last_sentence(text: str, boxes: list[_Box]) -> list[_Box]:
 
 
 def hedged(text: str, boxes: list[_Box]) -> bool:
-    """True where the sentence around the boxes does not commit itself."""
+    """True where the sentence around the boxes does not commit to one answer."""
     start = max(0, boxes[0].start - 400)
     for match in _SENTENCE_END.finditer(text, start, boxes[0].start):
         start = match.end()

@@ -1,18 +1,17 @@
-r"""Multiple choice: which letter a text means.
+r"""``choice``: the gold letter of a multiple-choice question.
 
 A letter is read from "B", "(B)", "B) 42", "Option B", ``\text{(B)}``; an answer without a letter counts as
-the one option of the question whose text it equals. Two letters are no answer.
+the letter of the only option in the question whose text it equals. Two letters are no answer.
 """
 
 from __future__ import annotations
 
 import re
 
-from empg_lite.rewards.math.compare import cheap_leaf, compare
-from empg_lite.rewards.math.extract import Answer, extract
-from empg_lite.rewards.math.normalize import normalize
+from empg_lite.rewards.kind import Case, Kind, Outcome
+from empg_lite.rewards.math import Answer, Pair, extract, quoted
 
-#: Rules by which the text itself points to its answer; the others are guesses at the last value.
+#: Rules by which the text itself announces its answer; the others guess at the last value.
 _POINTED = frozenset({"boxed", "boxed_unclosed", "hash", "answer_is", "final_answer_is"})
 _MAX = 2_000
 
@@ -40,7 +39,7 @@ def options_of(question: str) -> dict[str, str]:
     for label in _LABEL.finditer(question):
         letter = label[1] or label[2]
         if letter == "A":
-            found = [label]  # the list begins anew: an earlier A was a word of the question
+            found = [label]  # the list starts over: the earlier A was a word of the question
         elif found and letter == chr(ord("A") + len(found)):
             found.append(label)
     if len(found) < 2:
@@ -76,13 +75,13 @@ def read_letter(text: str, options: dict[str, str]) -> str | None:
 
 
 def read_choice(prediction: str, options: dict[str, str]) -> Answer | None:
-    """The letter that a prediction settles on, and the rule that found the text it stands in."""
+    """The letter that a prediction settles on, and the rule that found it."""
     answer = extract(prediction)
     if answer is not None and answer.rule in _POINTED:
         letter = read_letter(answer.text, options)
         return Answer(letter, answer.rule) if letter else None
     if answer is None and ("boxed" in prediction or "fbox" in prediction):
-        return None  # a box that does not commit itself
+        return None  # the box does not commit to one answer
     whole = prediction.strip()
     letter = read_letter(whole, options) if 0 < len(whole) <= _MAX else None
     if letter is not None:
@@ -115,12 +114,57 @@ def _by_text(text: str, options: dict[str, str]) -> str | None:
     """The option that the text equals, where exactly one does."""
     if not text or len(text) > _MAX:
         return None
-    read = normalize(text)
     same = [
         letter
         for letter, option in options.items()
-        if len(option) <= _MAX
-        and option
-        and compare(normalize(_unwrapped(option)), read, cheap_leaf(False)) is True
+        if option and len(option) <= _MAX and Pair.of(_unwrapped(option), text).equal()
     ]
     return same[0] if len(same) == 1 else None
+
+
+class Choice(Kind):
+    """Compares letters."""
+
+    name = "choice"
+    written = r"\boxed{{{}}}"
+    known_answers = (
+        ("B", "The answer is (B).", "equal"),
+        ("(B)", r"\boxed{B}", "equal"),
+        ("B", r"\boxed{C}", "different"),
+        ("B", r"\boxed{B \text{ or } C}", "no_answer"),
+    )
+
+    def grade(self, case: Case, argument: str) -> Outcome:
+        options = options_of(case.question or "")
+        gold = read_letter(case.gold, options)
+        if gold is None:
+            error = f"the gold answer {case.gold!r} is neither a letter A-J nor an option"
+            return Outcome("crash", error=error)
+        answer = read_choice(case.prediction, options)
+        if answer is None:
+            return Outcome("no_answer")
+        return Outcome("equal" if answer.text == gold else "different", answer)
+
+    def explain(self, case: Case, argument: str) -> list[str]:
+        options = options_of(case.question or "")
+        steps = [f"the question lists the options {', '.join(options)}"] if options else []
+        answer = read_choice(case.prediction, options)
+        if answer is None:
+            return [
+                *steps,
+                "no answer: the text settles neither on one letter nor on the text of one option",
+            ]
+        return [
+            *steps,
+            f"read the letter {answer.text} (rule {answer.rule})",
+            f"the gold answer is {quoted(case.gold)}",
+        ]
+
+    def unreadable_gold(self, gold: str, question: str) -> str | None:
+        outcome = self.grade(Case(gold, gold, question), "")
+        if outcome.reason == "no_answer":
+            return f"the choice reward reads no answer in {gold[:80]!r}"
+        return outcome.error
+
+
+KIND = Choice()

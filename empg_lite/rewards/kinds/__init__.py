@@ -1,0 +1,1 @@
+"""One file per kind of reward; ``registry.py`` lists them."""

@@ -1,0 +1,104 @@
+"""``math``: the answer means the same as the gold one, by algebra where needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from empg_lite.rewards.kind import Case, Kind, Outcome, WorkerRequest
+from empg_lite.rewards.math import Pair, comparison_steps, extract, quoted, reading_steps
+
+#: Longest answer that is compared as mathematics, in characters.
+MAX_ANSWER = 2_000
+
+
+class Math(Kind):
+    """Decides plain answers here and sends the rest to the algebra worker.
+
+    Attributes:
+        numeric: every answer is a number, so "the answer is ..." is read for its number.
+    """
+
+    name = "math"
+    written = r"\boxed{{{}}}"
+    numeric: ClassVar[bool] = False
+    known_answers = (
+        ("18", "so 18.\n#### 18", "equal"),
+        ("18", "so 17.\n#### 17", "different"),
+        ("1,234", r"The total is \boxed{1234}.", "equal"),
+        ("1234", r"\boxed{1,234}", "equal"),
+        ("-3", r"\boxed{3}", "different"),
+        ("-3", r"\boxed{-3}", "equal"),
+        ("0.5", r"\boxed{\frac{1}{2}}", "equal"),
+        ("1/3", r"\boxed{0.33}", "different"),
+        ("7", r"\boxed{7.0}", "equal"),
+        ("7", r"\boxed{70}", "different"),
+        ("18", "", "no_answer"),
+        ("18", r"\boxed{}", "no_answer"),
+        # The rest needs a worker.
+        (r"3\sqrt{5}", r"\boxed{\sqrt{45}}", "equal"),
+        (r"3\sqrt{5}", r"\boxed{\sqrt{46}}", "different"),
+        (r"\frac{\sqrt{3}}{3}", r"\boxed{\frac{1}{\sqrt{3}}}", "equal"),
+        (r"x^2+2x+1", r"\boxed{(x+1)^2}", "equal"),
+        (r"x^2+2x+1", r"\boxed{(x-1)^2}", "different"),
+        (r"2^{10}\pi", r"\boxed{1024\pi}", "equal"),
+    )
+
+    def grade(self, case: Case, argument: str) -> Outcome | WorkerRequest:
+        answer = extract(case.prediction, numeric=self.numeric)
+        if answer is None:
+            return Outcome("no_answer" if case.prediction.strip() or case.gold.strip() else "equal")
+        gold = self._gold(case.gold)
+        if max(len(gold), len(answer.text)) > MAX_ANSWER:
+            return Outcome("equal" if gold == answer.text else "too_long", answer)
+        pair = Pair.of(gold, answer.text, case.question)
+        if pair.blank:
+            same = pair.gold.lower() == pair.prediction.lower()
+            return Outcome("equal", answer) if same else Outcome("no_answer")
+        equal = pair.equal()
+        if equal is not None:
+            return Outcome("equal" if equal else "different", answer)
+
+        def read(result: Mapping[str, Any]) -> Outcome:
+            if "unparsable" in result:
+                return Outcome("parse", answer)
+            return Outcome("equal" if result["equal"] else "different", answer)
+
+        return WorkerRequest({"op": "equal", **pair._asdict()}, read, answer)
+
+    def explain(self, case: Case, argument: str) -> list[str]:
+        answer = extract(case.prediction, numeric=self.numeric)
+        steps = reading_steps(case.prediction, answer)
+        if answer is None:
+            return steps
+        gold = self._gold(case.gold)
+        if gold != case.gold.strip():
+            steps.append(f"read the gold answer {quoted(gold)} from a worked solution")
+        if max(len(gold), len(answer.text)) > MAX_ANSWER:
+            return [*steps, f"an answer over {MAX_ANSWER} characters is compared as text only"]
+        pair = Pair.of(gold, answer.text, case.question)
+        if pair.blank:
+            return [
+                *steps,
+                "an empty answer, infinity or 'nan' is correct only where the gold answer is the same",
+            ]
+        return steps + comparison_steps(pair)
+
+    def unreadable_gold(self, gold: str, question: str) -> str | None:
+        written = self.written_gold(self._gold(gold))
+        assert written is not None
+        outcome = self.grade(Case(gold, written, question), "")
+        if isinstance(outcome, Outcome) and outcome.reason == "no_answer":
+            return f"the {self.name} reward reads no answer in {gold[:80]!r}"
+        return None
+
+    def _gold(self, gold: str) -> str:
+        """The gold answer, which may be bare, boxed, or at the end of a worked solution."""
+        if "####" in gold or "boxed" in gold or "fbox" in gold:
+            answer = extract(gold, numeric=self.numeric)
+            if answer is not None:
+                return answer.text
+        return gold.strip()
+
+
+KIND = Math()
