@@ -1,4 +1,4 @@
-"""Print how well the behaviour detectors do on labelled sentences, beside two negative controls.
+"""Print how well the behavior detectors do on labeled sentences, beside two negative controls.
 
 python benchmarks/behaviors.py [FOLDER OF THE REAL DATA]
 """
@@ -10,25 +10,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
-from behavior_harness import Labelled, always, keywords, own_sentences, real_sentences, score  # noqa: E402
+from behavior_harness import Labeled, always, keywords, own_sentences, real_sentences, score  # noqa: E402
 
 from empg_lite.core.behaviors import BEHAVIORS, detect  # noqa: E402
 
 
 def main() -> None:
-    parts: dict[str, list[Labelled]] = {
+    parts: dict[str, list[Labeled]] = {
         f"own {part}": own_sentences(part) for part in ("dev", "test", "fresh")
     }
     if len(sys.argv) > 1:
         parts |= {f"real {part}": real_sentences(part, Path(sys.argv[1])) for part in ("dev", "test")}
-    print("| sentences | behaviour | positives | ours P / R | keywords P / R | always P |")
+    print("| sentences | behavior | positives | ours P / R | keywords P / R | always P |")
     print("|---|---|---|---|---|---|")
-    for part, labelled in parts.items():
-        ours, words, yes = (score(detector, labelled) for detector in (detect, keywords, always))
+    for part, labeled in parts.items():
+        ours, words, yes = (score(detector, labeled) for detector in (detect, keywords, always))
         for name in BEHAVIORS:
             o, w = ours[name], words[name]
             print(
-                f"| {part} ({len(labelled)}) | {name} | {o.right + o.missed} "
+                f"| {part} ({len(labeled)}) | {name} | {o.right + o.missed} "
                 f"| {o.precision:.2f} / {o.recall:.2f} "
                 f"| {w.precision:.2f} / {w.recall:.2f} | {yes[name].precision:.2f} |"
             )
