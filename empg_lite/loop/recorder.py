@@ -276,7 +276,7 @@ class Recorder:
 
     def _where_saved(self) -> str:
         step = self.learner.state.step
-        return f"after step {step}, {self.checkpoint().name} is saved" if step else "before the first step"
+        return f"after step {step}; {self.checkpoint().name} is saved" if step else "before the first step"
 
     def arm_watchdog(self) -> None:
         """A step that takes ``STUCK`` times the median, from now on, says on stderr where it is."""

@@ -219,7 +219,7 @@ def test_rewards_that_say_nothing(
     said: str,
 ) -> None:
     """Every completion ends here: the fixture's reward is replaced, and truncation switched off with it."""
-    from empg_lite.loop import train as module
+    from empg_lite.loop import begin as module
     from empg_lite.sampler.native import _Scheduler
 
     ended = _Scheduler._completion

@@ -272,7 +272,7 @@ def test_refused_sampling_needs_force(recipe_file: Path, tmp_path: Path) -> None
 def test_interrupted_and_resumed_equals_straight(straight: Path) -> None:
     recipe = load_recipe(str(straight / "r.yaml"), ["run.steps=6"])
     run = straight / "resumed"
-    with pytest.raises(Interrupted, match="stopped after step 2, step-000002 is saved.*--resume") as raised:
+    with pytest.raises(Interrupted, match="stopped after step 2; step-000002 is saved.*--resume") as raised:
         train(recipe, run, view=StopAfter(2))
     assert raised.value.exit_code == 130
     with pytest.raises(Interrupted) as raised:

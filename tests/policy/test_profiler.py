@@ -14,8 +14,8 @@ from fixture_model import load_fixture_policy
 from plan_settings import BASE, FIXTURE
 
 from empg_lite.core.rationale import Rationale
+from empg_lite.loop.metrics import context_tokens
 from empg_lite.loop.mstep import FitSettings, m_step
-from empg_lite.loop.train import context_tokens
 from empg_lite.policy.memory import profile as profiler
 from empg_lite.policy.memory.profile import Rates, fitting_floor, probe, profile, sampling_floor
 from empg_lite.run.rollouts import read_rollouts
@@ -170,7 +170,7 @@ def test_train_profiles_when_asked_and_only_then(
 ) -> None:
     run = tmp_path / "run"
     code, out, _ = cli("train", "-r", recipe_file, "-o", run, "--profile")
-    assert code == 0 and "fitting" in out and "after their end" in out
+    assert code == 0 and "fitting" in out and "after their stop" in out
     found = json.loads((run / "profile.json").read_text())
     assert found["steps"] == 3 and sum(found["shares"].values()) == pytest.approx(1)
     drawn = [
@@ -187,7 +187,9 @@ def test_train_profiles_when_asked_and_only_then(
     assert found["rows_skipped"] == pytest.approx(skipped / len(drawn))
     assert 0 <= found["wasted_row_steps"] < 1 and found["of_floor"]["fitting"] > 0
 
-    monkeypatch.setattr("empg_lite.policy.memory.profile.probe", lambda *a: pytest.fail("probed without being asked"))
+    monkeypatch.setattr(
+        "empg_lite.policy.memory.profile.probe", lambda *a: pytest.fail("probed without being asked")
+    )
     code, _, _ = cli("train", "-r", recipe_file, "-o", tmp_path / "plain", "--max-steps", 1)
     assert code == 0 and not (tmp_path / "plain" / "profile.json").exists()
 

@@ -343,7 +343,7 @@ def test_a_launched_run_ends_and_goes_on(model_dir: Path, tmp_path: Path, signum
     reached = len(list_checkpoints(run))
     assert 2 <= reached < 40
     if signum != signal.SIGKILL:
-        assert f"stopped after step {reached}, step-{reached:06d} is saved" in said
+        assert f"stopped after step {reached}; step-{reached:06d} is saved" in said
         assert said.count("stopping after this step") == 1
 
     subprocess.run(command, env=env, check=True, timeout=240)
