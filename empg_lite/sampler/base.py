@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -84,52 +84,14 @@ OnCompletion = Callable[[int, int, Completion], None]
 OnToken = Callable[[int, int, Sequence[int]], None]
 
 
-class Sampler(Protocol):
-    """An engine that draws completions; ``work`` accumulates what it computes.
+class Sampler(ABC):
+    """An engine that draws completions. After running out of memory it draws fewer rows at once; the samples
+    stay the same, because each has its own random numbers.
 
     Attributes:
-        batch_rows: most rows drawn at once; reduced after running out of memory.
+        work: accumulates what the engine computes.
+        batch_rows: most rows drawn at once, None for all; reduced after running out of memory.
         graph_failure: why a GPU decodes without captured graphs; None where it has them, or without a GPU.
-    """
-
-    work: SampleWork
-    batch_rows: int | None
-    graph_failure: str | None
-
-    def sample(
-        self,
-        prompts: Sequence[Prompt],
-        decoding: Decoding,
-        on_completion: OnCompletion | None = None,
-        on_token: OnToken | None = None,
-    ) -> list[list[Completion]]:
-        """Draw ``len(prompt.keys)`` completions for each prompt.
-
-        Args:
-            on_completion: called once for every completion, in the order in which they finish, so that
-                grading and progress need not wait for the slowest.
-            on_token: called as samples grow, for display; no sample depends on it.
-
-        Returns:
-            One list for each prompt, in order, with a completion for each of its keys.
-
-        Raises:
-            NumericalStop: the policy's logits are not finite.
-            OutOfMemory: at the smallest batch size.
-        """
-        ...
-
-    def release(self) -> None:
-        """Free the memory kept between calls of ``sample``."""
-        ...
-
-
-class Engine(ABC):
-    """Base of all engines: after running out of memory, fewer rows are drawn at once. The samples stay the
-    same, because each has its own random numbers.
-
-    Args:
-        batch_rows: most rows drawn at once; None for all.
     """
 
     def __init__(self, policy: Policy, batch_rows: int | None = None) -> None:
@@ -155,7 +117,20 @@ class Engine(ABC):
         on_completion: OnCompletion | None = None,
         on_token: OnToken | None = None,
     ) -> list[list[Completion]]:
-        """See ``Sampler``."""
+        """Draw ``len(prompt.keys)`` completions for each prompt.
+
+        Args:
+            on_completion: called once for every completion, in the order in which they finish, so that
+                grading and progress need not wait for the slowest.
+            on_token: called as samples grow, for display; no sample depends on it.
+
+        Returns:
+            One list for each prompt, in order, with a completion for each of its keys.
+
+        Raises:
+            NumericalStop: the policy's logits are not finite.
+            OutOfMemory: at the smallest batch size.
+        """
         results: dict[tuple[int, int], Completion] = {}
         indices = [[(i, k) for k in range(len(prompt.keys))] for i, prompt in enumerate(prompts)]
         parts = self._split(indices)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from empg_lite.core.control import stop_point
-from empg_lite.sampler.base import Completion, Engine, SampleWork, check_finite
+from empg_lite.sampler.base import Completion, Sampler, SampleWork, check_finite
 from empg_lite.sampler.draw import Decoding, draw
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class _Hook:
         return torch.tensor([end is not None for end in self.ended], device=input_ids.device)
 
 
-class GenerateSampler(Engine):
+class GenerateSampler(Sampler):
     """``model.generate`` over left-padded prompts, each repeated for its samples."""
 
     def draw(
@@ -64,7 +64,7 @@ class GenerateSampler(Engine):
         on_completion: OnCompletion,
         on_token: OnToken | None,
     ) -> None:
-        """See ``base.Engine``; completions are reported when their batch ends."""
+        """See ``base.Sampler``; completions are reported when their batch ends."""
         rows = [(prompt.ids, key) for prompt in prompts for key in prompt.keys]
         indices = [(i, k) for i, prompt in enumerate(prompts) for k in range(len(prompt.keys))]
         size = self.batch_rows or len(rows)

@@ -13,7 +13,7 @@ import torch
 from empg_lite.core.control import stop_point
 from empg_lite.core.sizes import IDLE, MIN_ROWS, cache_len, decoder_slots
 from empg_lite.policy.merged import MergedCopy
-from empg_lite.sampler.base import Completion, Engine, SampleWork, check_finite
+from empg_lite.sampler.base import Completion, Sampler, SampleWork, check_finite
 from empg_lite.sampler.decoder import Decoder
 from empg_lite.sampler.graphs import Graphs
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Step = Callable[[int, int], None]
 
 
-class NativeSampler(Engine):
+class NativeSampler(Sampler):
     """Continuous batching over a static KV cache; see ``decoder``.
 
     Args:
@@ -52,7 +52,7 @@ class NativeSampler(Engine):
         on_completion: OnCompletion,
         on_token: OnToken | None,
     ) -> None:
-        """See ``base.Engine``."""
+        """See ``base.Sampler``."""
         try:
             with self.policy.sampling():
                 decoder, step = self._decoder(self._network(), prompts, decoding)
