@@ -49,37 +49,6 @@ if TYPE_CHECKING:
     RecipeSource: TypeAlias = str | Path | Recipe | None
     ModelSource: TypeAlias = "str | Path | Target | Run | None"
 
-__all__ = [
-    "CheckResult",
-    "LoadedPolicy",
-    "Run",
-    "advise_memory",
-    "check_install",
-    "check_recipe",
-    "evaluate_model",
-    "explain_grade",
-    "export_run",
-    "find_model",
-    "fit_rationales",
-    "grade_answer",
-    "grade_cases",
-    "list_recipes",
-    "live_view",
-    "load_policy",
-    "load_problems",
-    "load_run",
-    "open_chat",
-    "pin_reward",
-    "plan_memory",
-    "read_rationales",
-    "read_recipe",
-    "resolve_recipe",
-    "run",
-    "sample_rationales",
-    "score_rationales",
-    "write_report",
-]
-
 #: Recipe keys and values, ``{"run.steps": 50, "data.path": "mine.jsonl"}``, or strings as for ``--set``.
 Overrides = Mapping[str, Any] | Sequence[str]
 
@@ -99,24 +68,21 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         """Every setting, including what each ``auto`` became."""
-        from empg_lite.recipe.file import load_recipe
         from empg_lite.run.layout import RECIPE
 
-        return load_recipe(str(self.path / RECIPE))
+        return read_recipe(self.path / RECIPE)
 
     def metrics(self) -> list[dict[str, Any]]:
         """One record per step; ``docs/files.md`` lists the names."""
-        from empg_lite.run.journal import read_metrics
-        from empg_lite.run.layout import METRICS
+        from empg_lite.run import journal, layout
 
-        return read_metrics(self.path / METRICS)
+        return journal.read_metrics(self.path / layout.METRICS)
 
     def events(self) -> list[dict[str, Any]]:
         """Resumes, skipped steps, warnings."""
-        from empg_lite.run.journal import read_metrics
-        from empg_lite.run.layout import EVENTS
+        from empg_lite.run import journal, layout
 
-        return read_metrics(self.path / EVENTS)
+        return journal.read_metrics(self.path / layout.EVENTS)
 
     def rationales(self, step: int | None = None) -> list[Rationale]:
         """The rationales of a step (None: the last one), with rewards and weights.
@@ -330,10 +296,7 @@ def check_recipe(
 
 
 def plan_memory(
-    recipe: RecipeSource = None,
-    gpu_memory: str | None = None,
-    *,
-    overrides: Overrides | None = None,
+    recipe: RecipeSource = None, gpu_memory: str | None = None, *, overrides: Overrides | None = None
 ) -> Plan:
     """Memory term by term before anything is loaded, as ``empg-lite plan``; ``.fits`` is the verdict.
 
@@ -763,9 +726,13 @@ def _training_recipe(
         raise UsageError("--seed and --seeds exclude each other", "--seeds", "use only one of them")
     if len(set(seeds)) < len(seeds):
         raise UsageError(f"duplicate seed in {','.join(map(str, seeds))}", "--seeds", "list each seed once")
+    if any(not 0 <= n < 2**32 for n in seeds):
+        raise UsageError("a seed is out of range", "--seeds", "use whole numbers from 0 to 2**32 - 1")
     if recipe is None and resume and output_dir is not None and is_run(Path(output_dir)):
         recipe = Path(output_dir) / RECIPE
-    settings = _recipe(recipe, overrides, seeds[0] if seeds else seed)
+    settings = _recipe(recipe, overrides, seed)
+    if seeds:
+        settings = settings.model_copy(update={"run": settings.run.model_copy(update={"seed": seeds[0]})})
     repin = "data.reward" in allow_change
     return pin_reward(settings, bool(allow_code), repin=repin, runs=allow_code is not None)
 

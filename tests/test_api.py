@@ -162,7 +162,7 @@ def test_errors_match_the_command(trained: tuple[api.Run, Path, Watcher], tmp_pa
     with pytest.raises(UsageError, match="allow-code"):
         api.grade_answer("x", "y", mine)
     assert api.grade_answer("x", "y", mine, allow_code=True).reward == 1
-    for seeds, more in (((1, 1), {}), ((0, 1), {"seed": 3})):
+    for seeds, more in (((1, 1), {}), ((0, 1), {"seed": 3}), ((0, -1), {})):
         with pytest.raises(UsageError, match="--seeds"):
             api.run(recipe, tmp_path / "a", seeds=seeds, **more)
     assert not list(tmp_path.glob("[ab]")), "a refused run leaves nothing behind"
@@ -232,22 +232,20 @@ def test_the_small_functions_match_their_commands(cli, trained: tuple[api.Run, P
     assert reply.rationale.completion == api.load_policy(run).answer("3 + 4 = ?").completion
 
 
-def test_no_name_hides_a_module_and_all_are_typed_and_documented() -> None:
-    # ``run`` is also a folder, but one that is of no use by itself.
-    modules = {p.stem for p in Path(empg_lite.__file__).parent.iterdir()} - {"run"}
-    assert not set(api.__all__) & modules
+def test_every_public_name_is_typed_documented_and_listed() -> None:
+    nodes = [
+        n for n in ast.parse(inspect.getsource(api)).body if isinstance(n, ast.FunctionDef | ast.ClassDef)
+    ]
+    public = {n.name for n in nodes if not n.name.startswith("_")}
+    # A function that is also a module would hide it; the folder ``run`` is of no use by itself.
+    assert not public & ({p.stem for p in Path(empg_lite.__file__).parent.iterdir()} - {"run"})
     assert (Path(empg_lite.__file__).parent / "py.typed").is_file()
-    for name in api.__all__:
+    page = (Path(__file__).parents[1] / "docs" / "python.md").read_text("utf-8")
+    for name in public:
         thing = getattr(api, name)
-        assert inspect.getdoc(thing), name
+        assert inspect.getdoc(thing) and (f"`{name}`" in page or f"api.{name}(" in page), name
         if inspect.isfunction(thing):
             assert all(p.annotation is not p.empty for p in inspect.signature(thing).parameters.values()), (
                 name
             )
-    public = {
-        n.name
-        for n in ast.parse(inspect.getsource(api)).body
-        if isinstance(n, ast.FunctionDef | ast.ClassDef)
-    }
-    assert {n for n in public if not n.startswith("_")} == set(api.__all__)
-    assert issubclass(MissingInput, EmpgError)
+    assert len(public) > 25 and issubclass(MissingInput, EmpgError)

@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
 
+from empg_lite import api
 from empg_lite.cli.options import (
     AllowCodeOption,
     RecipeOption,
@@ -20,9 +24,12 @@ from empg_lite.cli.options import (
     changes,
 )
 from empg_lite.cli.output import Output
+from empg_lite.core.errors import DataError, EmpgError
+from empg_lite.core.rationale import Problem
+from empg_lite.core.safe_text import safe
 
 if TYPE_CHECKING:
-    from empg_lite.core.rationale import Problem, Rationale
+    from empg_lite.core.rationale import Rationale
     from empg_lite.rewards import Grader
     from empg_lite.tools.chat import Chat, OnText, Reply
 
@@ -57,8 +64,6 @@ def chat(
     seed: SeedOption = None,
 ) -> None:
     """Ask a model; see its reasoning, the answer that was read, and its reward. /help lists more."""
-    from empg_lite import api
-
     model = api.find_model(target, recipe=recipe, overrides=changes(overrides, seed))
     opened = api.open_chat(
         model, temperature=temperature, max_new_tokens=max_new_tokens, allow_code=allow_code
@@ -114,8 +119,6 @@ class _Conversation:
                 self._say("stopped")
 
     def ask_text(self, question: str, gold: str | None) -> None:
-        from empg_lite.core.rationale import Problem
-
         self.ask(Problem.asked(question, gold or ""))
 
     def ask(self, problem: Problem) -> None:
@@ -141,8 +144,6 @@ class _Conversation:
             except EOFError:
                 return
             except UnicodeDecodeError as error:
-                from empg_lite.core.errors import DataError
-
                 raise DataError("not UTF-8 text", "stdin", "save it as UTF-8") from error
             except KeyboardInterrupt:
                 if self.person:
@@ -165,9 +166,6 @@ class _Conversation:
 
         A script also gets a JSON object in place of the answer, and at the end the first error's exit code.
         """
-        from empg_lite.core.errors import EmpgError
-        from empg_lite.core.safe_text import safe
-
         try:
             name, _, rest = line[1:].partition(" ")
             if line.startswith("/") and name in self.commands:
@@ -206,8 +204,10 @@ class _Conversation:
             asked = {"question": problem.question, "gold": problem.gold or None}
             self.out.line({**asked, "samples": rows, "vote": facts})
             return
+        from empg_lite.cli.marks import sample_line
+
         for reply in replies:
-            self.out.console.print(_line(reply.rationale), no_wrap=True, overflow="ellipsis", crop=True)
+            self.out.console.print(sample_line(reply.rationale), no_wrap=True, overflow="ellipsis", crop=True)
         right = "" if vote.right is None else f" · {vote.right:.0%} right"
         answer = "no answer" if vote.answer is None else f"{vote.answer}, {vote.votes} of {samples}"
         self._say(f"vote: {answer}{right}", style="bold")
@@ -252,11 +252,6 @@ class _Conversation:
         if self.out.as_json or not self.out.console.is_terminal:
             yield None
             return
-        from rich.live import Live
-        from rich.text import Text
-
-        from empg_lite.core.safe_text import safe
-
         texts: dict[str, str] = {}
         room = max(4, self.out.console.height - 4)
 
@@ -272,18 +267,17 @@ class _Conversation:
             yield grew
 
     def _print_replies(self) -> None:
-        from rich.table import Table
+        from empg_lite.cli.marks import reply_panel
 
-        side_by_side = Table.grid(expand=True)
-        alone = len({r.speaker for r in self.shown}) == 1
-        if not alone:
-            for _ in self.shown:
-                side_by_side.add_column(ratio=1)
-            side_by_side.add_row(*(_panel(reply, alone=False) for reply in self.shown))
-            self.out.show(side_by_side)
+        if len({r.speaker for r in self.shown}) == 1:
+            for reply in self.shown:
+                self.out.show(reply_panel(reply.rationale))
             return
-        for reply in self.shown:
-            self.out.show(_panel(reply, alone=True))
+        side_by_side = Table.grid(expand=True)
+        for _ in self.shown:
+            side_by_side.add_column(ratio=1)
+        side_by_side.add_row(*(reply_panel(r.rationale, r.speaker) for r in self.shown))
+        self.out.show(side_by_side)
 
 
 def _number(text: str, kind: Callable[[str], Any], least: float, most: float) -> Any:
@@ -305,46 +299,3 @@ def _record(r: Rationale) -> dict[str, Any]:
         "reward": r.reward,
         "reason": r.reason,
     }
-
-
-def _verdict(r: Rationale) -> str:
-    return "" if r.reward is None else f"reward {r.reward:g} ({r.reason})"
-
-
-def _style(r: Rationale) -> str:
-    return "none" if r.reward is None else "green" if r.right else "red"
-
-
-def _line(r: Rationale) -> Any:
-    """A sample on one line: verdict, answer, the end of its reasoning."""
-    from rich.text import Text
-
-    from empg_lite.core.safe_text import safe
-
-    answer = "no answer" if r.extracted is None else safe(r.extracted)[:12]
-    end = " ".join(safe(r.completion).split())[-60:]
-    line = Text(f"{_verdict(r) or 'not graded':20} ", style=_style(r))
-    return line.append(f"{answer:12} ", style="bold").append(end, style="dim")
-
-
-def _panel(reply: Reply, *, alone: bool) -> Any:
-    from rich.panel import Panel
-    from rich.text import Text
-
-    from empg_lite.cli.marks import legend, marked
-    from empg_lite.core.safe_text import safe
-
-    r = reply.rationale
-    body, found = marked(r.completion, r.extracted)
-    answer = "no answer found" if r.extracted is None else f"answer {r.extracted} ({r.rule})"
-    facts = [
-        f"{len(r.completion_ids)} tokens",
-        "cut off" if r.finish_reason == "length" else "stopped",
-        answer,
-        _verdict(r),
-    ]
-    body = body if body.plain else Text("(nothing)")
-    body.append("\n" + safe(" · ".join(filter(None, facts))), style="dim")
-    if found:
-        body.append("\n" + legend(found), style="dim")
-    return Panel(body, title=None if alone else reply.speaker, border_style=_style(r))

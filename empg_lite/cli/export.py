@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from empg_lite import api
 from empg_lite.cli.options import AllowCodeOption, TargetArgument
 from empg_lite.cli.output import Output
 from empg_lite.tools.export import FORMATS, Option
@@ -58,8 +59,6 @@ def export(
     **options: Any,
 ) -> None:
     """Write a run's model in another format, reload it and compare. Exit code 1 if it behaves differently."""
-    from empg_lite import api
-
     to = options.pop("to")
     own = FORMATS[to].options
     given = {name: v for name, v in options.items() if name in own or v != OPTIONS[name].default}

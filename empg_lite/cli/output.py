@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from empg_lite.core.safe_text import safe
 from empg_lite.run.parallel import speaks
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from empg_lite.core.view import View
 
 JsonOption = Annotated[
@@ -35,8 +34,6 @@ class Output:
     """
 
     def __init__(self, as_json: bool) -> None:
-        from rich.console import Console
-
         self.as_json, self._quiet = as_json, not speaks()
         self._stdout = sys.stdout
         # A notebook's `!command` runs on a pseudo-terminal and shows control sequences as text.

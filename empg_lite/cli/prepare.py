@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from empg_lite import api
 from empg_lite.cli.options import (
     REWARDS,
     AllowCodeOption,
@@ -19,6 +20,7 @@ from empg_lite.cli.options import (
     recipe_names,
 )
 from empg_lite.cli.output import Output
+from empg_lite.core.errors import UsageError
 
 if TYPE_CHECKING:
     from empg_lite.rewards import Verdict
@@ -43,8 +45,6 @@ def recipes(
     ] = None,
 ) -> None:
     """Built-in recipes, and every key a recipe can set."""
-    from empg_lite.core.errors import UsageError
-
     if action == "list" and name is None:
         _list_recipes(out)
     elif action == "show" and name is not None:
@@ -60,8 +60,6 @@ def recipes(
 
 
 def _list_recipes(out: Output) -> None:
-    from empg_lite import api
-
     summaries = api.list_recipes()
     out.line({"recipes": summaries})
     if not out.as_json:
@@ -71,7 +69,6 @@ def _list_recipes(out: Output) -> None:
 
 
 def _show_recipe(out: Output, name: str) -> None:
-    from empg_lite import api
     from empg_lite.recipe.file import find_recipe
     from empg_lite.recipe.schema import field_docs
 
@@ -99,8 +96,6 @@ def check(
     seed: SeedOption = None,
 ) -> None:
     """Check data, prompts, and every gold answer against its own reward. Exit code 1 if not ok."""
-    from empg_lite import api
-
     found = api.check_recipe(
         recipe,
         preflight=preflight,
@@ -157,7 +152,6 @@ def plan(
     seed: SeedOption = None,
 ) -> None:
     """Memory term by term, before anything is loaded. Exit code 1 if it does not fit."""
-    from empg_lite import api
     from empg_lite.cli.tables import show_plan
 
     chosen = api.read_recipe(recipe, overrides=changes(overrides, seed))
@@ -191,9 +185,6 @@ def grade(
     allow_code: AllowCodeOption = False,
 ) -> None:
     """Grade one answer and explain the reward step by step."""
-    from empg_lite import api
-    from empg_lite.core.errors import UsageError
-
     if cases is not None:
         if gold is not None or prediction is not None or question is not None:
             raise UsageError(
@@ -255,8 +246,6 @@ def _print_verdict(out: Output, v: Verdict, reward: str, steps: list[str]) -> No
 
 def doctor(out: Output) -> None:
     """Installed packages against the tested versions, this machine, and how to fix what is wrong."""
-    from empg_lite import api
-
     found = api.check_install()
     out.line(found)
     if not out.as_json:

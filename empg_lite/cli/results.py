@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from empg_lite import api
 from empg_lite.cli.options import (
     AllowCodeOption,
     RecipeOption,
@@ -17,9 +18,7 @@ from empg_lite.cli.options import (
     run_names,
 )
 from empg_lite.cli.output import Output
-
-if TYPE_CHECKING:
-    from empg_lite.core.rationale import Rationale
+from empg_lite.run.rollouts import rationale_record
 
 
 def evaluate(
@@ -45,8 +44,6 @@ def evaluate(
     seed: SeedOption = None,
 ) -> None:
     """Greedy accuracy with a 95% interval on held-out problems. If interrupted, repeat it to resume."""
-    from empg_lite import api
-
     model = api.find_model(target, recipe=recipe, overrides=changes(overrides, seed))
     result = api.evaluate_model(
         model,
@@ -83,8 +80,7 @@ def inspect(
     limit: Annotated[int, typer.Option(min=1, help="Show at most N rationales.")] = 8,
 ) -> None:
     """Show stored rationales."""
-    from empg_lite import api
-    from empg_lite.run.rollouts import rationale_record
+    from empg_lite.cli.marks import stored_panel
 
     path, rows = api.read_rationales(source, step)
     chosen = [
@@ -98,28 +94,8 @@ def inspect(
             out.raw(rationale_record(r))
         out.raw({"file": str(path), "shown": len(shown), "matching": len(chosen), "rationales": len(rows)})
         return
-    for r in shown:
-        _show_rationale(out, r)
+    out.show(*map(stored_panel, shown))
     out.say(f"{len(shown)} of {len(chosen)} matching, {len(rows)} in {path}", style="dim")
-
-
-def _show_rationale(out: Output, r: Rationale) -> None:
-    from rich.panel import Panel
-    from rich.text import Text
-
-    from empg_lite.core.safe_text import safe
-
-    score = "not graded" if r.reward is None else f"reward {r.reward:g} ({r.reason})"
-    weight = "" if r.weight is None else f" · weight {r.weight:.3g}"
-    answer = "" if r.extracted is None else f" · read {r.extracted} ({r.rule})"
-    style = "none" if r.reward is None else "green" if r.reward == 1 else "red"
-    body = Text(safe(r.question or r.prompt).strip() + "\n", style="italic")
-    body.append(safe(r.completion).strip() or "(nothing)", style="not italic")
-    origin = " · from text" if r.origin == "text" else ""
-    facts = f"{score}{weight}{origin}{answer} · gold {r.gold} · {len(r.completion_ids)} tokens"
-    body.append("\n" + safe(facts), style="not italic dim")
-    title = Text(f"{r.problem_id} · step {r.step} · sample {r.sample_index}")
-    out.show(Panel(body, title=title, border_style=style))
 
 
 def report(
@@ -144,8 +120,6 @@ def report(
     ] = None,
 ) -> None:
     """One HTML page of a run, or comparing several, with its figures as PNG and SVG."""
-    from empg_lite import api
-
     result = api.write_report(runs, out_file, out.view())
     out.line(result)
     out.say(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from empg_lite import api
 from empg_lite.cli.options import (
     REWARDS,
     AllowChangeOption,
@@ -23,9 +24,9 @@ from empg_lite.cli.options import (
     changes,
 )
 from empg_lite.cli.output import Output, command_line
+from empg_lite.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from empg_lite.api import Run
     from empg_lite.recipe.schema import Recipe
 
 
@@ -53,8 +54,6 @@ def train(
     ] = False,
 ) -> None:
     """Train a recipe: sample, score, fit; evaluate before and after."""
-    from empg_lite import api
-
     what: dict[str, Any] = {
         "recipe": recipe,
         "output_dir": output_dir,
@@ -84,15 +83,11 @@ def _seeds(text: str | None) -> list[int]:
     """The seeds of ``--seeds``; [] without it.
 
     Raises:
-        UsageError: they are not whole numbers below 2**32.
+        UsageError: they are not whole numbers.
     """
-    from empg_lite.core.errors import UsageError
-
     words = [] if text is None else [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and word.isascii() and int(word) < 2**32 for word in words):
-        raise UsageError(
-            f"{text!r} is not a valid seed list", "--seeds", "write it like 0,1,2; each seed below 2**32"
-        )
+    if not all(word.isdecimal() and word.isascii() for word in words):
+        raise UsageError(f"{text!r} is not a valid seed list", "--seeds", "write it like 0,1,2")
     return [int(word) for word in words]
 
 
@@ -105,7 +100,7 @@ def _print_recipe(out: Output, recipe: Recipe) -> None:
         typer.echo(dump_recipe(recipe), nl=False)
 
 
-def _print_run(out: Output, run: Run, profile: bool) -> None:
+def _print_run(out: Output, run: api.Run, profile: bool) -> None:
     """The result of a run or a sweep."""
     from empg_lite.cli.tables import show_profile, show_sweep
 
@@ -154,8 +149,6 @@ def sample(
     seed: SeedOption = None,
 ) -> None:
     """E-step only: sample rationales into a file, without rewards. Repeat it to complete the file."""
-    from empg_lite import api
-
     result = api.sample_rationales(
         recipe,
         out_file,
@@ -180,8 +173,6 @@ def score(
     allow_code: AllowCodeOption = False,
 ) -> None:
     """Grade, or regrade, the rationales of a file. No model is loaded."""
-    from empg_lite import api
-
     result = api.score_rationales(file, reward, allow_code=allow_code, view=out.view())
     out.line(result)
     mean = "none could be graded" if result["reward"] is None else f"mean reward {result['reward']:.1%}"
@@ -209,8 +200,6 @@ def fit(
     allow_change: AllowChangeOption = None,
 ) -> None:
     """M-step only: fit stored rationales. Nothing is sampled or graded."""
-    from empg_lite import api
-
     run = api.fit_rationales(
         files,
         recipe,
