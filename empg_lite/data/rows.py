@@ -15,11 +15,7 @@ from empg_lite.core.errors import DataError, MissingInput
 from empg_lite.core.rationale import Problem, problem_id
 from empg_lite.core.safe_text import encodable
 from empg_lite.data.files import Row, find_file, read_rows
-from empg_lite.data.gym import gym_problems
-from empg_lite.data.tiny import DIFFICULTY, tiny_problems
 from empg_lite.recipe.schema import GYM
-from empg_lite.rewards.functions import unreadable_gold
-from empg_lite.rewards.spec import parse_spec
 
 if TYPE_CHECKING:
     from empg_lite.recipe.schema import DataSection
@@ -41,11 +37,15 @@ def read_problems(data: DataSection, split: str, path: str | None) -> tuple[list
         DataError: naming ``file:line: field``.
     """
     if data.source in BUNDLED:
+        from empg_lite.data.tiny import DIFFICULTY, tiny_problems
+
         try:
             return tiny_problems(split, DIFFICULTY[data.source]), Counter()
         except ValueError as error:
             raise MissingInput(str(error), "data.split", "use train or test") from None
     if data.source.startswith(GYM):
+        from empg_lite.data.gym import gym_problems
+
         problems, left_out = gym_problems(data.source, split)
         return problems, Counter(left_out)
     rows = source_rows(data, split, path)
@@ -143,8 +143,9 @@ def _checked_problem(row: Row, data: DataSection) -> Problem | None:
         raise row.error
     problem = _problem(row, data)
     if problem and data.reward:
-        reward = parse_spec(data.reward).correctness
-        if why := unreadable_gold(reward, problem.gold, problem.question):
+        from empg_lite.rewards import parse_spec
+
+        if why := parse_spec(data.reward).kind.unreadable_gold(problem.gold, problem.question):
             raise DataError(why, f"{row.where}: answer", "correct it, or choose another data.reward")
     return problem
 
