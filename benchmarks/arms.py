@@ -1,7 +1,7 @@
 """One training run of one method, on the bundled models: same sampler, data, reward and budget for all.
 
 An arm of EM is the package itself: its weights, its M-step. The others take the same samples and rewards, and
-make their own step (``baselines.py``) with the same optimiser, warm-up and gradient clipping.
+make their own step (``baselines.py``) with the same optimizer, warm-up and gradient clipping.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from empg_lite.core.view import View
 from empg_lite.data.sources import ProblemStream, load_splits
 from empg_lite.loop.batching import packed_batches
 from empg_lite.loop.estep import reward_matrix, sample_rationales, weigh
-from empg_lite.loop.evaluate import Examiner
+from empg_lite.loop.evaluate import Evaluator
 from empg_lite.loop.learner import Learner, build_learner
 from empg_lite.policy.policy import Policy
 from empg_lite.recipe.file import load_recipe
@@ -112,7 +112,7 @@ def train_arm(setting: Setting) -> dict[str, Any]:
     worn: deque[list[Tensor]] = deque(maxlen=setting.stale + 1)  # the adapters of the last E-steps
     memory, curve, seconds = SuccessMemory(setting.memory), [], 0.0
     with Grader() as grader:
-        examiner = Examiner(learner, sampler, grader, View())
+        evaluator = Evaluator(learner, sampler, grader, View())
         for step in range(1, setting.steps + 1):
             started = time.process_time()
             worn.append(_adapter(learner.policy))
@@ -135,10 +135,10 @@ def train_arm(setting: Setting) -> dict[str, Any]:
             seconds += time.process_time() - started
             curve.append(_record(step, rows, seconds, updates))
             if step % 10 == 0:
-                curve[-1]["greedy"] = examiner.evaluate(validation[:CURVE]).accuracy
-        figures = _examine(examiner, test if setting.test else validation, setting.test)
+                curve[-1]["greedy"] = evaluator.evaluate(validation[:CURVE]).accuracy
+        figures = _examine(evaluator, test if setting.test else validation, setting.test)
         if setting.pool:
-            figures["hardest"] = _hardest(learner, examiner, train)
+            figures["hardest"] = _hardest(learner, evaluator, train)
     return {"setting": asdict(setting), "seconds": seconds, **figures, "curve": curve}
 
 
@@ -172,7 +172,7 @@ def _fit(
     memory: SuccessMemory,
     step: int,
 ) -> int:
-    """The M-step of the arm; optimiser steps taken."""
+    """The M-step of the arm; optimizer steps taken."""
     if setting.arm in EM_ARMS:
         em = learner.recipe.em
         # with stale samples the package drops negative weights
@@ -188,7 +188,7 @@ def _fit(
 def baseline_step(
     learner: Learner, method: str, groups: Sequence[Group], old: dict[int, Tensor] | None
 ) -> int:
-    """Optimiser steps of a baseline on one E-step's samples, all rows together in each.
+    """Optimizer steps of a baseline on one E-step's samples, all rows together in each.
 
     Args:
         old: log-probs of every row under the policy that sampled it; None: under the policy as it is.
@@ -295,14 +295,14 @@ def _record(step: int, rows: Sequence[Rationale], seconds: float, updates: int) 
     }
 
 
-def _hardest(learner: Learner, examiner: Examiner, problems: Sequence[Problem]) -> dict[str, float]:
+def _hardest(learner: Learner, evaluator: Evaluator, problems: Sequence[Problem]) -> dict[str, float]:
     """Shares of right answers on the quarter of the problems that the base model's samples solve least."""
     n = len(problems) // 4
     with learner.policy.reference():
-        base = examiner.evaluate(problems, samples=2 * SAMPLES).sampled
+        base = evaluator.evaluate(problems, samples=2 * SAMPLES).sampled
     solved = {rows[0].problem_id: sum(r.right for r in rows) / len(rows) for rows in base}
     hardest = sorted(problems, key=lambda p: (solved[p.id], p.id))[:n]
-    tuned = examiner.evaluate(hardest, samples=4 * SAMPLES)
+    tuned = evaluator.evaluate(hardest, samples=4 * SAMPLES)
     return {
         "base_t1": sum(solved[p.id] for p in hardest) / n,
         "greedy": tuned.accuracy,
@@ -310,13 +310,13 @@ def _hardest(learner: Learner, examiner: Examiner, problems: Sequence[Problem]) 
     }
 
 
-def _examine(examiner: Examiner, problems: Sequence[Problem], full: bool) -> dict[str, Any]:
+def _examine(evaluator: Evaluator, problems: Sequence[Problem], full: bool) -> dict[str, Any]:
     """Greedy figures; in full also those of samples at temperature 1."""
-    summary = examiner.evaluate(problems).summary()
+    summary = evaluator.evaluate(problems).summary()
     kept = ("n", "pass@1", "mean_length", "mean_length_right", "truncated", "behaviors")
     figures = {name: summary[name] for name in kept}
     if full:
-        sampled = examiner.evaluate(problems[:SAMPLED], samples=SAMPLES)
+        sampled = evaluator.evaluate(problems[:SAMPLED], samples=SAMPLES)
         figures |= {name: sampled.summary()[name] for name in ("t1_accuracy", f"pass@{SAMPLES}")}
         rows = [r for answers in sampled.sampled for r in answers]
         figures["t1_worked"] = sum(" = " in r.completion for r in rows) / len(rows)

@@ -179,7 +179,7 @@ KERNELS: Mapping[str, str] = {
     "RMSNorm": r"rms_layernorm",
     "RoPE": r"rope_embedding|_rope_",
     "SwiGLU": r"^_fg_kernel|_DWf_DW_dfg",
-    "NF4 dequantisation": r"[dD]equantizeBlockwise|dequantize_blockwise",
+    "NF4 dequantization": r"[dD]equantizeBlockwise|dequantize_blockwise",
 }
 #: Which kernel attention went through; the last one that fits anything is the unfused way.
 ATTENTION: Mapping[str, str] = {

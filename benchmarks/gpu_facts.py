@@ -82,7 +82,7 @@ def kernel_checks(found: Mapping[str, Any], *, unsloth: bool) -> dict[str, bool]
     replayed = found["engine"]["graphs_replayed"] - found["replayed_before"]["graphs_replayed"]
     checks = {
         "graphs are replayed": replayed > 0,
-        "NF4 is dequantised by a kernel": "NF4 dequantisation" in sampling["kinds"] + fitting["kinds"],
+        "NF4 is dequantized by a kernel": "NF4 dequantization" in sampling["kinds"] + fitting["kinds"],
     }
     for name, half in (("sampling", sampling), ("fitting", fitting)):
         seen = set(half["attention"])

@@ -65,7 +65,7 @@ class Speed(Bench):
         return run, drawn
 
     def m_step(self, problems: int) -> Facts:
-        """Seconds of one optimiser step on all rows, none of them at weight 0, the tokens random."""
+        """Seconds of one optimizer step on all rows, none of them at weight 0, the tokens random."""
         from hand_loop import padded_step
 
         learner, setting = self.learner(), self.setting(problems)

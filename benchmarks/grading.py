@@ -85,7 +85,7 @@ def rival(grade: Callable[[Sequence[tuple[str, str]]], list[bool]], gold: str = 
 
 
 def set_aside(cases: Sequence[dict]) -> tuple[list[Row], list[tuple[dict, str]]]:
-    """The labelled pairs that count, and those that do not, with the reason."""
+    """The labeled pairs that count, and those that do not, with the reason."""
     labels: dict[tuple[str, str], set[bool | None]] = {}
     for case in cases:
         labels.setdefault((case["gold"], case["prediction"]), set()).add(case["equal"])

@@ -67,7 +67,7 @@ def padded_step(
     rate: float,
     max_norm: float = 1.0,
 ) -> float:
-    """One optimiser step of a plain loop: micro-batches of ``rows`` rows as they come. Returns the loss.
+    """One optimizer step of a plain loop: micro-batches of ``rows`` rows as they come. Returns the loss.
 
     Rows of weight 0 are computed like the others.
     """

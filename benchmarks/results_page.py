@@ -180,7 +180,7 @@ COLUMNS: dict[str, Callable[[Record], str]] = {
     "maj@8": _two("maj@8"),
     "length": _two("mean_length", _length),
     "cut off": _two("truncated"),
-    "behaviours": _behaviors,
+    "behaviors": _behaviors,
     "machine": _machine,
     "training + evaluation": _hours,
     "peak memory": _memory,

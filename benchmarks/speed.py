@@ -129,7 +129,7 @@ def e_step(learner: Learner, setting: Setting, repeats: int) -> tuple[list[Row],
 def m_step_rows(
     learner: Learner, trainer: Any, setting: Setting, rationales: Sequence[Rationale], rows: int, repeats: int
 ) -> list[Row]:
-    """Fitting alone, all on the same rows: loss, backward, clip, optimiser."""
+    """Fitting alone, all on the same rows: loss, backward, clip, optimizer."""
     policy, found = learner.policy, list[Row]()
     parameters = list(policy.trainable().values())
     for silent in (False, True):

@@ -84,7 +84,7 @@ class _Closed(Exception):
 
 
 class Steps:
-    """The trainer's own loop, held between two steps: ``step`` lets it do one, generation to optimiser.
+    """The trainer's own loop, held between two steps: ``step`` lets it do one, generation to optimizer.
 
     The loop runs in a thread of its own, because it cannot be left and entered again; only one of the two
     threads ever works.
@@ -160,7 +160,7 @@ def loss_step(
     rows: int,
     rate: float,
 ) -> None:
-    """One optimiser step on given rows with TRL's own loss, the weights taken for advantages.
+    """One optimizer step on given rows with TRL's own loss, the weights taken for advantages.
 
     Rows are padded as its own step does it: prompts on the left, completions on the right, to the longest.
     """

@@ -298,7 +298,7 @@ def test_the_profile_of_plain_transformers_in_a_process(tmp_path: Path, device: 
     (row,) = run_job(small_job("empg", "kernels"), tmp_path)
     assert row["policy"]["kernels"] == ["plain torch"]
     kinds = row["sampling"]["kinds"] + row["fitting"]["kinds"]
-    assert "NF4 dequantisation" in kinds and "SwiGLU" not in kinds
+    assert "NF4 dequantization" in kinds and "SwiGLU" not in kinds
     assert not [what for what, holds in row["checks"].items() if not holds], row
 
 

@@ -104,7 +104,7 @@ def test_kernels_are_told_apart_by_name() -> None:
         "fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention::AttentionKernel<>::Params)",
     ]
     found = gpu_checks.sorted_out(names)
-    assert found["kinds"] == ["RMSNorm", "RoPE", "SwiGLU", "NF4 dequantisation"]
+    assert found["kinds"] == ["RMSNorm", "RoPE", "SwiGLU", "NF4 dequantization"]
     assert found["attention"] == ["flash", "efficient"]
     cudnn = "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_6_128x128x64"
     assert gpu_checks.sorted_out([cudnn])["attention"] == ["cudnn"]
@@ -143,7 +143,7 @@ def test_what_a_profile_has_to_show() -> None:
     left_out = {"kernels": ["rotate", "swiglu"], "fit": "packed", "notes": ["add_norm: differs"]}
     assert failed(policy=left_out, fitting=half("flash", kinds=())) == {"nothing of Unsloth's is left out"}
     plain = {**good, "policy": {"kernels": ["plain torch"], "fit": "packed", "notes": []}}
-    plain |= {"sampling": half("flash", kinds=("NF4 dequantisation",)), "fitting": half("flash", kinds=())}
+    plain |= {"sampling": half("flash", kinds=("NF4 dequantization",)), "fitting": half("flash", kinds=())}
     assert all(gpu_facts.kernel_checks(plain, unsloth=False).values())
 
 

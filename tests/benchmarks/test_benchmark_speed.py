@@ -115,7 +115,7 @@ def test_trl_steps_draw_the_tables_tokens_and_train(model_dir: Path) -> None:
         assert steps.tokens == sum(LENGTHS)
         seen.append(policy.adapter_sha256())
     steps.close()
-    assert len(set(seen)) == 3 and trainer.state.global_step == 2  # one optimiser step each
+    assert len(set(seen)) == 3 and trainer.state.global_step == 2  # one optimizer step each
     assert not steps._thread.is_alive()
 
 

@@ -1,4 +1,4 @@
-"""Precision and recall of a detector on labelled sentences; ``benchmarks/behaviors.py`` prints them."""
+"""Precision and recall of a detector on labeled sentences; ``benchmarks/behaviors.py`` prints them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from empg_lite.core.behaviors import BEHAVIORS, sentences
 SENTENCES = Path(__file__).with_name("behavior_sentences.toml")
 REFERENCES = Path(__file__).with_name("behavior_references.jsonl")
 Detector = Callable[[str], frozenset[str]]
-Labelled = tuple[str, frozenset[str]]
+Labeled = tuple[str, frozenset[str]]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Score:
         return self.right / max(1, self.right + self.missed)
 
 
-def own_sentences(part: str) -> list[Labelled]:
+def own_sentences(part: str) -> list[Labeled]:
     """``dev``, ``test`` or ``fresh`` of ``behavior_sentences.toml``."""
     blocks: dict[str, str] = tomllib.loads(SENTENCES.read_text("utf-8"))[part]
     return [
@@ -45,7 +45,7 @@ def own_sentences(part: str) -> list[Labelled]:
     ]
 
 
-def real_sentences(part: str, data: Path) -> list[Labelled]:
+def real_sentences(part: str, data: Path) -> list[Labeled]:
     """The sentences that the references name, looked up in the folder of real data.
 
     Raises:
@@ -66,9 +66,9 @@ def real_sentences(part: str, data: Path) -> list[Labelled]:
     return found
 
 
-def score(detector: Detector, labelled: Iterable[Labelled]) -> dict[str, Score]:
+def score(detector: Detector, labeled: Iterable[Labeled]) -> dict[str, Score]:
     """The score of each behavior."""
-    judged = [(detector(text), labels) for text, labels in labelled]
+    judged = [(detector(text), labels) for text, labels in labeled]
     return {
         name: Score(
             right=sum(name in found and name in labels for found, labels in judged),

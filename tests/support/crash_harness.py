@@ -322,7 +322,7 @@ def record_durable(run: Path, trees: Path) -> None:
 
 
 def digest(run: Path) -> str:
-    """What a resumed run must share with the straight one: adapters, optimiser, metrics without clocks."""
+    """What a resumed run must share with the straight one: adapters, optimizer, metrics without clocks."""
     newest = list_checkpoints(run)[-1]
     parts = [(newest / n).read_bytes() for n in ("adapter_model.safetensors", "optimizer.safetensors")]
     parts += [(run / n / "adapter_model.safetensors").read_bytes() for n in ("adapter", "best")]
