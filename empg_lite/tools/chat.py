@@ -1,4 +1,4 @@
-"""Asking a model and looking at how it reasons."""
+"""Ask a model questions and inspect how it reasons."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from pathlib import Path
 from random import Random
 
 from empg_lite.core.errors import DataError
-from empg_lite.core.rationale import Group, Problem, Rationale
+from empg_lite.core.rationale import Problem, Rationale
 from empg_lite.core.safe_text import encodable
 from empg_lite.data.sources import load_problems
 from empg_lite.loop.estep import sample_rationales
 from empg_lite.loop.learner import Learner, build_learner
 from empg_lite.rewards import Grader
-from empg_lite.rewards.math.votes import ballot
+from empg_lite.rewards.math import ballot
 from empg_lite.rewards.scorer import score
 from empg_lite.run import store
 from empg_lite.run.rollouts import encode_rollouts
 from empg_lite.run.target import Target
 from empg_lite.sampler import Decoding, TextStream
 
-#: E-step number of chat draws.
+#: E-step number of chat samples.
 CHAT_STEP = -2
 
-#: Told of (who speaks, the reply's text so far) as it grows.
+#: Called with (speaker, the reply's text so far) as it grows.
 OnText = Callable[[str, str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A rationale with who gave it: ``tuned`` or ``base``; ``reward`` stays None where no gold is known.
+    """A rationale and its ``speaker``, ``tuned`` or ``base``. Its reward is None if there is no gold answer.
 
-    ``decoding`` and ``seed`` are how it was drawn; each question has a seed of its own.
+    ``decoding`` and ``seed`` reproduce it; each question has its own seed.
     """
 
     speaker: str
@@ -46,12 +46,12 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """What several samples of one question say together.
+    """The majority among several samples of one question.
 
     Attributes:
-        answer: the answer that most give, as the first of them wrote it; None where nobody gave one.
+        answer: the most frequent answer, as its first sample wrote it; None if no sample has an answer.
         votes: how many gave it.
-        right: share of the samples that are right; None where no gold is known.
+        right: share of the samples that are right; None if there is no gold answer.
     """
 
     answer: str | None
@@ -60,15 +60,15 @@ class Vote:
 
 
 class Chat:
-    """A loaded model that answers questions, beside its base on request.
+    """A loaded model that answers questions, optionally next to its base model.
 
     Args:
         temperature: 0 is greedy.
-        max_new_tokens: None takes the recipe's.
+        max_new_tokens: None: the recipe's.
 
     Attributes:
-        decoding: how replies are drawn; may be replaced between questions.
-        replies: everything that was said, in order.
+        decoding: how ``ask`` decodes; may be replaced between questions.
+        replies: the conversation so far.
     """
 
     def __init__(
@@ -93,37 +93,34 @@ class Chat:
         compare: bool = False,
         on_text: OnText | None = None,
     ) -> Sequence[Reply]:
-        """Answer a question, base first where it is asked too; one with a gold is graded, else only read.
+        """Answer a question, with ``compare`` first by the base model; graded if it has a gold answer.
 
         Raises:
-            DataError: it is no text, or with its longest answer leaves the model's context.
+            DataError: it is not valid text, or with its longest answer exceeds the model's context.
         """
         self._asked += 1
-        replies = []
+        replies: list[Reply] = []
         for speaker in ("base", "tuned") if compare else ("tuned",):
             with self.learner.policy.reference() if speaker == "base" else nullcontext():
-                group = self._draw(problem, 1, self.decoding, speaker, on_text)
-            replies += self._replies(speaker, group, grader, self.decoding)
+                replies += self._reply(speaker, problem, 1, self.decoding, grader, on_text)
         self.replies += replies
         return replies
 
     def again(self, problem: Problem, grader: Grader, samples: int) -> tuple[list[Reply], Vote]:
-        """Draw K = ``samples`` replies at temperature 1, as training does, and let them vote. See ``ask``."""
+        """K = ``samples`` replies at temperature 1, as in training, and their vote. Raises like ``ask``."""
         self._asked += 1
-        decoding = replace(self.decoding, temperature=1.0)
-        group = self._draw(problem, samples, decoding)
-        replies = self._replies("tuned", group, grader, decoding)
+        replies = self._reply("tuned", problem, samples, replace(self.decoding, temperature=1.0), grader)
         self.replies += replies
         return replies, vote([r.rationale for r in replies])
 
     def draw_problem(self, wanted: str = "") -> Problem:
-        """A problem: the one whose id begins so, or each time another one of a split.
+        """A problem by id prefix, or another random problem of a split on each call.
 
         Args:
-            wanted: ``data.split``, ``data.eval_split`` (the default), or the beginning of an id in either.
+            wanted: ``data.split``, ``data.eval_split`` (the default), or the start of an id in either.
 
         Raises:
-            DataError: no id begins so; the data cannot be read.
+            DataError: no id starts like this, or the data cannot be read.
         """
         data = self.recipe.data
         splits = list(dict.fromkeys((data.eval_split, data.split)))
@@ -134,37 +131,35 @@ class Chat:
                 if problem.id.startswith(wanted):
                     return problem
         where = f"{wanted!r}, splits {' and '.join(splits)}"
-        raise DataError("no problem has such an id", where, "ids stand in `empg-lite inspect`")
+        raise DataError("no problem id starts like this", where, "`empg-lite inspect` shows ids")
 
     def save(self, path: Path) -> int:
-        """Write all that was said as a rollout file: ``inspect`` shows it, ``score`` and ``fit`` take it.
+        """Write the conversation as a rollout file, which ``inspect``, ``score`` and ``fit`` read.
 
-        Each question is a segment of its own, with its decoding and seed: groups never cross headers, and a
-        greedy reply is no sample of the policy. Saving again replaces what this conversation saved.
+        Each question is a segment with its own decoding and seed: groups never cross segments, and a greedy
+        reply is not a sample of the policy. Saving again replaces what this conversation saved.
 
         Returns:
-            How many replies it holds.
+            The number of replies.
 
         Raises:
-            DataError: somebody else's file is there.
+            DataError: the file exists and is not from this conversation.
         """
         if path.exists() and path.resolve() not in self._saved:
-            raise DataError("there is a file already, and it stays as it is", str(path), "name another")
+            raise DataError("the file already exists", str(path), "choose another name")
         header = self.learner.header(str(self.recipe.data.reward))
         text = ""
-        for (speaker, decoding, seed), said in groupby(
+        for (speaker, decoding, seed), replies in groupby(
             self.replies, lambda r: (r.speaker, r.decoding, r.seed)
         ):
-            rows = [r.rationale for r in said]
-            text += encode_rollouts(
-                replace(
-                    header,
-                    adapter=None if speaker == "base" else header.adapter,
-                    sampler={**asdict(decoding), "samples_per_problem": len(rows)},
-                    seed=seed,
-                ),
-                rows,
+            rows = [r.rationale for r in replies]
+            segment = replace(
+                header,
+                adapter=None if speaker == "base" else header.adapter,
+                sampler={**asdict(decoding), "samples_per_problem": len(rows)},
+                seed=seed,
             )
+            text += encode_rollouts(segment, rows)
         store.write_file(path, text)
         self._saved.add(path.resolve())
         return len(self.replies)
@@ -174,26 +169,23 @@ class Chat:
             self._rows[name] = load_problems(self.recipe.data, name)
         return self._rows[name]
 
-    @property
-    def _seed(self) -> int:
-        """Of the question asked last."""
-        return self.recipe.run.seed + self._asked
-
-    def _draw(
+    def _reply(
         self,
+        speaker: str,
         problem: Problem,
         samples: int,
         decoding: Decoding,
-        speaker: str = "tuned",
+        grader: Grader,
         on_text: OnText | None = None,
-    ) -> Group:
-        learner = self.learner
+    ) -> list[Reply]:
+        """Sample and grade replies to the current question, under its own seed."""
+        learner, seed = self.learner, self.recipe.run.seed + self._asked
         if not encodable(problem.question):
-            raise DataError("it is not UTF-8 text", "the question", "save it as UTF-8")
+            raise DataError("not UTF-8 text", "the question", "save it as UTF-8")
         learner.require_room(problem.question, decoding.max_new_tokens)
         stream = TextStream(learner.policy.tokenizer, learner.policy.template.stop)
 
-        def grew(i: int, k: int, ids: Sequence[int]) -> None:
+        def on_token(i: int, k: int, ids: Sequence[int]) -> None:
             if on_text:
                 on_text(speaker, stream.grow(ids))
 
@@ -203,22 +195,19 @@ class Chat:
             [problem],
             decoding,
             samples=samples,
-            seed=self._seed,
+            seed=seed,
             step=CHAT_STEP,
             policy_step=learner.state.policy_step,
-            on_token=grew if on_text else None,
+            on_token=on_token if on_text else None,
         )
-        return draw.groups[0]
-
-    def _replies(self, speaker: str, group: Group, grader: Grader, decoding: Decoding) -> list[Reply]:
-        rows = score(group.rationales, grader, str(self.recipe.data.reward))
-        if not rows[0].gold:
+        rows = score(draw.groups[0].rationales, grader, str(self.recipe.data.reward))
+        if not problem.gold:
             rows = [replace(r, reward=None, reason=None) for r in rows]
-        return [Reply(speaker, r, decoding, self._seed) for r in rows]
+        return [Reply(speaker, r, decoding, seed) for r in rows]
 
 
 def vote(rows: Sequence[Rationale]) -> Vote:
-    """The majority's answer: equal numbers are one answer, a truncated rationale does not vote."""
+    """The majority answer: equal numbers are one answer, and truncated rationales do not vote."""
     ballots = [ballot(r.extracted) if r.finish_reason == "stop" else None for r in rows]
     counted = Counter(b for b in ballots if b is not None)
     known = [r for r in rows if r.reward is not None and not r.failed]

@@ -1,4 +1,4 @@
-"""Chat: what streams is what was sampled, commands do what they say, and nothing a model writes is obeyed."""
+"""Chat: the stream shows the sampled text, the commands work, and model output is never interpreted."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def grader():  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("engine", ["native", "generate"])
-def test_what_streams_is_a_beginning_of_what_was_sampled(run: Path, grader: Grader, engine: str) -> None:
+def test_streamed_text_is_a_prefix_of_the_sample(run: Path, grader: Grader, engine: str) -> None:
     watched = Chat(resolve_target(str(run), None, [f"sampler.engine={engine}"]))
     alone = Chat(resolve_target(str(run), None, [f"sampler.engine={engine}"]))
     seen: dict[str, list[str]] = {"base": [], "tuned": []}
@@ -72,7 +72,7 @@ def test_what_streams_is_a_beginning_of_what_was_sampled(run: Path, grader: Grad
     assert [r.rationale.completion_ids for r in replies] == [r.rationale.completion_ids for r in same]
     for reply in replies:
         texts, r = seen[reply.speaker], reply.rationale
-        # One call for each token but the one that ends it.
+        # One call per token, except the stop token.
         assert len(texts) == len(r.completion_ids) - 1
         assert all(r.completion.startswith(text) for text in texts)
         assert all(b.startswith(a) for a, b in zip(texts, texts[1:], strict=False))
@@ -88,18 +88,18 @@ class Bytes:
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=40), st.sampled_from([(), ("\nQ:",), ("##", "\nQuestion:"), ("é",)]))
-def test_a_stream_never_takes_back_and_holds_no_half_character(text: str, stops: tuple[str, ...]) -> None:
+def test_a_stream_only_grows_and_never_splits_a_character(text: str, stops: tuple[str, ...]) -> None:
     text = text.replace("\ufffd", "?")
     for stop in stops:
         text = text.replace(stop, "")
-    if any(stop in text for stop in stops):  # a new one came together
+    if any(stop in text for stop in stops):  # removing one has formed another
         return
     ids, stream, given_before = list(text.encode()), TextStream(Bytes(), stops), ""
     for n in range(1, len(ids) + 1):
         now = stream.grow(ids[:n])
         assert now.startswith(given_before) and text.startswith(now) and "\ufffd" not in now
         given_before = now
-    # All that can be held back at the end is the beginning of a stop string.
+    # Only the start of a stop string may be held back at the end.
     held = text[len(given_before) :]
     assert held == "" or any(stop.startswith(held) and stop != held for stop in stops)
 
@@ -107,7 +107,7 @@ def test_a_stream_never_takes_back_and_holds_no_half_character(text: str, stops:
 # --- votes and marks ----------------------------------------------------------------------------------
 
 
-def test_a_vote_by_hand() -> None:
+def test_votes_computed_by_hand() -> None:
     rows = [
         rationale("Q", "so 0.5", right=True, extracted="0.5"),
         rationale("Q", "so 1/2", right=True, extracted="1/2"),
@@ -121,7 +121,7 @@ def test_a_vote_by_hand() -> None:
     assert (ungraded.answer, ungraded.votes, ungraded.right) == (None, 0, None)
 
 
-def test_marks_are_readable_without_colours() -> None:
+def test_marks_are_readable_without_color() -> None:
     text = "First, find the total. 3 + 4 = 7. Let me check: 7 - 4 = 3. Wait, that is wrong. #### 7"
     shown, found = marked(text, "7")
     assert shown.plain.replace("▸ ", "").replace("✓ ", "").replace("↶ ", "") == text
@@ -133,7 +133,7 @@ def test_marks_are_readable_without_colours() -> None:
     assert marked("plain 3", None)[0].plain == "plain 3" and marked("", "x")[1] == []
 
 
-def test_marked_text_is_safe_and_no_markup() -> None:
+def test_marked_text_is_safe_and_markup_stays_text() -> None:
     shown, _ = marked("[bold red]x[/] \x1b[2J\u202e #### 7", "7")
     assert shown.plain == "[bold red]x[/] \\x1b[2J\\u202e #### 7"
 
@@ -141,7 +141,7 @@ def test_marked_text_is_safe_and_no_markup() -> None:
 # --- a session ----------------------------------------------------------------------------------------
 
 
-def test_again_samples_and_problem_draws(talk: Chat, grader: Grader, tmp_path: Path) -> None:
+def test_again_problem_and_save(talk: Chat, grader: Grader, tmp_path: Path) -> None:
     replies, found = talk.again(Problem.asked("1 + 2 = ?", "3"), grader, 6)
     assert len(replies) == 6 and len({r.rationale.completion for r in replies}) > 1
     assert found.right == sum(r.rationale.right for r in replies) / 6
@@ -157,7 +157,7 @@ def test_again_samples_and_problem_draws(talk: Chat, grader: Grader, tmp_path: P
     path = tmp_path / "said.jsonl"
     assert talk.save(path) == talk.save(path) == 6
     segments = read_rollouts(path)
-    assert [len(s.rationales) for s in segments] == [1, 1, 1, 3]  # no greedy reply among the samples
+    assert [len(s.rationales) for s in segments] == [1, 1, 1, 3]  # greedy replies have segments of their own
     assert [s.header.adapter is None for s in segments] == [True, False, False, False]
     assert [s.header.sampler["temperature"] for s in segments] == [0.0, 0.0, 0.0, 1.0]
     asked = [s.header.seed for s in segments]
@@ -167,13 +167,13 @@ def test_again_samples_and_problem_draws(talk: Chat, grader: Grader, tmp_path: P
 
     other = tmp_path / "other.jsonl"
     other.write_text("mine", "utf-8")
-    with pytest.raises(DataError, match="a file already"):
+    with pytest.raises(DataError, match="already exists"):
         talk.save(other)
     assert other.read_text("utf-8") == "mine"
 
 
-def test_again_is_at_temperature_1_whatever_was_set(talk: Chat, grader: Grader) -> None:
-    """The same draw under the same seed, whatever the conversation's own temperature."""
+def test_again_samples_at_temperature_1_regardless_of_settings(talk: Chat, grader: Grader) -> None:
+    """The same seed gives the same samples, whatever the temperature of the conversation."""
     found = []
     for temperature in (0.0, 0.3, 1.0):
         talk.decoding, talk._asked = Decoding(12, temperature), 50
@@ -184,7 +184,7 @@ def test_again_is_at_temperature_1_whatever_was_set(talk: Chat, grader: Grader) 
     assert found[0] == found[1] == found[2] and len(set(found[0])) > 1
 
 
-def test_a_reward_sees_the_columns_of_a_drawn_problem(talk: Chat, grader: Grader) -> None:
+def test_the_reward_sees_the_columns_of_a_drawn_problem(talk: Chat, grader: Grader) -> None:
     seen: list[dict[str, Any]] = []
 
     class Watched:
@@ -193,7 +193,7 @@ def test_a_reward_sees_the_columns_of_a_drawn_problem(talk: Chat, grader: Grader
             return grader.submit(spec, case)
 
     problem = replace(talk.draw_problem(), meta={"unit": "cm"})
-    for temperature in range(8):  # what is cut off is not graded
+    for temperature in range(8):  # truncated replies are not graded
         talk.decoding = Decoding(60, temperature / 4)
         talk.ask(problem, Watched())  # type: ignore[arg-type]
         talk.again(problem, Watched(), 4)  # type: ignore[arg-type]
@@ -201,7 +201,7 @@ def test_a_reward_sees_the_columns_of_a_drawn_problem(talk: Chat, grader: Grader
     assert seen and all(meta == {"unit": "cm"} for meta in seen)
 
 
-def test_a_problem_of_a_split(talk: Chat) -> None:
+def test_draw_problem_by_split(talk: Chat) -> None:
     from empg_lite.data.sources import load_problems
 
     data = talk.recipe.data
@@ -211,7 +211,7 @@ def test_a_problem_of_a_split(talk: Chat) -> None:
     assert talk.draw_problem(train[0].id[:10]) == train[0]
 
 
-def test_a_script_learns_which_lines_failed(typed, capfd: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
+def test_a_script_reports_which_lines_failed(typed, capfd: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
     code, out, err = typed("1 + 1 = ?\n" + "9 " * 900 + "\ncaf\udce9\n2 + 2 = ?\n", "--json")
     records = [json.loads(line) for line in out.splitlines()]
     assert code == 65 and ["tuned" in r for r in records] == [True, False, False, True]
@@ -236,7 +236,7 @@ def test_ctrl_c_ends_a_script(cli, run: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def typed(cli, run: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    """Lines into the command by a pipe."""
+    """Pipe lines into the command."""
 
     def send(lines: str, *arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
@@ -260,7 +260,7 @@ def test_questions_from_a_pipe(typed, cli, run: Path) -> None:  # type: ignore[n
 def test_commands(typed, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     saved = tmp_path / "said.jsonl"
     lines = [
-        "/again 3",  # nothing was asked yet
+        "/again 3",  # before any question
         "/show",
         "/nothing",
         "1 + 1 = ?",
@@ -278,7 +278,7 @@ def test_commands(typed, tmp_path: Path) -> None:  # type: ignore[no-untyped-def
         "/help",
     ]
     code, out, err = typed("\n".join(lines) + "\n")
-    assert code == 65  # of the first line that failed
+    assert code == 65  # that of the first line that failed
     out += err
     for said in (
         "ask something first",
@@ -288,7 +288,7 @@ def test_commands(typed, tmp_path: Path) -> None:  # type: ignore[no-untyped-def
         "temperature is 0.5",
         "at most 3 tokens",
         "how many samples?",
-        "no problem has such an id",
+        "no problem id starts like this",
         "the model's context is",
         "/again [K]",
     ):
@@ -298,16 +298,16 @@ def test_commands(typed, tmp_path: Path) -> None:  # type: ignore[no-untyped-def
     assert len([r for s in read_rollouts(saved) for r in s.rationales]) == 1 + 2 + 2
 
 
-def test_a_terminal_ctrl_c_stops_the_answer_only(run: Path, tmp_path: Path) -> None:
-    """On a pseudo-terminal, with an answer that takes its time."""
+def test_ctrl_c_on_a_terminal_stops_only_the_answer(run: Path, tmp_path: Path) -> None:
+    """On a pseudo-terminal, during a slow answer."""
     slow = (
         "import sys, time\n"
         "from empg_lite.cli import main\n"
-        "import empg_lite.tools.chat as c; real = c.Chat._draw\n"
-        "def draw(self, problem, *rest):\n"
+        "import empg_lite.tools.chat as c; real = c.Chat._reply\n"
+        "def reply(self, speaker, problem, *rest):\n"
         "    if problem.question == 'slow': print('thinking', flush=True); time.sleep(600)\n"
-        "    return real(self, problem, *rest)\n"
-        "c.Chat._draw = draw; main(sys.argv[1:])\n"
+        "    return real(self, speaker, problem, *rest)\n"
+        "c.Chat._reply = reply; main(sys.argv[1:])\n"
     )
     child, fd = pty.fork()
     if child == 0:
@@ -334,7 +334,7 @@ def test_a_terminal_ctrl_c_stops_the_answer_only(run: Path, tmp_path: Path) -> N
 
 
 class Screen:
-    """What a terminal shows, read up to a text at a time; what came with it waits for the next time."""
+    """The output of a terminal, read up to a given text; the rest is kept for the next read."""
 
     def __init__(self, fd: int) -> None:
         self.fd, self.rest = fd, ""
@@ -350,7 +350,7 @@ class Screen:
         return before
 
 
-def test_chat_draws_are_never_those_of_training() -> None:
+def test_chat_never_reuses_the_random_numbers_of_training() -> None:
     from empg_lite.loop import evaluate, preflight
     from empg_lite.tools.export import compare
 
