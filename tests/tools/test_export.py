@@ -1,4 +1,4 @@
-"""Exports act like the adapter, load where this package is not, and are refused where they do not."""
+"""Exports behave like the adapter and load without this package, or they are refused."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from empg_lite.run.rollouts import read_rollouts
 from empg_lite.run.target import resolve_target
 from empg_lite.tools.export import compare, gguf, hub, merged
 
-#: What a stranger does: only transformers and peft; the probe rows and where the logits go come as arguments.
-STRANGER = """
+#: Loads an export with only transformers and peft; the probe rows and the output file are arguments.
+OUTSIDE = """
 import importlib.abc, json, sys, torch
 
 class Absent(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name.split(".")[0] == "empg_lite":
-            raise ImportError("empg_lite is not here")
+            raise ImportError("empg_lite is blocked")
 
 sys.meta_path.insert(0, Absent())
 kind, base, folder, rows, out = sys.argv[1:]
@@ -76,7 +76,7 @@ def grader():  # type: ignore[no-untyped-def]
 
 
 def probe(run: Path, tmp_path: Path) -> tuple[Path, list[torch.Tensor]]:
-    """Some rows of the run as a file, and the logits of the policy on them."""
+    """A few rows of the run as a file, and the policy's logits on them."""
     learner = build_learner(resolve_target(str(run)).recipe)
     rows = compare.stored_answers(run)[:3]
     path = tmp_path / "rows.json"
@@ -94,7 +94,7 @@ def probe(run: Path, tmp_path: Path) -> tuple[Path, list[torch.Tensor]]:
     return path, logits
 
 
-def strangers_logits(
+def outside_logits(
     kind: str, base: Path, folder: Path, rows: Path, tmp_path: Path, python: str = sys.executable
 ) -> tuple[list[torch.Tensor], str]:
     from safetensors.torch import load_file
@@ -102,7 +102,7 @@ def strangers_logits(
     out = tmp_path / "logits.safetensors"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
-        [python, "-c", STRANGER, kind, str(base), str(folder), str(rows), str(out)],
+        [python, "-c", OUTSIDE, kind, str(base), str(folder), str(rows), str(out)],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -114,9 +114,7 @@ def strangers_logits(
 
 
 @pytest.mark.parametrize("kind", ["adapter", pytest.param("merged", marks=pytest.mark.slow)])
-def test_it_loads_where_this_package_is_not(
-    cli, run: Path, model_dir: Path, tmp_path: Path, kind: str
-) -> None:  # type: ignore[no-untyped-def]
+def test_it_loads_without_this_package(cli, run: Path, model_dir: Path, tmp_path: Path, kind: str) -> None:  # type: ignore[no-untyped-def]
     out = tmp_path / kind
     code, said, _ = cli("export", run, "--to", kind, "--out", out, "--json")
     facts = json.loads(said.splitlines()[-1])
@@ -124,10 +122,10 @@ def test_it_loads_where_this_package_is_not(
     assert facts["argmax_agreement"] == facts["greedy_agreement"] == 1.0
     assert facts["reward"] == facts["reward_adapter"]
     rows, mine = probe(run, tmp_path)
-    theirs, stops = strangers_logits(kind, model_dir, out, rows, tmp_path)
+    theirs, stops = outside_logits(kind, model_dir, out, rows, tmp_path)
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(b, a, atol=2e-5, rtol=1e-5)
-    if kind == "merged":  # the folder brings its stop tokens; an adapter has its base's
+    if kind == "merged":  # the folder has its stop tokens; an adapter uses its base's
         assert sorted(json.loads(stops)) == [256, 258]
     card = (out / "README.md").read_text("utf-8")
     assert "library_name: " + {"adapter": "peft", "merged": "transformers"}[kind] in card
@@ -135,13 +133,13 @@ def test_it_loads_where_this_package_is_not(
     figures = json.loads((run / "eval" / "after" / "figures.json").read_text())
     low, high = figures["pass@1_ci95"]
     assert f"{figures['pass@1']:.1%} (95%: {low:.1%} to {high:.1%})" in card
-    # An existing target is not touched.
+    # An existing folder is not touched.
     stamp = (out / "README.md").stat().st_mtime_ns
     assert cli("export", run, "--to", kind, "--out", out)[0] == 2
     assert (out / "README.md").stat().st_mtime_ns == stamp
 
 
-def test_an_nf4_run_is_merged_onto_the_base_it_was_trained_over(
+def test_an_nf4_run_merges_onto_its_dequantized_base(
     cli,  # type: ignore[no-untyped-def]
     run_nf4: Path,
     tmp_path: Path,
@@ -152,19 +150,19 @@ def test_an_nf4_run_is_merged_onto_the_base_it_was_trained_over(
     assert code == 0 and facts["onto"] == "dequantized"
     assert facts["argmax_agreement"] == facts["agreement_dequantized"] >= 0.99 > facts["agreement_original"]
     rows, mine = probe(run_nf4, tmp_path)
-    theirs, _ = strangers_logits("merged", model_dir, tmp_path / "a", rows, tmp_path)
+    theirs, _ = outside_logits("merged", model_dir, tmp_path / "a", rows, tmp_path)
     worst = max(float((a - b).abs().max()) for a, b in zip(mine, theirs, strict=True))
     assert worst < 1e-4
-    # Onto the original base it is another model, and the command says no and leaves nothing.
+    # Onto the original base it is a different model: the command refuses and leaves nothing.
     code, _, err = cli("export", run_nf4, "--to", "merged", "--onto", "original", "--out", tmp_path / "b")
     assert code == 1 and "nothing was written" in err.splitlines()[-1]
     assert [p.name for p in tmp_path.iterdir() if "b" in p.name.split("-")[0].lstrip(".")] == []
 
 
-def test_the_original_base_is_the_one_on_disk(
+def test_onto_original_uses_the_base_on_disk(
     run_nf4: Path, model_dir: Path, tmp_path: Path, grader, monkeypatch
 ) -> None:  # type: ignore[no-untyped-def]
-    """What --onto original writes is W + scale B A of the unquantised W, tensor by tensor."""
+    """--onto original writes W + scale B A for the unquantized W, tensor by tensor."""
     from safetensors.torch import load_file
 
     monkeypatch.setattr(merged, "THRESHOLD", 0.0)
@@ -187,7 +185,7 @@ def test_the_original_base_is_the_one_on_disk(
 
 
 @pytest.mark.parametrize("sabotage", ["a layer without its delta", "another adapter", "a scaled head"])
-def test_an_export_that_acts_otherwise_is_refused(  # type: ignore[no-untyped-def]
+def test_an_export_that_behaves_differently_is_refused(  # type: ignore[no-untyped-def]
     run: Path, tmp_path: Path, grader, monkeypatch, sabotage: str
 ) -> None:
     whole = merged.merged_tensors
@@ -224,7 +222,7 @@ def test_sizes_and_shards(run: Path, tmp_path: Path, grader, monkeypatch) -> Non
             assert index[name] == path.name and torch.equal(tensor, whole[name])
 
 
-def test_a_full_disk_is_said_before_anything_is_written(
+def test_a_full_disk_is_reported_before_anything_is_written(
     run: Path, tmp_path: Path, grader, monkeypatch
 ) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr("empg_lite.run.store._free_bytes", lambda path: 10_000)
@@ -233,7 +231,7 @@ def test_a_full_disk_is_said_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_and_a_half_precision(cli, run: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_checkpoint_in_half_precision(cli, run: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     from safetensors.torch import load_file
 
     step = run / "checkpoints" / "step-000003"
@@ -244,10 +242,10 @@ def test_a_checkpoint_and_a_half_precision(cli, run: Path, tmp_path: Path) -> No
         assert json.loads(said.splitlines()[-1])["dtype"] == "float16"
         assert {t.dtype for t in load_file(tmp_path / "m" / "model.safetensors").values()} == {torch.float16}
         assert json.loads((tmp_path / "m" / "config.json").read_text())["dtype"] == "float16"
-    assert code in (0, 1)  # a random model has near ties: half precision may turn more than a hundredth
+    assert code in (0, 1)  # a random model has near ties: half precision may change over 1% of the tokens
 
 
-def test_right_rationales_as_a_data_set(cli, run: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_sft_dataset_holds_the_distinct_right_rationales(cli, run: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     from datasets import load_dataset
 
     out = tmp_path / "sft.jsonl"
@@ -274,7 +272,7 @@ def test_right_rationales_as_a_data_set(cli, run: Path, tmp_path: Path) -> None:
 
 
 class Hub:
-    """A hub that takes everything down, or refuses."""
+    """A hub that records its calls, or refuses."""
 
     def __init__(self, refuse: bool = False) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
@@ -284,14 +282,14 @@ class Hub:
     def create_repo(self, repo: str, **options: Any) -> str:
         self.calls.append((repo, options))
         if self.refuse:
-            raise ConnectionError("no way there")
+            raise ConnectionError("unreachable")
         return f"https://hub/{repo}"
 
     def upload_folder(self, *, repo_id: str, folder_path: Path, **options: Any) -> None:
         self.files = {p.name: p.stat().st_size for p in Path(folder_path).iterdir()}
 
 
-def test_upload_sends_the_adapter_and_only_where_asked(cli, run: Path, grader) -> None:  # type: ignore[no-untyped-def]
+def test_upload_sends_the_adapter_to_the_given_repo_only(cli, run: Path, grader) -> None:  # type: ignore[no-untyped-def]
     fake = Hub()
     facts = hub.export(resolve_target(str(run)), Path("unused"), grader, repo="me/mine", api=fake)
     assert (
@@ -300,12 +298,12 @@ def test_upload_sends_the_adapter_and_only_where_asked(cli, run: Path, grader) -
     )
     assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= fake.files.keys()
     assert not any(name.startswith(("optimizer", "rng", "state")) for name in fake.files)
-    with pytest.raises(Exception, match="no way there"):
+    with pytest.raises(Exception, match="unreachable"):
         hub.export(resolve_target(str(run)), Path("unused"), grader, repo="me/mine", api=Hub(refuse=True))
     for arguments in (("--to", "hub"), ("--to", "merged", "--repo", "me/mine")):
         code, _, err = cli("export", run, *arguments)
         assert code == 2 and "--repo" in err.splitlines()[-1]
-    # Offline is one line, too: the tests' own setting.
+    # The tests run offline: also a one-line error.
     code, _, err = cli("export", run, "--to", "hub", "--repo", "me/mine")
     assert code == 66 and err.splitlines()[-1].startswith("error: upload to the hub failed")
 
@@ -316,7 +314,9 @@ def test_what_cannot_be_exported(cli, tmp_path: Path, model_dir: Path) -> None: 
     assert cli("export", "--to", "onnx")[0] == 2
 
 
-def test_gguf_says_what_is_missing(cli, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_gguf_names_the_missing_package(
+    cli, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # type: ignore[no-untyped-def]
     import importlib.util
 
     find = importlib.util.find_spec
@@ -331,7 +331,7 @@ def test_gguf_says_what_is_missing(cli, run: Path, tmp_path: Path, monkeypatch: 
 @pytest.mark.gguf
 @pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
 def test_llama_cpp_runs_the_gguf(tmp_path: Path, grader, kind: str, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    """Of the bundled model: the fixture's tokenizer merges nothing, which llama.cpp takes for none."""
+    """With the bundled model: llama.cpp rejects the fixture's tokenizer, which has no merges."""
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (extra: gguf)")
     pytest.importorskip("gguf", reason="gguf is not installed (extra: gguf)")
     from empg_lite import api
@@ -359,7 +359,7 @@ def _without_delta(write, policy, file, kind, name) -> None:  # type: ignore[no-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
 def test_it_loads_in_a_fresh_environment(cli, run: Path, model_dir: Path, tmp_path: Path, kind: str) -> None:  # type: ignore[no-untyped-def]
-    """A virtual environment of its own with torch, transformers and peft, and nothing of ours."""
+    """A new virtual environment with torch, transformers and peft, without this package."""
     assert cli("export", run, "--to", kind, "--out", tmp_path / kind)[0] == 0
     venv.create(tmp_path / "venv", with_pip=True)
     python = str(tmp_path / "venv" / "bin" / "python")
@@ -369,6 +369,6 @@ def test_it_loads_in_a_fresh_environment(cli, run: Path, model_dir: Path, tmp_pa
     listed = subprocess.run([python, "-m", "pip", "list"], capture_output=True, text=True, check=True).stdout
     assert "empg" not in listed
     rows, mine = probe(run, tmp_path)
-    theirs, _ = strangers_logits(kind, model_dir, tmp_path / kind, rows, tmp_path, python)
+    theirs, _ = outside_logits(kind, model_dir, tmp_path / kind, rows, tmp_path, python)
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(b, a, atol=2e-5, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The report: its numbers are those of the run, its page asks for nothing, its text is harmless."""
+"""The report: its numbers match the run, its page loads nothing, and model text in it is harmless."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def answers() -> list[tuple[Any, Any]]:
 # --- numbers ------------------------------------------------------------------------------------------
 
 
-def test_charts_of_a_run_say_what_was_recorded(tmp_path: Path, answers) -> None:  # type: ignore[no-untyped-def]
+def test_charts_of_a_run_show_what_was_recorded(tmp_path: Path, answers) -> None:  # type: ignore[no-untyped-def]
     run = read_run(make_run(tmp_path / "run", answers=answers))
     charts = {c.name: c for c in all_charts(arms_of([run]))}
     assert set(charts) == {"accuracy", "signal", "length", "behaviors", "time", "memory", "entropy", "loss"}
     held_out, tested, reward = charts["accuracy"].lines
     assert held_out.x == (2, 4) and held_out.y == pytest.approx((0.2, 0.4))
-    # Wilson's interval of 8 and of 16 right out of 40, computed apart.
+    # Wilson intervals for 8 and 16 right out of 40, computed independently.
     assert held_out.low == pytest.approx((0.1050, 0.2632), abs=5e-4)
     assert held_out.high == pytest.approx((0.3476, 0.5540), abs=5e-4)
     assert tested.marks and tested.x == (0, 4) and tested.y == (0.2, 0.8)
@@ -67,14 +67,14 @@ def test_charts_of_a_run_say_what_was_recorded(tmp_path: Path, answers) -> None:
         bad = [len(r.completion_ids) for r in rows if not r.right]
         assert (right.y[i], wrong.y[i]) == pytest.approx((sum(good) / len(good), sum(bad) / len(bad)))
         assert every.y[i] * 16 == pytest.approx(sum(good) + sum(bad))
-    (checks,) = charts["behaviors"].lines  # the others never occur: no line at zero for them
+    (checks,) = charts["behaviors"].lines  # behaviors that never occur have no line
     assert checks.label == "verification"
     assert checks.y[0] == behavior_rates([r.completion for r in step_rows(1)])["verification"] == 6 / 16
     assert [sum(v) for v in zip(*(line.y for line in charts["signal"].lines), strict=True)] == [1.0] * 4
 
 
-def test_seeds_of_a_recipe_are_one_band(tmp_path: Path) -> None:
-    sizes = changed("sampler", batch_rows=7)  # what `auto` chose on another machine
+def test_seeds_of_a_recipe_form_one_band(tmp_path: Path) -> None:
+    sizes = changed("sampler", batch_rows=7)  # as `auto` would choose on another machine
     runs = [
         make_run(tmp_path / "s" / f"seed-{s}", seed=s, change=sizes if s else lambda r: r) for s in range(3)
     ]
@@ -100,7 +100,7 @@ def test_a_band_covers_the_steps_that_all_seeds_have(tmp_path: Path) -> None:
     assert line.x == (1, 2, 3)
 
 
-def test_pictures_are_the_same_each_time_and_ids_do_not_meet(tmp_path: Path) -> None:
+def test_pictures_are_reproducible_and_ids_unique(tmp_path: Path) -> None:
     charts = all_charts(arms_of([read_run(make_run(tmp_path / "run"))]))
     assert picture(charts[0], "svg") == picture(charts[0], "svg")
     assert picture(charts[0], "png").startswith(b"\x89PNG")
@@ -117,7 +117,7 @@ def test_pictures_are_the_same_each_time_and_ids_do_not_meet(tmp_path: Path) -> 
 
 
 def test_memory_on_a_gpu_is_the_memory_of_the_card(tmp_path: Path) -> None:
-    """The plan is about the card there; the process's memory on the host must not stand next to it."""
+    """The plan is for the card there; the process's memory on the host is not comparable."""
     run = make_run(tmp_path / "run")
     metrics = run / "metrics.jsonl"
     records = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
@@ -132,7 +132,7 @@ def test_memory_on_a_gpu_is_the_memory_of_the_card(tmp_path: Path) -> None:
 # --- rationales ---------------------------------------------------------------------------------------
 
 
-def test_pieces_give_the_text_back_and_mark_it() -> None:
+def test_pieces_rejoin_to_the_text_with_marks() -> None:
     text = "First, find the total. 3 + 4 = 7. Let me check: 7 - 4 = 3. Wait, that is wrong. #### 7"
     found = pieces(rationale("Q", text, right=True))
     assert "".join(p[0] for p in found) == text
@@ -146,7 +146,7 @@ def test_pieces_give_the_text_back_and_mark_it() -> None:
     assert long[-1] == ["7", "answer"] and LONGEST < sum(len(p[0]) for p in long) < LONGEST + 100
 
 
-def test_the_choice_is_fair_and_fits() -> None:
+def test_the_choice_is_balanced_and_fits() -> None:
     rows = [(run, r) for run in range(2) for step in range(1, 30) for r in step_rows(step, run)]
     assert sorted(map(id, (r for _, r in choose(rows, 10**9)))) == sorted(id(r) for _, r in rows)
     few = choose(rows, 300 * 200)
@@ -158,7 +158,7 @@ def test_the_choice_is_fair_and_fits() -> None:
 
 
 @pytest.mark.slow
-def test_an_enormous_run_still_makes_a_small_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_huge_run_still_makes_a_small_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("empg_lite.tools.report.build.ROOM_SAMPLES", 100_000)
 
     def rows(step: int):  # type: ignore[no-untyped-def]
@@ -172,14 +172,16 @@ def test_an_enormous_run_still_makes_a_small_page(tmp_path: Path, monkeypatch: p
     result = write_report([run], tmp_path / "r.html")
     assert 10 < result["rationales"] < result["rationales_stored"] == 4 * 32
     assert result["bytes"] - small["bytes"] < 100_000
-    assert 2 * ROOM_SAMPLES + 2 * ROOM_ANSWERS < 3_000_000  # JSON takes more than the text, less than twice
+    assert (
+        2 * ROOM_SAMPLES + 2 * ROOM_ANSWERS < 3_000_000
+    )  # JSON is larger than the text, but less than twice
 
 
 # --- the page -----------------------------------------------------------------------------------------
 
 
-class Outward(html.parser.HTMLParser):
-    """What a page would load or run, and its elements."""
+class PageScan(html.parser.HTMLParser):
+    """The elements of a page, and what it would load or run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,13 +198,13 @@ class Outward(html.parser.HTMLParser):
                 self.handlers.append(name)
 
 
-def test_the_page_is_whole_and_says_the_figures(tmp_path: Path, answers) -> None:  # type: ignore[no-untyped-def]
+def test_the_page_is_self_contained_and_shows_the_figures(tmp_path: Path, answers) -> None:  # type: ignore[no-untyped-def]
     run = make_run(tmp_path / "run", answers=answers)
     result = write_report([run], run / "report.html")
     page = (run / "report.html").read_text("utf-8")
     assert result["bytes"] == (run / "report.html").stat().st_size and result["rationales"] == 4 * 16
     assert {Path(f).name for f in result["figures"]} == {p.name for p in (run / "figures").iterdir()}
-    seen = Outward()
+    seen = PageScan()
     seen.feed(page)
     assert all(a.startswith("#") for a in seen.addresses) and not seen.handlers
     assert seen.tags["svg"] == 8 and seen.tags["script"] == 2 and not seen.tags["link"]
@@ -210,7 +212,7 @@ def test_the_page_is_whole_and_says_the_figures(tmp_path: Path, answers) -> None
     assert "20.0% → 80.0%" in page and "7 are right only after training and 1 only before" in page
     data = page_data(page)
     assert len(data["samples"]) == 64 and len(data["answers"]) == 10
-    # Problems whose outcome changed come first.
+    # Changed outcomes come first.
     assert [a["sides"][0]["right"] != a["sides"][1]["right"] for a in data["answers"]] == [True] * 8 + [
         False
     ] * 2
@@ -237,14 +239,14 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     (folder / "events.jsonl").write_text(json.dumps(event) + "\n", "utf-8")
     write_report([folder], tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text("utf-8")
-    seen = Outward()
+    seen = PageScan()
     seen.feed(page)
     assert seen.tags["script"] == 2 and not seen.tags["img"] and not seen.tags["b"] and not seen.handlers
     assert "\u202e" not in page and "\x1b" not in page and "49" not in page_data(page)["questions"][0]["text"]
     assert page_data(page)["questions"][0]["text"] == safe(HOSTILE)
 
 
-def test_a_run_cut_off_anywhere_has_a_page(tmp_path: Path, answers) -> None:  # type: ignore[no-untyped-def]
+def test_interrupted_and_damaged_runs_have_a_page(tmp_path: Path, answers) -> None:  # type: ignore[no-untyped-def]
     young = make_run(tmp_path / "young", steps=2, answers=answers)
     (young / "eval" / "after" / "figures.json").write_text("{", "utf-8")
     metrics = (young / "metrics.jsonl").read_text("utf-8")

@@ -34,7 +34,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three seeds of four steps, evaluated; the page of all and, in the runs, of each."""
+    """Three evaluated seeds of four steps: the page of all, and the page of the first."""
     folder = tmp_path_factory.mktemp("sweep")
     answers = [
         (rationale(f"Q{i}?", "8", right=i == 9), rationale(f"Q{i}?", "3 + 4 = 7. #### 7", right=i < 8))
@@ -47,17 +47,17 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Opened:
-    """A page from a file with the network off, and everything that it complained of or asked for."""
+    """A page opened offline from a file, with its console messages and requests."""
 
     def __init__(self, browser: Any, path: Path, **options: Any) -> None:
         self.context = browser.new_context(**options)
         self.context.set_offline(True)
         self.page = self.context.new_page()
-        self.said: list[str] = []
-        self.asked: list[str] = []
-        self.page.on("console", lambda m: self.said.append(m.text))
-        self.page.on("pageerror", lambda e: self.said.append(str(e)))
-        self.page.on("request", lambda r: self.asked.append(r.url))
+        self.console: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda m: self.console.append(m.text))
+        self.page.on("pageerror", lambda e: self.console.append(str(e)))
+        self.page.on("request", lambda r: self.requests.append(r.url))
         self.page.goto(path.as_uri())
 
     def __enter__(self) -> Opened:
@@ -67,17 +67,17 @@ class Opened:
         self.context.close()
 
     def count(self, name: str) -> int:
-        """How many entries match, as the page says it."""
+        """The number of matching entries that the page shows."""
         return int(self.page.inner_text(f"#{name}-count").split()[0])
 
     def choose(self, name: str, control: str, value: str) -> None:
         self.page.select_option(f"#{name}-filters [name={control}]", value)
 
 
-def test_no_error_and_nothing_asked_of_a_network(browser: Any, report: Path) -> None:
+def test_no_errors_and_no_requests(browser: Any, report: Path) -> None:
     for path in (report, report.parent / "seed-0" / "report.html"):
         with Opened(browser, path) as opened:
-            assert opened.said == [] and opened.asked == [path.as_uri()]
+            assert opened.console == [] and opened.requests == [path.as_uri()]
 
 
 def test_filters_show_what_the_rollouts_hold(browser: Any, report: Path) -> None:
@@ -116,7 +116,7 @@ def test_filters_show_what_the_rollouts_hold(browser: Any, report: Path) -> None
         opened.choose("answers", "outcome", "rw")
         assert opened.count("answers") == 3
         assert "Q9?" in opened.page.inner_text("#answers-list")
-        assert opened.said == []
+        assert opened.console == []
 
 
 def test_hostile_text_runs_nothing(browser: Any, tmp_path: Path) -> None:
@@ -124,23 +124,23 @@ def test_hostile_text_runs_nothing(browser: Any, tmp_path: Path) -> None:
     write_report([make_run(tmp_path / "run", steps=1, rows=lambda s: rows)], tmp_path / "r.html")
     with Opened(browser, tmp_path / "r.html") as opened:
         assert opened.page.evaluate("window.hacked") is None
-        assert opened.said == [] and opened.asked == [(tmp_path / "r.html").as_uri()]
+        assert opened.console == [] and opened.requests == [(tmp_path / "r.html").as_uri()]
         assert "<img src=x onerror" in opened.page.inner_text("#samples-list")
         assert opened.page.locator("img").count() == 0
 
 
-def test_what_the_policy_of_the_page_forbids(browser: Any, report: Path, tmp_path: Path) -> None:
-    """The negative control: were a script to slip in, the page would not run it."""
+def test_the_content_policy_blocks_injected_scripts(browser: Any, report: Path, tmp_path: Path) -> None:
+    """Negative control: even an injected script does not run."""
     page = report.read_text("utf-8").replace("<main>", "<main><script>window.hacked = 1</script>", 1)
     (tmp_path / "worse.html").write_text(page, "utf-8")
     with Opened(browser, tmp_path / "worse.html") as opened:
         assert opened.page.evaluate("window.hacked") is None
-        assert any("Content Security Policy" in text for text in opened.said)
+        assert any("Content Security Policy" in text for text in opened.console)
 
 
 @pytest.mark.parametrize(("width", "height"), [(390, 800), (1280, 900)])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_readable_by_everybody(browser: Any, report: Path, width: int, height: int, scheme: str) -> None:
+def test_the_page_is_accessible(browser: Any, report: Path, width: int, height: int, scheme: str) -> None:
     axe = pytest.importorskip(
         "axe_playwright_python.sync_playwright", reason="axe is not installed (extra: browser)"
     )
@@ -156,7 +156,7 @@ def test_readable_by_everybody(browser: Any, report: Path, width: int, height: i
             assert not serious, [(v["id"], [n["html"][:200] for n in v["nodes"]][:3]) for v in serious]
 
 
-def test_the_theme_turns(browser: Any, report: Path) -> None:
+def test_the_theme_button_toggles(browser: Any, report: Path) -> None:
     with Opened(browser, report, color_scheme="light") as opened:
         ground = "getComputedStyle(document.body).backgroundColor"
         light = opened.page.evaluate(ground)
