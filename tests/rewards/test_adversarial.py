@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Seconds of one verdict on any machine: the limit is one, the rest tells a hang from a busy machine.
 BOUND = 30.0
 QUICK_ATTACKS = [attack for attack in ATTACKS if attack.quick]
-#: A crash is a fault of the grader; a prediction can only make it run out of something.
+#: A crash is a bug in the grader; a prediction can only make it run out of time or memory.
 REASONS = (VERDICTS | FAILURES) - {"equal", "crash", "truncated"}
 WITHOUT_GMPY2 = {"SYMPY_GROUND_TYPES": "python", "MPMATH_NOGMPY": "1"}
 

@@ -249,10 +249,10 @@ def test_an_option_text_that_two_share_is_no_letter() -> None:
 
 
 def test_written_golds() -> None:
-    def written_gold(gold: str, spec: str) -> str | None:
-        return parse_spec(spec).kind.written_gold(gold)
+    def written(spec: str) -> str | None:
+        return parse_spec(spec).kind.written_gold("7")
 
-    assert written_gold("7", "gsm8k") == "#### 7" and written_gold("7", "exact") == "7"
+    assert written("gsm8k") == "#### 7" and written("exact") == "7"
     for spec in ("math", "choice", "gym", "math * boxed"):
-        assert written_gold("7", spec) == r"\boxed{7}"
-    assert written_gold("7", "regex:(7)") is None and written_gold("7", "python:x.py") is None
+        assert written(spec) == r"\boxed{7}"
+    assert written("regex:(7)") is None and written("python:x.py") is None

@@ -37,14 +37,16 @@ def _boxed(text: str) -> str:
     return "\\boxed{" + text + "}"
 
 
-HANGING = [
+#: No computer finishes these, and each is stuck in another kind of work.
+ENDLESS = [
     r"\sum_{k=1}^{10^{9}} \sin k",
     r"\prod_{k=1}^{10000000} k",
     r"\gcd(10^{50}, 3^{100000000})",
     r"\lfloor 10^{10^{9}} \rfloor",
     r"\sin(10^{10^{8}})",
-    r"\int_0^1 \sin(\sin(\sin(x^x))) dx",
 ]
+#: Takes about as long as the limit, so a fast machine finishes it.
+EXPENSIVE = r"\int_0^1 \sin(\sin(\sin(x^x))) dx"
 
 
 def test_from_another_thread() -> None:
@@ -63,7 +65,7 @@ def test_from_another_thread() -> None:
 
 @pytest.mark.parametrize(
     ("spec", "prediction"),
-    [("math", _boxed(HANGING[0])), ("math", _boxed(HANGING[1])), (HANGING_REGEX, HANGING_TEXT)],
+    [("math", _boxed(ENDLESS[0])), ("math", _boxed(ENDLESS[1])), (HANGING_REGEX, HANGING_TEXT)],
 )
 def test_a_hang_costs_the_limit(grader: Grader, spec: str, prediction: str) -> None:
     verdict = grader.grade(spec, "5", prediction)
@@ -73,11 +75,28 @@ def test_a_hang_costs_the_limit(grader: Grader, spec: str, prediction: str) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prediction", HANGING)
+@pytest.mark.parametrize("prediction", ENDLESS)
 def test_every_hang_costs_the_limit(grader: Grader, prediction: str) -> None:
     verdict = grader.grade("math", "5", _boxed(prediction))
     assert verdict.reason in {"timeout", "memory"} and verdict.seconds <= HANGS
     assert grader.grade("math", *ALGEBRA).reward == 1
+
+
+@pytest.mark.slow
+def test_an_expensive_answer_is_graded_right_or_stopped(grader: Grader) -> None:
+    """The outcome depends on the machine: the true verdict within the limit, or a timeout at the limit."""
+    verdict = grader.grade("math", "5", _boxed(EXPENSIVE))
+    assert verdict.reason in {"different", "timeout", "memory"} and verdict.seconds <= HANGS
+    assert grader.grade("math", *ALGEBRA).reward == 1
+
+
+def test_an_abort_for_lack_of_memory_is_no_crash() -> None:
+    """GMP does not raise MemoryError: it aborts the worker."""
+    with Grader(workers=1, time_limit=HANGS, memory_limit=256 << 20) as grader:
+        assert grader.grade("math", *ALGEBRA).reward == 1
+        verdict = grader.grade("math", "5", _boxed("99999999!!"))
+        assert (verdict.reason, verdict.reward) == ("memory", 0.0)
+        assert grader.grade("math", *ALGEBRA).reward == 1
 
 
 def test_memory_limit() -> None:
