@@ -76,14 +76,14 @@ def gym_problems(source: str, split: str) -> tuple[list[Problem], dict[str, int]
         task, params = parse_source(source)
     except ValueError as error:
         raise DataError(str(error), "data.source") from None
-    entries, refused = _entries(source, task, params, split)
+    entries, unusable = _entries(source, task, params, split)
     problems: dict[str, Problem] = {}
     for entry in entries:
         question = entry["question"]
         meta = {"gym": {"task": task, "params": params, "metadata": entry["metadata"]}}
         problem = Problem(problem_id(question), question, entry["answer"], meta)
         problems.setdefault(problem.id, problem)
-    return list(problems.values()), {"duplicate": len(entries) - len(problems), "no_answer": refused}
+    return list(problems.values()), {"duplicate": len(entries) - len(problems), "no_answer": unusable}
 
 
 def _entries(

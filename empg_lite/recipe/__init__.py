@@ -1,1 +1,1 @@
-"""The recipe: its schema, and the YAML files that it is read from."""
+"""Recipes: the schema, and the YAML files they are read from."""

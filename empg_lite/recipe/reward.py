@@ -1,4 +1,4 @@
-"""A recipe's reward, pinned: a file that it runs is the file that was allowed to run."""
+"""Pin a recipe's reward: the Python file that runs is the one that was approved."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from empg_lite.rewards import UserCode, pin, refuse_code
 def pin_reward(
     recipe: Recipe, allow_code: bool, *, repin: bool = False, runs: bool = True
 ) -> tuple[Recipe, UserCode | None]:
-    """The recipe with its reward pinned, and the file that the reward runs, if it is one.
+    """The recipe with its reward pinned to a file hash, and that file; None unless the reward is Python code.
 
     Args:
-        repin: take a file that is not the one recorded.
-        runs: the caller will run the file, and has to be allowed to.
+        repin: accept a file that differs from the recorded one.
+        runs: the caller will run the file, which requires ``allow_code``.
 
     Raises:
-        DataError: it would run a file that nobody allowed, or one that is not the one recorded.
-        MissingInput: the file is not there.
+        DataError: the file may not run, or differs from the recorded one.
+        MissingInput: no such file.
     """
     if recipe.data.reward is None:
         return recipe, None
