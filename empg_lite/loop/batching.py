@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from empg_lite.core.rationale import Rationale
-from empg_lite.policy.packing import Ids
-from empg_lite.run.parallel import World
+if TYPE_CHECKING:
+    from empg_lite.core.rationale import Rationale
+    from empg_lite.policy.packing import Ids
+    from empg_lite.run.parallel import World
 
 
 def whole_problems(rows: Sequence[Rationale], kept: Sequence[int], world: World) -> list[int]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from empg_lite.core.behaviors import behavior_rates
-from empg_lite.core.rationale import Rationale
 from empg_lite.core.stats import maj_at_k, mcnemar, pass_at_k, powers_of_two, wilson
 from empg_lite.rewards.math import ballot
+
+if TYPE_CHECKING:
+    from empg_lite.core.rationale import Rationale
 
 #: What a problem's source may know of it, and the name of its breakdown.
 BREAKDOWNS = {"level": "by_level", "subject": "by_subject"}

@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from empg_lite import __version__
 from empg_lite.core.rationale import Problem, Rationale, flatten
@@ -20,13 +20,15 @@ from empg_lite.data.sources import load_problems, subset
 from empg_lite.loop.estep import draw_and_score
 from empg_lite.loop.eval_summary import Evaluation, paired
 from empg_lite.loop.learner import Learner, build_learner
-from empg_lite.rewards import Grader
 from empg_lite.run import store
 from empg_lite.run.answers import AnswerFile
 from empg_lite.run.layout import RUNS
-from empg_lite.run.rollouts import RolloutHeader
-from empg_lite.run.target import Target
 from empg_lite.sampler import Decoding, Sampler
+
+if TYPE_CHECKING:
+    from empg_lite.rewards import Grader
+    from empg_lite.run.rollouts import RolloutHeader
+    from empg_lite.run.target import Target
 
 #: E-step number of evaluation draws: the same random numbers every time, never those of training.
 EVAL_STEP = -1

@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from empg_lite.core.errors import DataError
-from empg_lite.core.rationale import Problem, Rationale
 from empg_lite.core.view import View
 from empg_lite.loop import plan
 from empg_lite.loop.mstep import FitSettings, FitStats, m_step
@@ -23,12 +22,15 @@ from empg_lite.policy.attention import shares_keys
 from empg_lite.policy.integrity import check_config, resolve_model
 from empg_lite.policy.memory import machine
 from empg_lite.policy.memory.shape import shape_of
-from empg_lite.policy.policy import Policy
 from empg_lite.recipe.schema import Recipe, choose_engine
 from empg_lite.run.checkpoint import TrainState
 from empg_lite.run.parallel import SINGLE, World
 from empg_lite.run.rollouts import RolloutHeader
 from empg_lite.sampler import Decoding, Sampler, make_sampler
+
+if TYPE_CHECKING:
+    from empg_lite.core.rationale import Problem, Rationale
+    from empg_lite.policy.policy import Policy
 
 #: The best learning rate falls by about this factor for each doubling of passes (measured on a toy task).
 RATE_PER_DOUBLING = 0.6

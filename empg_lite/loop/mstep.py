@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,12 +20,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from empg_lite.core.control import stop_point
 from empg_lite.core.errors import OutOfMemory, forget_frames, is_out_of_memory
-from empg_lite.core.rationale import Rationale
 from empg_lite.em import Drift, denominator, drift, m_step_loss
 from empg_lite.loop.batching import packed_batches, whole_problems
-from empg_lite.policy.packing import Ids
-from empg_lite.policy.policy import Policy
 from empg_lite.run.parallel import SINGLE, World
+
+if TYPE_CHECKING:
+    from empg_lite.core.rationale import Rationale
+    from empg_lite.policy.packing import Ids
+    from empg_lite.policy.policy import Policy
 
 #: A gradient that is not finite at this loss scale or below is not the scale's fault.
 LEAST_SCALE = 1.0

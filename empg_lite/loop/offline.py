@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from empg_lite.core.control import Clock, stop_request
 from empg_lite.core.errors import DataError, MissingInput, UsageError
@@ -22,8 +22,6 @@ from empg_lite.loop.estep import sample_rationales, weigh
 from empg_lite.loop.learner import Learner, build_learner
 from empg_lite.loop.recorder import Recorder, finished, summarize
 from empg_lite.loop.train import TrainOptions
-from empg_lite.policy.policy import Policy
-from empg_lite.recipe.schema import Recipe
 from empg_lite.run import store
 from empg_lite.run.checkpoint import load_checkpoint, newest_valid, require_valid, stored_state
 from empg_lite.run.layout import is_run, open_run, rollout_path
@@ -36,6 +34,10 @@ from empg_lite.run.rollouts import (
     rationale_line,
     read_rollouts,
 )
+
+if TYPE_CHECKING:
+    from empg_lite.policy.policy import Policy
+    from empg_lite.recipe.schema import Recipe
 
 NO_OPTIONS = TrainOptions()
 

@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from empg_lite.core.errors import OutOfMemory
 from empg_lite.policy.adapter import read_adapter_config
-from empg_lite.policy.memory.machine import Machine
-from empg_lite.policy.memory.shape import Shape
 from empg_lite.policy.memory.terms import FP32, Settings, held_by_sampler, phases, stays
 from empg_lite.recipe.schema import Recipe, choose_engine
+
+if TYPE_CHECKING:
+    from empg_lite.policy.memory.machine import Machine
+    from empg_lite.policy.memory.shape import Shape
 
 #: Share of the free memory that is planned with: the allocator's rounding and fragments need the rest.
 SHARE = 0.9

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,9 +22,11 @@ from empg_lite.loop.health import FAILURES_STOP, Finding, diagnose, graded_failu
 from empg_lite.loop.learner import Learner, build_learner
 from empg_lite.loop.metrics import estep_metrics
 from empg_lite.loop.mstep import m_step
-from empg_lite.recipe.schema import Recipe
-from empg_lite.rewards import Grader
-from empg_lite.sampler import Sampler
+
+if TYPE_CHECKING:
+    from empg_lite.recipe.schema import Recipe
+    from empg_lite.rewards import Grader
+    from empg_lite.sampler import Sampler
 
 #: Problems asked, K times each.
 PROBLEMS = 16

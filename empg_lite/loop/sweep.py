@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from empg_lite.core.control import Clock
 from empg_lite.core.errors import UsageError
 from empg_lite.core.view import View
 from empg_lite.loop.train import TrainOptions, train
-from empg_lite.recipe.schema import Recipe
 from empg_lite.run.layout import is_run, seed_dir
 from empg_lite.run.parallel import SINGLE, World
+
+if TYPE_CHECKING:
+    from empg_lite.recipe.schema import Recipe
 
 NO_OPTIONS = TrainOptions()
 #: Figures of a run that are summed up over the seeds.

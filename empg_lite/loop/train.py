@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from empg_lite.core.control import Clock, stop_request
 from empg_lite.core.rationale import Problem, flatten
 from empg_lite.core.view import View
-from empg_lite.loop.begin import begin, check_sampling
 from empg_lite.loop.estep import Drawn, draw_and_score, has_signal, known_verdicts, weigh
 from empg_lite.loop.recorder import finished, summarize
 from empg_lite.rewards import Grader
@@ -63,6 +62,8 @@ def train(
     Raises:
         EmpgError: anything expected; its class says what, its ``exit_code`` how the command ends.
     """
+    from empg_lite.loop.begin import begin, check_sampling  # data, model, evaluation: only where a run is begun
+
     clock, view = Clock(options.max_minutes), view or View()
     check_sampling(recipe, force=options.force)
     stopping = stop_request(announce=world.main, midway=world.size == 1)

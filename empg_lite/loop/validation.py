@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from empg_lite.core.rationale import Rationale
 from empg_lite.data.sources import Splits, subset
 from empg_lite.loop.eval_summary import Evaluation, paired
 from empg_lite.loop.evaluate import Evaluator
-from empg_lite.loop.recorder import Recorder
-from empg_lite.rewards import Grader
 from empg_lite.run.rollouts import read_rollouts
-from empg_lite.sampler import Sampler
+
+if TYPE_CHECKING:
+    from empg_lite.core.rationale import Rationale
+    from empg_lite.loop.recorder import Recorder
+    from empg_lite.rewards import Grader
+    from empg_lite.sampler import Sampler
 
 
 class Validation:
