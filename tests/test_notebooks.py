@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom with the tiny model (EMPG_TRY), and go on where they were cut off."""
+"""The notebooks run from top to bottom with the tiny model (EMPG_TRY), and resume after a kill."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from empg_lite.run.journal import read_metrics
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NAMES = ("tiny_cpu", "your_own_data", "gsm8k_0_5b")
-#: Where each leaves its run.
+#: The run directory of each.
 RUNS = {"tiny_cpu": "runs/tiny-notebook", "your_own_data": "runs/my-own", "gsm8k_0_5b": "runs/tiny"}
 
 
-#: Read by the kernel as it starts: a command of ours runs in it, where torch is already. A process for each
-#: would take most of the test's time; the slow tests start them.
+#: Kernel startup code: `!empg-lite` commands run in the kernel, where torch is already imported. Starting
+#: a process for each would take most of the test's time. The slow tests do start them.
 IN_THE_KERNEL = """
 import shlex
 
-def _with_ours_here(ip=get_ipython(), real=get_ipython().system):
+def _run_commands_in_the_kernel(ip=get_ipython(), real=get_ipython().system):
     def system(command):
         words = shlex.split(ip.var_expand(command, depth=1))
         if words[:1] != ["empg-lite"]:
@@ -44,7 +44,7 @@ def _with_ours_here(ip=get_ipython(), real=get_ipython().system):
                 print("error: exit code", ended.code)
     ip.system = system
 
-_with_ours_here()
+_run_commands_in_the_kernel()
 """
 
 
@@ -54,7 +54,7 @@ def load(name: str) -> Any:
 
 @pytest.fixture
 def kernel_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to run in. The kernel is this interpreter, whatever is registered elsewhere."""
+    """A working folder. The kernel is this interpreter, whatever kernels are registered."""
     spec = tmp_path / "jupyter" / "kernels" / "python3"
     spec.mkdir(parents=True)
     import sys
@@ -69,7 +69,7 @@ def kernel_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def execute(name: str, folder: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The executed notebook; every cell has to end well, its shell commands too."""
+    """Execute a notebook; every cell must succeed, including its shell commands."""
     monkeypatch.setenv("EMPG_TRY", how)
     notebook = load(name)
     client = NotebookClient(
@@ -78,12 +78,12 @@ def execute(name: str, folder: Path, how: str, monkeypatch: pytest.MonkeyPatch) 
     client.execute()
     for text in outputs(notebook):
         assert "error:" not in text and "Traceback" not in text, text
-        assert name == "tiny_cpu" or "\x1b[" not in text, "control sequences of a terminal in a notebook"
+        assert name == "tiny_cpu" or "\x1b[" not in text, "terminal control sequences in a notebook"
     return notebook
 
 
 def outputs(notebook: Any) -> Iterator[str]:
-    """All text that the cells gave, in order."""
+    """All text output of the cells, in order."""
     for cell in notebook.cells:
         for out in cell.get("outputs", ()):
             yield out.get("text", "") or "".join(out.get("data", {}).get("text/html", ""))
@@ -94,7 +94,7 @@ def flat(notebook: Any) -> str:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_is_stored_clean(name: str) -> None:
+def test_notebook_is_stored_without_outputs(name: str) -> None:
     notebook = load(name)
     nbformat.validate(notebook)
     ids = [cell["id"] for cell in notebook.cells]
@@ -105,14 +105,14 @@ def test_it_is_stored_clean(name: str) -> None:
             python = re.sub(r"^(\s*)[!%].*$", r"\1pass", cell.source, flags=re.MULTILINE)
             if not cell.source.startswith("%%"):
                 ast.parse(python)
-    # One switch, read in one place.
+    # EMPG_TRY is read in one place.
     source = "\n".join(cell.source for cell in notebook.cells)
     assert source.count("EMPG_TRY") == 2 and source.count('os.environ.get("EMPG_TRY")') == 1
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_command_in_it_is_one_of_ours(name: str) -> None:
-    """Also those of the branch for real models: options that do not exist are found without a GPU."""
+def test_every_command_and_option_exists(name: str) -> None:
+    """Including the branch for real models, without a GPU."""
     import typer.main
 
     from empg_lite.cli import app
@@ -152,7 +152,7 @@ def test_three_steps(name: str, kernel_home: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_the_whole_of_it(name: str, kernel_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_complete_run(name: str, kernel_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     execute(name, kernel_home, "whole", monkeypatch)
     records = [r for r in read_metrics(kernel_home / RUNS[name] / "metrics.jsonl") if "reward" in r]
     assert len(records) == 25
@@ -161,8 +161,8 @@ def test_the_whole_of_it(name: str, kernel_home: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-def test_a_killed_notebook_goes_on(kernel_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel and all that it started are killed in the middle of training; the notebook is run again."""
+def test_a_killed_notebook_resumes(kernel_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel and its children are killed during training; then the notebook is run again."""
     monkeypatch.setenv("EMPG_TRY", "whole")
     notebook = load("gsm8k_0_5b")
     client = NotebookClient(
@@ -173,7 +173,7 @@ def test_a_killed_notebook_goes_on(kernel_home: Path, monkeypatch: pytest.Monkey
     def kill_later(cell: Any, cell_index: int) -> None:
         if cell.source.startswith("!empg-lite train"):
             pid = client.km.provisioner.pid
-            if os.fork() == 0:  # a watcher that outlives nothing
+            if os.fork() == 0:  # a watcher that always exits
                 try:
                     while not list((run / "checkpoints").glob("step-*")):
                         time.sleep(0.05)
@@ -192,7 +192,7 @@ def test_a_killed_notebook_goes_on(kernel_home: Path, monkeypatch: pytest.Monkey
     records = [r for r in read_metrics(run / "metrics.jsonl") if "reward" in r]
     assert [r["step"] for r in records] == list(range(1, 26))
     assert "resumed" in (run / "events.jsonl").read_text()
-    # As the run that nothing happened to.
+    # The result is that of an undisturbed run.
     monkeypatch.chdir(kernel_home)
     from empg_lite import api
 
@@ -201,6 +201,6 @@ def test_a_killed_notebook_goes_on(kernel_home: Path, monkeypatch: pytest.Monkey
 
 
 def descendants(pid: int) -> list[int]:
-    """A process and all that came from it, the youngest first."""
+    """A process and its descendants, the deepest first."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [p for child in children for p in descendants(int(child))] + [pid]
