@@ -1,4 +1,4 @@
-"""Told to stop: a run saves, says how to go on, and goes on to the same."""
+"""On a signal a run saves, says how to resume, and resumes to the same result."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ slow = pytest.mark.slow
 
 
 def stopped_at(plant: Plant, seed: int, signum: int, seconds: float) -> list[Any]:
-    """Signalled at a random time: [exit code, what was said, phase, seconds to its end, whole, digest]."""
+    """Signal at a random time: [exit code, output, phase, seconds to exit, intact, digest]."""
     plant.phase, rng, run = mmap.mmap(-1, 1), random.Random(seed), plant.fresh()
     while True:
         pid = plant.start(run)
@@ -44,7 +44,7 @@ def stopped_at(plant: Plant, seed: int, signum: int, seconds: float) -> list[Any
 
 
 def stopped_within(plant: Plant, phase: str, calls: int, signum: int) -> list[Any]:
-    """The same, after so many Python calls within a phase."""
+    """The same, after a given number of Python calls within a phase."""
     plant.phase, run = mmap.mmap(-1, 2), plant.fresh()
 
     def send() -> None:
@@ -56,7 +56,7 @@ def stopped_within(plant: Plant, phase: str, calls: int, signum: int) -> list[An
 
 
 def resumed(plant: Plant, run: Path) -> list[Any]:
-    """[whether its checkpoints are whole, digest when resumed]; the folder is removed."""
+    """[whether its checkpoints are intact, digest after resume]; removes the folder."""
     whole = all(verify_dir(p) is None for p in list_checkpoints(run))
     ended = plant.run(run)
     found = digest(run) if ended.code == 0 else ended.said
@@ -68,7 +68,7 @@ def resumed(plant: Plant, run: Path) -> list[Any]:
 def test_a_signal_saves_and_the_run_resumes_to_the_same(
     plant: Plant, straight_child: tuple[Ended, str], each: int
 ) -> None:
-    """At random times, some of which are after the run's end, and a fifth as often in each phase."""
+    """At random times, some after the run has finished, and a fifth as often in each phase."""
     started = time.perf_counter()
     plant.run(plant.fresh())
     seconds = time.perf_counter() - started
@@ -93,7 +93,7 @@ def test_a_signal_saves_and_the_run_resumes_to_the_same(
 def test_a_second_signal_ends_at_once_and_harms_nothing(
     plant: Plant, straight_child: tuple[Ended, str], times: int
 ) -> None:
-    """Both at the same instant, wherever it is: the last checkpoint stays whole, and the run resumes."""
+    """Both at the same instant: the last checkpoint stays intact, and the run resumes."""
     slowest = 0.0
     for seed in range(times):
         rng, run = random.Random(seed), plant.fresh()
@@ -112,7 +112,7 @@ def test_a_second_signal_ends_at_once_and_harms_nothing(
 
 
 def test_control_without_the_stop_points_the_step_is_finished(plant: Plant) -> None:
-    """Decoding steps taken after the signal: none or one where the loop asks, else all that were left."""
+    """Decoding steps after the signal: at most one with the stop points, else all the remaining ones."""
     from empg_lite.core import control
 
     after = mmap.mmap(-1, 1)

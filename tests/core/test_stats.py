@@ -1,4 +1,4 @@
-"""The statistics against scipy, enumeration over subsets, and properties."""
+"""Statistics checked against scipy, enumeration of subsets, and properties."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from empg_lite.core.stats import maj_at_k, mcnemar, pass_at_k, powers_of_two, wi
 @pytest.mark.parametrize(
     ("right", "n"), [(0, 10), (10, 10), (3, 10), (1, 500), (499, 500), (250, 500), (0, 1)]
 )
-def test_wilson_is_scipys(right: int, n: int) -> None:
+def test_wilson_matches_scipy(right: int, n: int) -> None:
     expected = binomtest(right, n).proportion_ci(0.95, method="wilson")
     assert wilson(right, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
@@ -77,7 +77,7 @@ def test_maj_at_k_on_many_samples_is_fast_and_converges() -> None:
 
 
 @pytest.mark.parametrize(("b", "c"), [(0, 0), (0, 1), (3, 3), (1, 9), (12, 40), (200, 260)])
-def test_mcnemar_is_scipys_binomial_test(b: int, c: int) -> None:
+def test_mcnemar_matches_scipy(b: int, c: int) -> None:
     expected = binomtest(b, b + c).pvalue if b + c else 1.0
     assert mcnemar(b, c) == pytest.approx(expected, abs=1e-12) == mcnemar(c, b)
 

@@ -35,7 +35,7 @@ def test_one_line_names_file_line_and_field(
     assert not [fragment for fragment in fragments if fragment not in message], message
 
 
-def test_there_are_enough_and_the_sound_files_pass(tmp_path: Path) -> None:
+def test_enough_cases_and_valid_files_pass(tmp_path: Path) -> None:
     assert len(RECIPES) >= 30 and len(DATA) >= 30
     assert len({case[0] for case in BROKEN}) == len(BROKEN)
     splits = load_splits(load_recipe(str(write_case(tmp_path, {}))))
@@ -83,7 +83,7 @@ def test_damaged_files_pass_or_end_in_one_line(name: str, tmp_path: Path) -> Non
 
 
 def test_no_case_needs_torch(tmp_path: Path) -> None:
-    """All of them in one fresh interpreter."""
+    """All cases in one fresh interpreter."""
     code = """if True:
         import json, os, pathlib, sys
         from broken_inputs import BROKEN, run_case

@@ -1,4 +1,4 @@
-"""A checkpoint that is damaged is passed over, one that is hostile is refused; neither runs anything."""
+"""Damaged checkpoints are skipped, hostile ones refused; neither executes anything."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from empg_lite.run.target import resolve_target
 
 @pytest.fixture(scope="module")
 def begun(plant: Plant, model_dir: Path) -> tuple[Plant, Path, str]:
-    """A run that was killed with two checkpoints; and what it would have become."""
+    """A run killed after two checkpoints, and its uninterrupted result."""
     folder = plant.folder / "begun"
     folder.mkdir()
     settings = [s for s in SETTINGS if "steps" not in s and "keep" not in s]
@@ -54,7 +54,7 @@ def begun(plant: Plant, model_dir: Path) -> tuple[Plant, Path, str]:
 
 
 def damaged(own: Plant, source: Path, seed: int) -> list[Any]:
-    """A file of the newest checkpoint cut (odd seeds) or with a bit flipped, each file in turn.
+    """A file of the newest checkpoint truncated (odd seeds) or with a bit flipped, each file in turn.
 
     [the damage, exit code when named, exit code of the resumed run, warnings, whether it is kept, digest].
     """
@@ -102,7 +102,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(begun: tuple[Plant, Path, st
 
 
 class Canary:
-    """Unpickled, it leaves a file."""
+    """Creates a file when unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -221,7 +221,7 @@ NOT_REMADE = ("manifest", "name", "size")
 
 
 def remake(step: Path) -> None:
-    """As an attacker would: a manifest that fits what lies there now, as far as it can be read."""
+    """What an attacker would do: write a manifest that matches the current files, as far as readable."""
     found = {}
     for path in sorted(step.iterdir()):
         if path.name != "manifest.json" and path.is_file() and path.stat().st_size < 1 << 30:
@@ -234,7 +234,7 @@ def remake(step: Path) -> None:
 
 
 def attacked(own: Plant, source: Path, name: str) -> list[Any]:
-    """[exit code, one line, bytes it grew by, canary there]; the only checkpoint is the hostile one."""
+    """[exit code, one line, memory growth in bytes, canary exists], with only the hostile checkpoint."""
     run, canary = own.fresh(), own.folder / f"canary-{os.getpid()}"
     shutil.copytree(source, run)
     one, step = list_checkpoints(run)
@@ -321,7 +321,7 @@ def test_what_may_not_change_is_named_and_what_may_is_recorded(tmp_path: Path, m
     go("run.steps=3", "optim.learning_rate=0.5")
 
 
-def test_another_torch_or_thread_count_is_said(tmp_path: Path, model_dir: Path) -> None:
+def test_another_torch_or_thread_count_is_reported(tmp_path: Path, model_dir: Path) -> None:
     recipe = load_recipe(str(write_recipe(tmp_path, model_dir)), ["run.eval_every=0", "run.steps=1"])
     run = tmp_path / "run"
     train(recipe, run)
@@ -364,10 +364,8 @@ def _adapter_bytes(tmp_path: Path, recipe: Any) -> list[bytes]:
     return [(step / n).read_bytes() for n in (WEIGHTS, "adapter_config.json")]
 
 
-def test_a_save_that_is_refused_is_never_called_saved(
-    plant: Plant, straight_child: tuple[Ended, str]
-) -> None:
-    """The checkpoints' folder takes nothing, from the first save on."""
+def test_a_refused_save_is_never_reported_as_saved(plant: Plant, straight_child: tuple[Ended, str]) -> None:
+    """The checkpoint directory refuses every save."""
 
     def refuse() -> None:
         real = store._mkdir

@@ -1,4 +1,4 @@
-"""Killed at any instant, or out of disk at any call, a run resumes to what it would have been."""
+"""Killed at any instant, or out of disk at any call, a run resumes to the uninterrupted result."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ slow = pytest.mark.slow
 
 
 def finish(plant: Plant, run: Path) -> str:
-    """Resume to the end; the digest, or what went wrong. The folder is removed."""
+    """Resume to the end and remove the folder; returns the digest, or what went wrong."""
     ended = plant.run(run)
     found = digest(run) if ended.code == 0 else f"exit {ended.code}: {ended.said}"
     shutil.rmtree(run)
@@ -38,14 +38,14 @@ def finish(plant: Plant, run: Path) -> str:
 
 
 def first_save(ended: Ended) -> int:
-    """Number of the call by which the first checkpoint is published and synced."""
+    """Index of the call that publishes and syncs the first checkpoint."""
     calls = list(enumerate(ended.calls, 1))
     renamed = next(n for n, (name, path) in calls if name == "_rename" and "/checkpoints/.tmp-step-" in path)
     return next(n for n, (name, path) in calls if n > renamed and name == "_fsync")
 
 
 def places(calls: Sequence[tuple[str, str]], every: int) -> list[int]:
-    """Numbers of calls, from 1: each ``every``-th, and the first of each kind that those leave out.
+    """Call indices, from 1: each ``every``-th, and the first of each kind not among them.
 
     A kind is the call and the folder that it changes, whatever the step.
     """
@@ -59,7 +59,7 @@ def places(calls: Sequence[tuple[str, str]], every: int) -> list[int]:
 
 
 def killed_at(plant: Plant, at: int, saved_by: int) -> list[Any]:
-    """Killed at a call: [signal, whether what is published is whole, digest of the resumed run]."""
+    """Kill at a call: [signal, whether what is published is intact, digest of the resumed run]."""
     run = plant.fresh()
     ended = plant.run(run, at=at)
     found = list_checkpoints(run)
@@ -71,7 +71,7 @@ def killed_at(plant: Plant, at: int, saved_by: int) -> list[Any]:
 def test_killed_at_every_change_to_the_disk(
     plant: Plant, straight_child: tuple[Ended, str], every: int
 ) -> None:
-    """Quick: at every fifth change and at one of each kind."""
+    """The quick set: every thirteenth change and one of each kind."""
     reference, expected = straight_child
     saved_by, chosen = first_save(reference), places(reference.calls, every)
     found = side_by_side(lambda at=at: killed_at(plant, at, saved_by) for at in chosen)
@@ -82,7 +82,7 @@ def test_killed_at_every_change_to_the_disk(
 
 
 def killed_at_random(plant: Plant, seed: int, seconds: float) -> list[Any]:
-    """Killed again and again until it ends: [[phase of each kill], digest]."""
+    """Kill repeatedly until the run finishes: [[phase of each kill], digest]."""
     plant.phase, rng, run, phases = mmap.mmap(-1, 1), random.Random(seed), plant.fresh(), []
     while True:
         pid = plant.start(run)
@@ -97,7 +97,7 @@ def killed_at_random(plant: Plant, seed: int, seconds: float) -> list[Any]:
 
 
 def killed_within(plant: Plant, phase: str, calls: int) -> list[Any]:
-    """Killed in a phase, after so many of its Python calls: [[phase], digest]."""
+    """Kill in a phase after a given number of Python calls: [[phase], digest]."""
     plant.phase, run = mmap.mmap(-1, 1), plant.fresh()
     ended = plant.run(run, change=plant.once_in(phase, calls, lambda: os.kill(os.getpid(), signal.SIGKILL)))
     assert ended.code == -signal.SIGKILL, ended
@@ -106,7 +106,7 @@ def killed_within(plant: Plant, phase: str, calls: int) -> list[Any]:
 
 @pytest.mark.parametrize("kills", [25, pytest.param(3000, marks=slow)])
 def test_killed_at_random(plant: Plant, straight_child: tuple[Ended, str], kills: int) -> None:
-    """At random times, and a twentieth as often in each phase: times alone need not meet the short ones."""
+    """At random times, and a twentieth as often in each phase: random times may miss short phases."""
     started = time.perf_counter()
     plant.run(plant.fresh())
     seconds = time.perf_counter() - started
@@ -131,7 +131,7 @@ def test_killed_at_random(plant: Plant, straight_child: tuple[Ended, str], kills
 
 
 def killed_twice(plant: Plant, first: int, second: int) -> list[Any]:
-    """[exit code at the second, whether a checkpoint that was there is still one, digest]."""
+    """[exit code of the second run, whether an existing checkpoint survived, digest]."""
     run = plant.fresh()
     plant.run(run, at=first)
     had = len(list_checkpoints(run))
@@ -143,7 +143,7 @@ def killed_twice(plant: Plant, first: int, second: int) -> list[Any]:
 
 @pytest.mark.parametrize("pairs", [12, pytest.param(1500, marks=slow)])
 def test_killed_while_resuming(plant: Plant, straight_child: tuple[Ended, str], pairs: int) -> None:
-    """Also within the first save, and within pruning: those calls are among the first ones."""
+    """Includes calls within the first save and within pruning."""
     n, rng = len(straight_child[0].calls), random.Random(pairs)
     chosen = [(rng.randint(1, n), rng.randint(1, n)) for _ in range(pairs)]
     found = side_by_side(lambda pair=pair: killed_twice(plant, *pair) for pair in chosen)
@@ -192,7 +192,7 @@ def keep_logs() -> None:
 def test_control_what_is_not_restored_is_noticed(
     plant: Plant, straight_child: tuple[Ended, str], defect
 ) -> None:  # type: ignore[no-untyped-def]
-    """Killed just before the second checkpoint is published, so that all of its step is done again."""
+    """Kill just before the second checkpoint is published, so that its whole step is repeated."""
     calls = list(enumerate(straight_child[0].calls, 1))
     at = next(n for n, (name, path) in calls if name == "_rename" and "/checkpoints/.tmp-step-000002" in path)
     run = plant.fresh()
@@ -256,7 +256,7 @@ def test_everything_is_synced_before_it_is_published(plant: Plant, straight_chil
 
 
 def failed_at(plant: Plant, at: int, how: str) -> list[Any]:
-    """A call fails: [exit code, one line, it names the run, room is said, digest of the resumed run]."""
+    """A call fails: [exit code, one line naming the run, space reported, intact, digest after resume]."""
     run = plant.fresh()
     ended = plant.run(run, at=at, how=how)
     whole = all(store.verify_dir(p) is None for p in list_checkpoints(run))
@@ -267,7 +267,7 @@ def failed_at(plant: Plant, at: int, how: str) -> list[Any]:
 
 
 def failing(plant: Plant, straight_child: tuple[Ended, str]) -> tuple[tuple[str, str], ...]:
-    """The calls of a run whose writes are whole: a disk that is full does not care for halves."""
+    """The calls of a run with each write counted once: a full disk does not split writes."""
     calls = plant.run(plant.fresh(), at=10**9, how="ENOSPC").calls
     assert 0.6 < len(calls) / len(straight_child[0].calls) < 0.9
     return calls
@@ -283,7 +283,7 @@ def fail_everywhere(plant: Plant, straight_child: tuple[Ended, str], cases: list
 
 @pytest.mark.parametrize("every", [13, pytest.param(1, marks=slow)])
 def test_a_full_disk_at_every_call(plant: Plant, straight_child: tuple[Ended, str], every: int) -> None:
-    """ENOSPC at each call, quick at every fifth and one of each kind; the other errors take turns."""
+    """ENOSPC at each call; the quick set takes a sample of calls and lets the other errors take turns."""
     calls, others = failing(plant, straight_child), ("EDQUOT", "EIO", "EROFS", "EFBIG")
     cases = [(at, "ENOSPC") for at in places(calls, every)]
     cases += [(at, others[at // 25 % 4]) for at in range(1, len(calls) + 1, 25)]
@@ -305,7 +305,7 @@ def test_every_error_at_every_call(plant: Plant, straight_child: tuple[Ended, st
 def test_a_real_limit_on_the_size_of_files(
     plant: Plant, straight_child: tuple[Ended, str], limit: int
 ) -> None:
-    """The kernel's own refusal, wherever in the run a file first grows past it."""
+    """The kernel refuses the first write past the limit, wherever in the run it happens."""
     run = plant.fresh()
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     ended = plant.run(run, change=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard)))
@@ -317,7 +317,7 @@ def test_a_real_limit_on_the_size_of_files(
 
 
 @pytest.mark.parametrize("times", [10, pytest.param(50, marks=slow)])
-def test_of_two_that_start_at_once_one_wins(
+def test_of_two_simultaneous_starts_one_wins(
     plant: Plant, straight_child: tuple[Ended, str], times: int
 ) -> None:
     for _ in range(times):

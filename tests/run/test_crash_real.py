@@ -1,4 +1,4 @@
-"""Kills and syncs of the real command, in processes of their own. Slow; one needs strace."""
+"""Kills and syncs of the real command in separate processes. Slow; one test needs strace."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _NAMES = {
 
 
 def read_strace(lines: Iterable[str], run: Path) -> tuple[list[tuple[str, str]], list[int]]:
-    """Changes within the run, as ``store`` would log them; the places at which something was printed."""
+    """Disk changes of the run in ``store``'s terms, and the positions at which something was printed."""
     calls: list[tuple[str, str]] = []
     told: list[int] = []
     begun: dict[str, str] = {}  # by process: a call that another one's came in between
@@ -103,7 +103,7 @@ def test_the_kernel_sees_the_same_order(tmp_path: Path, model_dir: Path) -> None
 
 
 def test_no_state_of_the_disk_after_a_power_cut_is_lost(tmp_path: Path, model_dir: Path) -> None:
-    """A machine that dies keeps what was synced; of the rest anything may be there, or nothing.
+    """After a power failure what was synced is kept; anything else may or may not be there.
 
     The files are built again from the log of a run: after each call, with everything that no fsync covers
     dropped. From every such tree ``train --resume`` ends as the straight run does.

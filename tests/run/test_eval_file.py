@@ -1,4 +1,4 @@
-"""An evaluation cut off anywhere is finished by asking again, with the same rows."""
+"""An evaluation interrupted anywhere finishes with the same rows when repeated."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def whole(tmp_path: Path) -> bytes:
     return path.read_bytes()
 
 
-def test_straight(tmp_path: Path, whole: bytes) -> None:
+def test_uninterrupted(tmp_path: Path, whole: bytes) -> None:
     file = opened(tmp_path / "whole.jsonl")
     assert file.rows == [r for p in range(PROBLEMS) for r in answers(p)] and file.batch == 2
     assert (tmp_path / "whole.jsonl").read_bytes() == whole
@@ -55,7 +55,7 @@ def test_straight(tmp_path: Path, whole: bytes) -> None:
 
 
 def test_cut_off_at_every_kind_of_place(tmp_path: Path, whole: bytes) -> None:
-    """Cut around the end of every line and at 200 random bytes: the file becomes the whole one."""
+    """Cut around the end of every line and at 200 random bytes: the file is completed identically."""
     ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
     cuts = {0, 1, len(whole) - 1, len(whole), *ends, *(e - 1 for e in ends), *(e + 1 for e in ends)}
     cuts |= set(random.Random(0).sample(range(len(whole)), 200))
@@ -69,7 +69,7 @@ def test_cut_off_at_every_kind_of_place(tmp_path: Path, whole: bytes) -> None:
     assert asked == [], "nothing is asked of a whole file"
 
 
-def test_begun_with_another_batch_size_goes_on_with_it(tmp_path: Path, whole: bytes) -> None:
+def test_the_original_batch_size_is_kept(tmp_path: Path, whole: bytes) -> None:
     path = tmp_path / "cut.jsonl"
     path.write_bytes(whole[: len(whole) // 2])
     other = dataclasses.replace(WHO, sampler={**WHO.sampler, "batch_rows": 30})
@@ -79,7 +79,7 @@ def test_begun_with_another_batch_size_goes_on_with_it(tmp_path: Path, whole: by
     assert path.read_bytes() == whole
 
 
-def test_somebody_elses_file_is_refused_or_begun_anew(tmp_path: Path, whole: bytes) -> None:
+def test_another_evaluations_file_is_refused_or_replaced(tmp_path: Path, whole: bytes) -> None:
     path = tmp_path / "whole.jsonl"
     other = dataclasses.replace(WHO, adapter="f" * 64)
     with pytest.raises(UsageError, match="another evaluation"):

@@ -37,13 +37,13 @@ def test_caps(recipe_file: Path, setting: str) -> None:
         load_recipe(str(recipe_file), [setting])
 
 
-def test_an_event_has_an_end(tmp_path: Path) -> None:
+def test_event_texts_are_bounded(tmp_path: Path) -> None:
     Journal(tmp_path).event("grader_error", error="x" * 10_000_000, note=f"see https://a:{CANARY}@b")
     line = (tmp_path / "events.jsonl").read_text("utf-8")
     assert len(line) < 64_000 and json.loads(line)["error"].endswith(" ...") and CANARY not in line
 
 
-def test_a_step_that_is_stuck_says_where_and_goes_on(
+def test_a_stuck_step_is_reported_and_the_run_continues(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from empg_lite.loop import train as module
@@ -58,7 +58,7 @@ def test_a_step_that_is_stuck_says_where_and_goes_on(
         return " in slow" in said
 
     def slow(*args: Any) -> Any:
-        """The fourth step is stuck until that has been said, and twice as long again: it is said once."""
+        """The fourth step hangs until that is reported, and twice as long again: it is reported once."""
         nonlocal calls
         calls += 1
         if calls == 4:
@@ -76,7 +76,7 @@ def test_a_step_that_is_stuck_says_where_and_goes_on(
 # --- rows --------------------------------------------------------------------------------------------------
 
 
-def test_all_bad_rows_are_named_or_left_out_and_counted(recipe_file: Path, tmp_path: Path, cli: Any) -> None:
+def test_all_bad_rows_are_named_or_skipped_and_counted(recipe_file: Path, tmp_path: Path, cli: Any) -> None:
     from empg_lite.data.sources import load_splits
 
     file = recipe_file.with_name("problems.jsonl")

@@ -91,7 +91,7 @@ def test_nothing_forbidden_passes_and_the_rest_does() -> None:
 
 
 def on_a_terminal(command: list[str]) -> bytes:
-    """What a command writes to a real pty that takes no colours."""
+    """Output of a command on a real pty without colors."""
     environment = os.environ | {"TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "200"}
     leader, follower = pty.openpty()
     process = subprocess.Popen(
@@ -118,7 +118,7 @@ def on_a_terminal(command: list[str]) -> bytes:
 
 @pytest.mark.parametrize("n", [1_500, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_ten_thousand_texts_on_a_terminal(recipe_file: Path, tmp_path: Path, n: int) -> None:
-    """Completions, questions and golds of a stored step, by ``inspect``, on a pty and as JSON."""
+    """Completions, questions and gold answers of a stored step through ``inspect``, on a pty and as JSON."""
     from dataclasses import replace
 
     run = tmp_path / "run"

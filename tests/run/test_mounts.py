@@ -1,4 +1,4 @@
-"""Disks that are really small, full or closed: a tmpfs of a chosen size, a user without rights."""
+"""Real small, full or read-only disks: a tmpfs of a given size, a user without permissions."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def used_kb(place: Path) -> float:
 def test_too_small_a_disk_is_found_before_the_first_step_and_never_later(  # type: ignore[no-untyped-def]
     disk, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """D3: from some size on every run ends, below it every run is refused with nothing sampled."""
+    """D3: above some size every run finishes; below it every run is refused before sampling."""
     recipe = write_recipe(tmp_path, model_dir)
     large = disk(8000)
     api.run(recipe, large / "run")
@@ -86,7 +86,7 @@ def test_too_small_a_disk_is_found_before_the_first_step_and_never_later(  # typ
 
 
 def test_a_disk_that_fills_up_costs_nothing(disk, model_dir: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """D2: full in the middle of a checkpoint; once there is room the run ends as if nothing had been."""
+    """D2: the disk fills up during a checkpoint; once space is freed the run resumes identically."""
     recipe = write_recipe(tmp_path, model_dir)
     straight = api.run(recipe, tmp_path / "straight")
     for left in (0, 20, 60, 100):
@@ -108,9 +108,9 @@ def test_a_disk_that_fills_up_costs_nothing(disk, model_dir: Path, tmp_path: Pat
 
 
 def test_a_folder_that_may_not_be_written(model_dir: Path) -> None:
-    """D4: somebody without rights gets one line that names the folder, before anything is sampled.
+    """D4: a user without permissions gets one line naming the folder, before anything is sampled.
 
-    A fork becomes somebody else: all that it needs is imported, and the model lies where everybody may read.
+    A fork switches to another user: everything is already imported, and the model is world-readable.
     """
     if os.geteuid():
         pytest.skip("only root can become somebody else")

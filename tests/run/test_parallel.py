@@ -1,4 +1,4 @@
-"""Several processes do what one does: the same samples, gradient, metrics, decisions and files."""
+"""Several processes match one: the same samples, gradient, metrics, decisions and files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def free_port() -> int:
 
 
 def start(*words: object, size: int = 2) -> list[subprocess.Popen[str]]:
-    """The same Python command in several processes, with the variables a launcher sets."""
+    """Run a Python command in several processes, with the variables a launcher sets."""
     shared = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests" / "support"))),
@@ -64,7 +64,7 @@ def start(*words: object, size: int = 2) -> list[subprocess.Popen[str]]:
 
 
 def finish(started: Sequence[subprocess.Popen[str]], seconds: float = 300) -> list[tuple[int, str, str]]:
-    """Exit code, stdout and stderr of each; none outlives the test."""
+    """Exit code, stdout and stderr of each process; none outlives the test."""
     try:
         said = [process.communicate(timeout=seconds) for process in started]
     finally:
@@ -82,13 +82,13 @@ def train_words(recipe: Path, run: Path, *more: object) -> tuple[object, ...]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the two processes train, by the recipe in it."""
+    """The folder with the recipe that the two processes train."""
     return tmp_path_factory.mktemp("world")
 
 
 @pytest.fixture(scope="module")
 def probes(model_dir: Path, folder: Path) -> list[dict[str, Any]]:
-    """What each of two processes found (``team_probe.py``)."""
+    """The findings of each of two processes (``team_probe.py``)."""
     recipe = write_recipe(folder, model_dir)
     done = finish(start(ROOT / "tests" / "support" / "team_probe.py", model_dir, recipe, folder / "two"))
     assert [code for code, *_ in done] == [0, 0], done
@@ -109,7 +109,7 @@ def test_the_gradient_is_that_of_one_process(probes: list[dict[str, Any]], case:
     assert sum(probe[case]["rows_here"] for probe in probes) == 2 * total + kept
 
 
-def test_a_denominator_of_ones_own_is_seen(probes: list[dict[str, Any]]) -> None:
+def test_a_per_process_denominator_is_detected(probes: list[dict[str, Any]]) -> None:
     assert all(probe["own denominator"] > 0.1 for probe in probes)
 
 
@@ -119,7 +119,7 @@ def test_passes_end_together(probes: list[dict[str, Any]]) -> None:
         assert max(found["all"]["error"], found["stopped"]["error"]) <= 1e-10
 
 
-def test_trouble_of_one_is_trouble_of_all(probes: list[dict[str, Any]]) -> None:
+def test_a_failure_in_one_process_reaches_all(probes: list[dict[str, Any]]) -> None:
     """Process 1 alone runs out of memory, or a row is infinite: budgets and decisions stay equal."""
     for found in (probe["trouble"] for probe in probes):
         assert found["short"]["budget"] == 20 and found["short"]["error"] <= 1e-10
@@ -134,7 +134,7 @@ def test_the_samples_are_those_of_one_process(probes: list[dict[str, Any]]) -> N
         assert found == {"same": True, "distinct": 20, "none": [], "one": True}
 
 
-def test_what_processes_say_to_each_other(probes: list[dict[str, Any]]) -> None:
+def test_collectives(probes: list[dict[str, Any]]) -> None:
     for probe in probes:
         assert probe["once"] == "rank 0"
         assert probe["first"] == [None, "last"] and probe["any"] == [False, True]
@@ -151,13 +151,13 @@ def adapter(run: Path) -> dict[str, Any]:
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
-    """Every rationale and header of a run, without the hash of the adapter: its last bits may differ."""
+    """Every rationale and header of a run, without the adapter hash: its last bits may differ."""
     lines = [x for p in sorted((run / "rollouts").iterdir()) for x in p.read_text("utf-8").splitlines()]
     return [{k: v for k, v in json.loads(line).items() if k != "adapter"} for line in lines]
 
 
 def assert_close(a: dict[str, Any], b: dict[str, Any]) -> None:
-    """Metrics alike: figures up to float32 rounding, all else to the letter."""
+    """Compare metrics: numbers up to float32 rounding, everything else exactly."""
     assert a.keys() == b.keys()
     for name, value in a.items():
         same = pytest.approx(value, rel=1e-4, abs=1e-6) if isinstance(value, float) else value
@@ -179,7 +179,7 @@ def assert_same_run(run: Path, other: Path) -> None:
 
 
 def test_two_processes_train_as_one(probes: list[dict[str, Any]], folder: Path) -> None:
-    """Three steps by two processes and one more by one process: all as by one alone."""
+    """Three steps by two processes and one more by a single process match a single process throughout."""
     one, two, recipe = folder / "one", folder / "two", str(folder / "fixture.yaml")
     assert [probe["train"] for probe in probes] == [3, 3]
     train(load_recipe(recipe), one)
@@ -192,8 +192,8 @@ def test_two_processes_train_as_one(probes: list[dict[str, Any]], folder: Path) 
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_with_the_run_of_one(model_dir: Path, tmp_path: Path) -> None:
-    """The other way round, by the command line; one process speaks."""
+def test_two_processes_resume_the_run_of_one(model_dir: Path, tmp_path: Path) -> None:
+    """The reverse, through the command line; only one process prints."""
     recipe = write_recipe(tmp_path, model_dir)
     one, two = tmp_path / "one", tmp_path / "two"
     for run in (one, two):
@@ -208,7 +208,7 @@ def test_two_processes_go_on_with_the_run_of_one(model_dir: Path, tmp_path: Path
 
 @pytest.mark.slow
 def test_two_processes_resume_to_the_bit(model_dir: Path, tmp_path: Path) -> None:
-    """Two steps and one more by the same number of processes: adapter, optimiser and metrics of three."""
+    """Two steps, then one more by the same number of processes, equal three steps bit for bit."""
     recipe = write_recipe(tmp_path, model_dir)
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     for run, more in ((straight, (3,)), (resumed, (2,)), (resumed, (3, "--resume"))):
@@ -218,8 +218,8 @@ def test_two_processes_resume_to_the_bit(model_dir: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_an_error_is_said_once(model_dir: Path, tmp_path: Path) -> None:
-    """The main process finds the folder in use; both end with its code, and it alone says why."""
+def test_an_error_is_printed_once(model_dir: Path, tmp_path: Path) -> None:
+    """The main process finds the folder in use; both exit with its code, and only it says why."""
     recipe, run = write_recipe(tmp_path, model_dir), tmp_path / "run"
     with store.run_lock(run):
         done = finish(start(*train_words(recipe, run)))
@@ -270,8 +270,8 @@ def test_one_process_needs_nothing() -> None:
         assert world is SINGLE
 
 
-def test_errors_survive_the_journey() -> None:
-    """Their classes take different arguments; a copy goes the way that a message goes."""
+def test_errors_survive_pickling() -> None:
+    """Their classes take different arguments; ``copy`` uses the same protocol as a message."""
     for error in (NumericalStop("a", "b", "c"), Interrupted(2, "a"), OutOfMemory("a", todo="c")):
         twin = copy.copy(error)
         assert type(twin) is type(error) and str(twin) == str(error)
@@ -322,8 +322,8 @@ def test_only_train_is_launched(cli, monkeypatch: pytest.MonkeyPatch, rank: str)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_launched_run_ends_and_goes_on(model_dir: Path, tmp_path: Path, signum: int) -> None:
-    """``accelerate launch``, ended by a signal after the first steps, goes on with two: as one alone."""
+def test_a_launched_run_stops_and_resumes(model_dir: Path, tmp_path: Path, signum: int) -> None:
+    """``accelerate launch``, stopped by a signal after the first steps, resumes with two and equals one."""
     recipe, run = write_recipe(tmp_path, model_dir), tmp_path / "run"
     launcher = Path(sys.executable).with_name("accelerate")
     words = [launcher, "launch", "--multi_gpu", "--num_processes", 2, "--main_process_port", 0]

@@ -1,4 +1,4 @@
-"""The rollout file: what goes in comes out, and what is wrong is named by line and field."""
+"""The rollout file round-trips, and errors name the line and field."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_segments_keep_their_headers(tmp_path: Path) -> None:
     assert (first.rationales[0].step, second.rationales[0].step) == (3, 9)
 
 
-def test_foreign_text_needs_little(tmp_path: Path) -> None:
+def test_external_text_needs_few_fields(tmp_path: Path) -> None:
     path = tmp_path / "theirs.jsonl"
     rows = [
         {"question": "1 + 1?", "completion": " #### 2", "reward": 1},
@@ -96,7 +96,7 @@ def test_bad_files_are_named(tmp_path: Path, text: str, what: str) -> None:
         read_rollouts(tmp_path / "absent.jsonl")
 
 
-def test_a_torn_tail_is_left_out_only_on_request(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_dropped_only_on_request(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(encode_rollouts(HEADER, [rationale(), rationale(sample_index=1)])[:-20], "utf-8")
     (segment,) = read_rollouts(path, torn_tail=True)

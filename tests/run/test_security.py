@@ -30,7 +30,7 @@ CANARY = "s3cr3t-c4n4ry"
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
 def test_a_model_that_brings_code_runs_none(model_dir: Path, tmp_path: Path, name: str) -> None:
-    """Refused where the model's class would come from it; a tokenizer's is not looked at."""
+    """Refused if the model class would come from the repository; the tokenizer's is ignored."""
     folder, sung = shutil.copytree(model_dir, tmp_path / "model"), tmp_path / "sung"
     (folder / "evil.py").write_text(f"open({str(sung)!r}, 'w')\n", "utf-8")
     facts = json.loads((folder / name).read_text("utf-8"))
@@ -67,7 +67,7 @@ TEMPLATES_THAT_ATTACK = [
 def test_a_models_own_template_is_never_rendered(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
 ) -> None:
-    """Prompts are the project's or the user's own, with one hole: there is nothing to sandbox."""
+    """Prompts come from the project or the user and have one placeholder: nothing to sandbox."""
     import jinja2
 
     folder = shutil.copytree(model_dir, tmp_path / "model")
@@ -175,7 +175,7 @@ print(json.dumps([code, seen]))
 
 @pytest.mark.slow
 def test_a_recipe_that_names_code_runs_none(recipe_file: Path, tmp_path: Path) -> None:
-    """Nor does one inside a checkpoint or a run; parsing the file to name its fault is not running it."""
+    """Nor does one inside a checkpoint or run; parsing the file to report an error is not running it."""
     mine, sung = tmp_path / "mine.py", tmp_path / "sung"
     mine.write_text(
         f"open({str(sung)!r}, 'w')\ndef reward(completion, gold, question, meta):\n    return 1\n"

@@ -1,4 +1,4 @@
-"""Whatever instant a writer dies at, a reader finds the old state or the new one."""
+"""Whenever a writer dies, a reader finds the old state or the new one."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_a_run_is_held_by_one_process_and_freed_by_its_death(tmp_path: Path) -> 
         pass
 
 
-def test_a_file_system_without_locks_is_not_a_run_in_use(
+def test_a_file_system_without_locks_is_not_reported_as_in_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some network file systems refuse flock altogether."""

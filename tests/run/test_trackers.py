@@ -1,4 +1,4 @@
-"""Trackers get the metric stream unchanged, go on where they stopped, and never end a run."""
+"""Trackers get the metric stream unchanged, continue on resume, and never end a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from empg_lite.run.journal import read_metrics
 
 
 def scalars(run: Path) -> dict[int, dict[str, float]]:
-    """What every tracker should hold: numbers by step, from metrics.jsonl."""
+    """What every tracker should contain: numbers by step, from metrics.jsonl."""
     return {
         r["step"]: {k: v for k, v in r.items() if isinstance(v, int | float) and k != "step"}
         for r in read_metrics(run / "metrics.jsonl")
@@ -78,7 +78,7 @@ def wandb_scalars(run: Path) -> dict[int, dict[str, float]]:
 
 @pytest.fixture
 def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Nothing leaves the machine, and nothing is left on it."""
+    """Nothing leaves the machine, and nothing remains outside the test folder."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
@@ -101,7 +101,7 @@ def test_tensorboard_holds_the_metrics_also_of_a_resumed_run(cli, recipe_file: P
 
 @pytest.mark.slow
 def test_trackio_and_wandb_hold_the_metrics_and_the_recipe(recipe_file: Path, offline: Path) -> None:
-    """In a process of its own: both leave threads and handlers behind."""
+    """In a separate process: both leave threads and handlers behind."""
     pytest.importorskip("trackio")
     pytest.importorskip("wandb")
     run = offline / "run"
@@ -128,7 +128,7 @@ def test_trackio_and_wandb_hold_the_metrics_and_the_recipe(recipe_file: Path, of
     assert len(folders) == 2 and all(f.endswith(names["wandb"]) for f in folders)  # one run, in two parts
 
 
-def test_a_tracker_that_fails_is_said_once_and_left_alone(
+def test_a_failing_tracker_is_reported_once_and_disabled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Failing:
@@ -151,7 +151,9 @@ def test_a_tracker_that_fails_is_said_once_and_left_alone(
     assert said == ["tensorboard failed and is disabled for the rest of the run: the service is down"]
 
 
-def test_only_numbers_go_and_a_name_lasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_numbers_are_logged_and_the_name_persists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[tuple[int, dict[str, float]]] = []
 
     class Recording:
@@ -189,8 +191,8 @@ def test_what_is_refused(cli, recipe_file: Path, tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "run").exists()
 
 
-def test_nobody_is_asked_unless_said() -> None:
-    """No module imports a tracker at its top; `test_security.py` has the sockets."""
+def test_trackers_are_imported_only_on_request() -> None:
+    """No module imports a tracker at the top; `test_security.py` checks the sockets."""
     package = Path(trackers.__file__).parent
     for path in package.rglob("*.py"):
         top = [
