@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -10,6 +9,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from machine import import_from
 
 import empg_lite
 
@@ -60,10 +61,7 @@ def run_command(words: Sequence[str], *, cpu: bool, beat: Callable[[], None]) ->
 
 
 def _start(words: Sequence[str], cpu: bool) -> subprocess.Popen[str]:
-    paths = [str(CODE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    if cpu:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
+    environment = import_from(CODE, **({"CUDA_VISIBLE_DEVICES": ""} if cpu else {}))
     command = [sys.executable, "-P", "-m", "empg_lite", *words]  # -P: not what lies in the current folder
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True

@@ -26,6 +26,7 @@ from typing import IO, Any
 
 from gpu_parts import PARTS, TOTAL, Job, chosen
 from gpu_report import checks, report
+from machine import import_from
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Seconds between two looks at a job's rows, and those for a job to say where it hangs.
@@ -96,16 +97,14 @@ class Child:
 
 def environment(job: Job) -> dict[str, str]:
     """For a job's process: the checkout's package, no network, no GPU in a rehearsal."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    fixed = {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "PYTHONUNBUFFERED": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "UNSLOTH_DISABLE_STATISTICS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    return {**os.environ, **fixed, **({"CUDA_VISIBLE_DEVICES": ""} if job.small else {})}
+    return import_from(
+        PYTHONUNBUFFERED="1",
+        HF_HUB_OFFLINE="1",
+        TRANSFORMERS_OFFLINE="1",
+        UNSLOTH_DISABLE_STATISTICS="1",
+        TOKENIZERS_PARALLELISM="false",
+        **({"CUDA_VISIBLE_DEVICES": ""} if job.small else {}),
+    )
 
 
 def descendants(pid: int) -> list[int]:

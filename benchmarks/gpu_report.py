@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from machine import headline
 from tables import table
 
 Row = Mapping[str, Any]
@@ -52,7 +53,7 @@ def _device(rows: Sequence[Row]) -> str:
     if found is None:
         return ""
     rates = f"{found['bandwidth'] / 1e9:.0f} GB/s copied, {found['matmul'] / 1e12:.2f} TFLOP/s multiplied"
-    facts = " · ".join(f"{name} {value}" for name, value in found["machine"].items())
+    facts = headline(found["machine"])
     return f"{found['device']}: {rates}\n{facts}"
 
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,26 @@ def versions(*packages: str) -> dict[str, str]:
             return "absent"
 
     return {package: version(package) for package in packages}
+
+
+def headline(facts: Mapping[str, Any]) -> str:
+    """Facts of a machine on one line."""
+    return " · ".join(f"{name} {value}" for name, value in facts.items())
+
+
+def import_from(folder: Path = ROOT, **variables: str) -> dict[str, str]:
+    """The environment of a child process that finds the package in ``folder`` first."""
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **variables}
+
+
+def last_line(command: Sequence[str]) -> str:
+    """The last line that a command prints; if it fails, its last error line ends this process."""
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        sys.exit(f"{' '.join(command)}: {said[-1]}")
+    return done.stdout.splitlines()[-1]
 
 
 def cpu() -> str:

@@ -15,7 +15,6 @@ import ctypes
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from machine import ROOT
+from machine import headline, last_line
 from shapes import Shape, write_model
 from timing import circumstances, table
 
@@ -116,18 +115,14 @@ def main() -> None:
     if arguments.json:
         print(json.dumps({"machine": where, "peak_mb": peaks, "bar_mb": BAR}))
         return
-    print(" · ".join(f"{name} {value}" for name, value in where.items()))
+    print(headline(where))
     print(f"{ROWS} rows of {PROMPT} + {COMPLETION} tokens, vocabulary {SHAPE.vocab:,}, float32")
     rows = [(RIVALS[n], f"{mb:.0f} MB", f"<= {BAR:g} MB" if n == "empg" else "-") for n, mb in peaks.items()]
     print(table(("one M-step", "peak over before", "bar"), rows))
 
 
 def _in_process(rival: str, folder: str) -> float:
-    command = [sys.executable, __file__, "--measure", rival, folder]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    if done.returncode:
-        sys.exit(f"{rival}: {(done.stderr.strip().splitlines() or ['ended without a word'])[-1]}")
-    return float(done.stdout.splitlines()[-1])
+    return float(last_line([sys.executable, __file__, "--measure", rival, folder]))
 
 
 if __name__ == "__main__":

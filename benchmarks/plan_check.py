@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -21,6 +20,8 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from machine import import_from
 
 BAR = 0.10
 
@@ -103,9 +104,7 @@ def run(case: Case, keep: bool) -> dict[str, Any]:
     """One case in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(Path(__file__).resolve()), "--child", case.name, folder]
-        root = str(Path(__file__).resolve().parents[1])
-        paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+        environment = import_from(CUDA_VISIBLE_DEVICES="")
         environment.pop("MALLOC_MMAP_THRESHOLD_", None)
         if keep:
             command.append("--keep")

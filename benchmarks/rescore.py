@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from machine import ROOT, machine
+from machine import headline, last_line, machine
 
 from empg_lite.core.rationale import Rationale, problem_id
 from empg_lite.run.rollouts import RolloutHeader, encode_rollouts
@@ -98,15 +97,12 @@ def main() -> None:
         file.write_text(encode_rollouts(RolloutHeader("made here"), rows), "utf-8")
         megabytes = file.stat().st_size / 2**20
         command = [sys.executable, "-m", "empg_lite", "score", str(file), "--reward", "math", "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        sys.exit(done.stderr.strip() or f"{' '.join(command)} ended with {done.returncode}")
-    result = json.loads(done.stdout.splitlines()[-1])
+        result = json.loads(last_line(command))
     result |= {"file_mb": round(megabytes, 1), "right": right, "file": file.name}
     if arguments.json:
         print(json.dumps({"machine": machine(), **result}))
     else:
-        print(" · ".join(f"{k} {v}" for k, v in machine().items()))
+        print(headline(machine()))
         print(f"{result['rationales']} rationales, {megabytes:.0f} MB, {right} right: {result['reasons']}")
         print(f"{result['seconds']:.1f} s (at most {BAR:g} on two idle cores)")
         print(f"peak memory {result['peak_rss_mb']:.0f} MB, a worker {result['peak_rss_mb_workers']:.0f} MB")

@@ -20,6 +20,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
+from machine import headline
 from setting import sample, tiny_learner, tiny_setting, weighed
 from shapes import SHAPES, wider, write_model
 from timing import Spread, circumstances, in_turn, table
@@ -124,7 +125,7 @@ def main() -> None:
         costs = {name: [asdict(c) for c in found] for name, found in sweeps.items()}
         print(json.dumps({"machine": where, "sweeps": costs}))
         return
-    print(" · ".join(f"{name} {value}" for name, value in where.items()))
+    print(headline(where))
     for name, found in sweeps.items():
         print(f"\n{show(name, found)}")
 

@@ -26,6 +26,7 @@ import trl_grpo
 from forced import forced_generate
 from gate import GRADIENT, gradient_difference, greedy_differences
 from hand_loop import generate, padded_step
+from machine import headline
 from setting import OurStep, Setting, ends_of, prompts_of, sample, tiny_learner, tiny_setting, weighed
 from timing import Spent, Spread, circumstances, in_turn, ratios, table
 
@@ -229,7 +230,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps({"machine": where, "tokens": setting.tokens, "rows": [asdict(r) for r in found]}))
     else:
-        print(" · ".join(f"{name} {value}" for name, value in where.items()))
+        print(headline(where))
         print(
             f"{setting.rows} rows, {setting.tokens} completion tokens, {repeats} rounds: median (least-most)"
         )

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from machine import machine
+from machine import headline, machine
 
 PROBLEMS, SAMPLES = 16, 8
 
@@ -119,7 +119,7 @@ def main() -> None:
         }
         print(json.dumps({"machine": machine(), **result}))
     else:
-        print(" · ".join(f"{k} {v}" for k, v in machine().items()))
+        print(headline(machine()))
         for n, each in found.items():
             low, high = min(each["seconds"]), max(each["seconds"])
             print(
