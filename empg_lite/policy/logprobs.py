@@ -103,7 +103,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _rows_between(lengths: Sequence[int], at: slice) -> tuple[int, list[int]]:
-    """The first row that has tokens in a slice of the packed tokens, and how many it and those after it have."""
+    """The first row with tokens in a slice of the packed tokens, and how many each row has from there on."""
     first, cut, start = 0, list[int](), 0
     for row, length in enumerate(lengths):
         inside = min(start + length, at.stop) - max(start, at.start)
@@ -115,7 +115,7 @@ def _rows_between(lengths: Sequence[int], at: slice) -> tuple[int, list[int]]:
 
 
 def pad_rows(packed: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Packed values ``(n,)`` as right-padded rows ``(b, T)``, 0 in the padding, with their mask ``(b, T)``."""
+    """Packed values ``(n,)`` as right-padded rows ``(b, T)``, 0 in the padding, and their mask ``(b, T)``."""
     rows = pad_sequence(packed.split(list(lengths)), batch_first=True)
     ends = torch.tensor(lengths, device=packed.device)
     return rows, torch.arange(rows.shape[1], device=packed.device) < ends[:, None]
@@ -145,10 +145,11 @@ def chosen_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return _ChosenLogprobs.apply(hidden.to(weight.dtype), weight, targets)
 
 
-#: ``head_loss(hidden, weight, targets, lengths, row_weights, loss)``: a sum over tokens of something of their
-#: log-probabilities, its gradient formed on the way; scalar float32, differentiable in ``hidden`` only.
-#: ``hidden`` ``(N, D)``, ``weight`` ``(V, D)`` and ``targets`` ``(N,)`` as in ``chosen_logprobs``; the N
-#: tokens are packed rows of ``lengths``, with weights ``row_weights`` ``(B,)``. ``loss`` is called once per
-#: chunk, with the rows of that chunk (one may be cut between two), and must add up over tokens. Whatever
-#: scaling 16-bit gradients need belongs into the weights: gradients are rounded here.
+#: ``head_loss(hidden, weight, targets, lengths, row_weights, loss)``: a sum over tokens of a function of
+#: their log-probabilities, its gradient formed in the forward pass; scalar float32, differentiable in
+#: ``hidden`` only. ``hidden`` ``(N, D)``, ``weight`` ``(V, D)`` and ``targets`` ``(N,)`` as in
+#: ``chosen_logprobs``; the N tokens are packed rows of ``lengths``, with weights ``row_weights`` ``(B,)``.
+#: ``loss`` is called once per chunk, with the rows of that chunk (one may be cut between two), and must be
+#: additive over tokens. The weights must include any scaling that 16-bit gradients need: gradients are
+#: rounded here.
 head_loss = _HeadLoss.apply

@@ -1,8 +1,8 @@
 """The policy: one base, one adapter, one tokenizer, one template.
 
-Sampling and scoring must agree on prompt, padding and adapter state; that agreement is the commonest
-silent bug in this field, so both live behind this one object. Adapter on is the policy, adapter off is
-the reference: there is never a second copy of the weights.
+Sampling and scoring must agree on prompt, padding and adapter state. A silent mismatch is this field's most
+common bug, so one object does both. With the adapter on it is the policy, with the adapter off the reference:
+there is never a second copy of the weights.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def collate(
     rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int, device: torch.device | str = "cpu"
 ) -> Batch:
     """Pad (prompt_ids, completion_ids) pairs on the right into a ``Batch`` of B = len(rows)."""
-    assert all(len(prompt) for prompt, _ in rows), "a prompt has at least one token"
+    assert all(len(prompt) for prompt, _ in rows), "a prompt needs at least one token"
     width = max(len(prompt) + len(completion) for prompt, completion in rows)
     ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.bool)
@@ -64,14 +64,14 @@ class Policy:
 
     Attributes:
         model: the ``PeftModel``.
-        stop_ids: every end token that the model, the tokenizer and the template know.
+        stop_ids: all end tokens of the model, the tokenizer and the template.
         backend: ``unsloth`` or ``transformers``.
-        checkpointing: whether fitting computes activations again rather than keep them.
+        checkpointing: whether fitting recomputes activations instead of keeping them.
         revision: commit of the base model on the hub, or None.
-        kernels: the pointwise work of sampling.
-        shared_prefix: whether fits go through Unsloth's own forward pass instead of the packed one. None: it
-            is there and has not been tried (``prepare_fit``).
-        notes: what of the backend is left out, and why.
+        kernels: the pointwise operations of sampling.
+        shared_prefix: whether fits use Unsloth's own forward pass instead of the packed one; None: available
+            but not verified yet (``prepare_fit``).
+        notes: which parts of the backend are not used, and why.
     """
 
     def __init__(
@@ -106,7 +106,8 @@ class Policy:
     def encode_prompt(self, question: str) -> tuple[str, tuple[int, ...]]:
         """The prompt as text and as ids.
 
-        A control token's name in a question is text like any other: nobody ends the user's turn from within.
+        Names of control tokens in a question are encoded as plain text, so a question cannot end the user's
+        turn.
         """
         prompt, encode = self.template.render(question), self.tokenizer.encode
         if not any(name in question for name in self.tokenizer.get_added_vocab()):
@@ -117,7 +118,7 @@ class Policy:
         return prompt, (*ids[0], *own, *ids[1])
 
     def encode_completion(self, text: str) -> tuple[int, ...]:
-        """Ids of a completion that came as text, with the template's end token appended."""
+        """Ids of a completion given as text, with the template's end token appended."""
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         return (*ids, self.tokenizer.convert_tokens_to_ids(self.template.end))
 
@@ -147,18 +148,18 @@ class Policy:
 
     @cached_property
     def network(self) -> Network:
-        """The layers one by one, over the modules of the model; differentiable."""
+        """The network layer by layer, over the model's modules; differentiable."""
         return live_network(self.causal)
 
     @property
     def decoding_network(self) -> Network:
-        """The same without gradients, by borrowed kernels."""
+        """The same with the borrowed kernels, without gradients."""
         return live_network(self.causal, self.kernels)
 
     def prepare_fit(self) -> None:
-        """Before the first fit: see whether Unsloth's own pass computes what the packed one does.
+        """Before the first fit, verify Unsloth's own pass against the packed one.
 
-        Not when the model is loaded: it has to be compiled, and sampling alone has no use for it.
+        Not done at load time: the pass has to be compiled, and sampling does not need it.
         """
         if self.shared_prefix is None:
             why = disagreement(self)
@@ -169,20 +170,20 @@ class Policy:
         """16-bit compute over fp32 adapters: PEFT keeps them in fp32 and would upcast every product.
 
         Args:
-            cache: keep the 16-bit copies of weights until the block ends. A captured graph must not: it would
-                read copies from before the last update.
+            cache: keep 16-bit copies of weights until the block ends. A captured graph must not use them: it
+                would read copies from before the last update.
         """
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype, cache_enabled=cache)
 
     def token_logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the completion tokens, row by row through the backend's own forward pass.
+        """Log-probabilities of the completion tokens by the backend's own forward pass over padded rows.
 
-        The plain way, prompts written out for every row: what ``completion_logprobs`` is measured against.
+        The reference for ``completion_logprobs``; prompts are repeated for every row.
 
         Returns:
-            ``(B, T-1)`` float32 log-probs, 0 where the mask is False, and that mask ``(B, T-1)``: place t
+            ``(B, T-1)`` float32 log-probs, 0 where the mask is False, and that mask ``(B, T-1)``: index t
             scores token t + 1.
         """
         with self.autocast():
@@ -192,15 +193,15 @@ class Policy:
         return logprobs.masked_scatter(mask, chosen), mask
 
     def _padded_hidden(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states ``(B, T-1, D)``, the token after each ``(B, T-1)``, whether it is of a completion."""
+        """Hidden states ``(B, T-1, D)``, the next tokens and their completion mask, ``(B, T-1)`` each."""
         targets, mask = batch.input_ids[:, 1:], batch.completion_mask[:, 1:]
-        # Right padding under a causal mask: no real token can see a pad, so no attention mask is needed.
+        # Right padding under a causal mask: real tokens cannot see padding, so no attention mask is needed.
         hidden = self.backbone(batch.input_ids, use_cache=False).last_hidden_state[:, :-1]
         assert hidden.shape[:2] == mask.shape, f"backbone returned {tuple(hidden.shape)}"
         return hidden, targets, mask
 
     def completion_loss(self, pairs: Sequence[tuple[Ids, Ids]], weights: Tensor, loss: RowLoss) -> Tensor:
-        """A sum over completion tokens of something of their log-probabilities, ready to go backward.
+        """A sum over completion tokens of a function of their log-probabilities, ready for ``backward``.
 
         Args:
             pairs: (prompt_ids, completion_ids) of B rows, neither empty.
@@ -218,10 +219,10 @@ class Policy:
     ) -> list[Tensor]:
         """Log-probabilities of every completion's tokens: ``(T,)`` float32 nats for each pair.
 
-        Differentiable, for losses other than the M-step's: these form the head's softmax twice.
+        Differentiable, for losses other than the M-step's; it computes the head's softmax twice.
 
         Args:
-            shared: by Unsloth's own pass or by the packed one; None: as ``shared_prefix`` says.
+            shared: use Unsloth's own pass or the packed one; None: as ``shared_prefix`` says.
         """
         with self.autocast():
             hidden, targets, _ = self._scored(pairs, shared)
@@ -239,7 +240,7 @@ class Policy:
         return hidden, packed.targets, packed.rows
 
     def facts(self) -> dict[str, Any]:
-        """What this policy computes with, for ``environment.json``."""
+        """Which code this policy runs on, for ``environment.json``."""
         attention = attention_kernels(self.network, self.dtype, self.device)
         if self.shared_prefix:
             attention["fitting"] = "flex_attention"
@@ -255,7 +256,7 @@ class Policy:
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """Inference mode of the backend, no gradients; afterwards the mode that was."""
+        """Inference mode of the backend without gradients; restores the previous mode."""
         was = self.model.training
         self._set_mode(self.model, False)
         try:
@@ -269,7 +270,7 @@ class Policy:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Training mode of the backend (gradient checkpointing on where it was asked for)."""
+        """Training mode of the backend (with gradient checkpointing if requested)."""
         self._set_mode(self.model, True)
         try:
             yield
@@ -287,7 +288,7 @@ class Policy:
 
     @property
     def adapter_on(self) -> bool:
-        """Whether the adapter acts; not within ``reference``."""
+        """Whether the adapter is enabled; not within ``reference``."""
         return not self.causal.model.layers[0].mlp.down_proj.disable_adapters
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -304,7 +305,7 @@ class Policy:
 
 
 def _stop_ids(model: Any, tokenizer: Any, template: Template) -> frozenset[int]:
-    """Qwen2.5 base ends with <|endoftext|>, Instruct with <|im_end|>, each may emit the other's."""
+    """Qwen2.5 base ends with <|endoftext|>, Instruct with <|im_end|>; each may emit the other's."""
     ids: set[int] = set()
     for source in (model.config, getattr(model, "generation_config", None), tokenizer):
         value = getattr(source, "eos_token_id", None)

@@ -8,7 +8,6 @@ from empg_lite.core.errors import UsageError
 from empg_lite.recipe.schema import choose_engine
 from empg_lite.sampler.base import Completion, OnCompletion, OnToken, Prompt, Sampler, SampleWork
 from empg_lite.sampler.draw import Decoding, sample_key
-from empg_lite.sampler.native import NativeSampler
 from empg_lite.sampler.stops import StopRule, TextStream
 
 if TYPE_CHECKING:
@@ -45,6 +44,8 @@ def make_sampler(
     """
     engine = choose_engine(engine)
     if engine == "native":
+        from empg_lite.sampler.native import NativeSampler
+
         return NativeSampler(policy, batch_rows, merged)
     if engine == "unsloth" and policy.backend != "unsloth":
         raise UsageError(

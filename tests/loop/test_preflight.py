@@ -116,7 +116,7 @@ def test_what_the_sampler_keeps_is_freed_before_any_fit_that_has_no_room_for_it(
     from empg_lite.loop import learner, preflight
     from empg_lite.loop.plan import Plan
     from empg_lite.loop.train import train
-    from empg_lite.sampler import NativeSampler
+    from empg_lite.sampler.native import NativeSampler
 
     order: list[str] = []
 

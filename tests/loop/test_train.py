@@ -105,7 +105,7 @@ def test_a_run_says_what_it_computed_with(straight: Path) -> None:
 def test_graphs_are_counted_and_a_capture_that_fails_is_an_event(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from empg_lite.sampler import NativeSampler
+    from empg_lite.sampler.native import NativeSampler
     from empg_lite.sampler.graphs import Graphs
 
     class Replayed:
@@ -469,7 +469,7 @@ def test_the_sampler_lets_go_before_the_fit_where_the_plan_has_no_room(
 ) -> None:
     from empg_lite.loop.learner import Learner
     from empg_lite.loop.plan import Plan
-    from empg_lite.sampler import NativeSampler
+    from empg_lite.sampler.native import NativeSampler
 
     steps: list[str] = []
     release, fit = NativeSampler.release, Learner.fit

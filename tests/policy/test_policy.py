@@ -77,7 +77,7 @@ def test_collate_masks_by_length_not_by_id() -> None:
         [False, False, True, True, True],
         [False, True, False, False, False],
     ]
-    with pytest.raises(AssertionError, match="prompt has at least one token"):
+    with pytest.raises(AssertionError, match="prompt needs at least one token"):
         collate([((), (1,))], pad_id=0)
 
 
