@@ -68,13 +68,7 @@ class Agreement:
 
 @dataclass(slots=True)
 class Export:
-    """A loaded run, how it behaves, and where its export goes.
-
-    Attributes:
-        rows: stored rationales to compare on, about ``TOKENS`` completion tokens.
-        problems: those to answer greedily.
-        evidence: the behavior of the run's own adapter.
-    """
+    """A loaded run and where its export goes; ``evidence`` is the behavior of its own adapter."""
 
     target: Target
     out: Path
@@ -101,15 +95,20 @@ class Export:
 
     def compare(self, policy: Policy) -> Agreement:
         """How far ``policy`` agrees with the run's adapter."""
-        found = collect(self.learner, policy, self.rows, self.problems, self.grader)
-        return agreement(self.evidence, found)
+        adapter, export = self.evidence, collect(self.learner, policy, self.rows, self.problems, self.grader)
+        assert adapter.choices.shape == export.choices.shape
+        pairs = list(zip(adapter.answers, export.answers, strict=True))
+        return Agreement(
+            compared_tokens=len(adapter.choices),
+            argmax_agreement=float((adapter.choices == export.choices).double().mean()),
+            compared_prompts=len(pairs),
+            greedy_agreement=sum(a.completion_ids == b.completion_ids for a, b in pairs) / max(1, len(pairs)),
+            reward=_mean_reward(export.answers),
+            reward_adapter=_mean_reward(adapter.answers),
+        )
 
     def require(self, share: float, tokens: int, threshold: float, what: str, todo: str) -> None:
-        """Refuse an export that behaves differently from the adapter.
-
-        Raises:
-            CheckFailed: it chooses the adapter's token at too few positions; nothing is published.
-        """
+        """Raise CheckFailed, so that nothing is published, if too few positions agree."""
         if share < threshold:
             raise CheckFailed(
                 f"the {what} chooses the adapter's top token at {share:.2%} of {tokens} positions, "
@@ -217,20 +216,6 @@ def _choices(policy: Policy, r: Rationale) -> Tensor:
     logits = policy.causal(input_ids=ids, use_cache=False).logits[0]
     start = len(r.prompt_ids) - 1
     return logits[start : start + len(r.completion_ids)].argmax(-1).cpu()
-
-
-def agreement(adapter: Evidence, export: Evidence) -> Agreement:
-    """Compare two models that answered the same problems."""
-    assert adapter.choices.shape == export.choices.shape and len(adapter.answers) == len(export.answers)
-    pairs = list(zip(adapter.answers, export.answers, strict=True))
-    return Agreement(
-        compared_tokens=len(adapter.choices),
-        argmax_agreement=float((adapter.choices == export.choices).double().mean()),
-        compared_prompts=len(pairs),
-        greedy_agreement=sum(a.completion_ids == b.completion_ids for a, b in pairs) / max(1, len(pairs)),
-        reward=_mean_reward(export.answers),
-        reward_adapter=_mean_reward(adapter.answers),
-    )
 
 
 def _mean_reward(rows: Sequence[Rationale]) -> float:

@@ -16,8 +16,16 @@ from empg_lite.run.journal import read_metrics
 from empg_lite.run.layout import ENVIRONMENT, EVENTS, METRICS, RECIPE
 from empg_lite.run.rollouts import read_rollouts
 
-#: Sizes that ``auto`` derives from the machine; they do not change what is learned.
-_LAYOUT = {"sampler": {"batch_rows", "merged"}, "optim": {"micro_batch_tokens", "gradient_checkpointing"}}
+#: Recipe keys that are not part of the method: the seed, and settings for the machine and the disk.
+_NOT_METHOD = {
+    "sampler.batch_rows",
+    "sampler.merged",
+    "optim.micro_batch_tokens",
+    "optim.gradient_checkpointing",
+    "run.seed",
+    "run.keep",
+    "run.save_every",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +66,11 @@ class StoredRun:
             if step and (rows := _rationales(path)):
                 yield step, rows
 
-    def method(self) -> dict[str, Any]:
-        """The recipe without its seed and machine-dependent sizes: equal for all runs of a sweep."""
-        values = self.recipe.model_dump(mode="json")
-        for section, names in _LAYOUT.items():
-            for name in names:
-                values[section].pop(name)
-        for name in ("seed", "keep", "save_every"):
-            values["run"].pop(name)
-        return values
+    def method(self) -> dict[str, str]:
+        """The recipe as {key: JSON value}, without ``_NOT_METHOD``: equal for all runs of a sweep."""
+        sections = self.recipe.model_dump(mode="json")
+        values = {f"{name}.{key}": v for name, section in sections.items() for key, v in section.items()}
+        return {key: json.dumps(value) for key, value in values.items() if key not in _NOT_METHOD}
 
 
 def read_run(path: Path) -> StoredRun:
@@ -119,30 +123,22 @@ class Arm:
 
 def arms_of(runs: Sequence[StoredRun]) -> list[Arm]:
     """Group the runs by recipe, in order of first appearance; the seeds of one recipe are one arm."""
-    by_method: dict[str, list[StoredRun]] = {}
+    by_method: dict[tuple[tuple[str, str], ...], list[StoredRun]] = {}
     for run in runs:
-        by_method.setdefault(json.dumps(run.method(), sort_keys=True), []).append(run)
-    arms = []
-    for members in by_method.values():
-        label = members[0].name
-        if len(members) > 1:
-            parents = {m.path.absolute().parent for m in members}
-            first = members[0].path.absolute()
-            shared = first.parent.name if len(parents) == 1 and first.name.startswith("seed-") else first.name
-            label = f"{shared} ({len(members)} seeds)"
-        arms.append(Arm(label, tuple(members)))
-    return arms
+        by_method.setdefault(tuple(run.method().items()), []).append(run)
+    return [Arm(_label(members), tuple(members)) for members in by_method.values()]
+
+
+def _label(members: Sequence[StoredRun]) -> str:
+    if len(members) == 1:
+        return members[0].name
+    first, parents = members[0].path.absolute(), {m.path.absolute().parent for m in members}
+    shared = first.parent.name if len(parents) == 1 and first.name.startswith("seed-") else first.name
+    return f"{shared} ({len(members)} seeds)"
 
 
 def differences(arms: Sequence[Arm]) -> list[tuple[str, list[str]]]:
     """(key, its value in each arm) for every recipe key in which the arms differ."""
-    flat = [_flat(arm.runs[0].method()) for arm in arms]
-    return [
-        (key, [json.dumps(values[key]) for values in flat])
-        for key in flat[0]
-        if len({json.dumps(values[key]) for values in flat}) > 1
-    ]
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    return {f"{section}.{name}": value for section, part in values.items() for name, value in part.items()}
+    methods = [arm.runs[0].method() for arm in arms]
+    found = [(key, [method[key] for method in methods]) for key in methods[0]]
+    return [(key, values) for key, values in found if len(set(values)) > 1]
