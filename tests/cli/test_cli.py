@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +11,6 @@ from pathlib import Path
 import pytest
 from broken_inputs import BROKEN, write_case
 from packaging.utils import canonicalize_name
-
-import empg_lite
 
 COMMANDS = (
     "train",
@@ -285,35 +282,3 @@ def test_a_closed_pipe_is_not_an_error(recipe_file: Path) -> None:
     command = f"{sys.executable} -m empg_lite recipes show gsm8k-0.5b | head -1"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
     assert "error" not in done.stderr and "Traceback" not in done.stderr
-
-
-def test_a_new_train_flag_touches_two_files(tmp_path: Path) -> None:
-    """``api.py`` and ``cli/train.py``: in a copy, a flag is added to both, and the command obeys it."""
-    source = Path(empg_lite.__file__).parent
-    shutil.copytree(
-        source, tmp_path / "empg_lite", ignore=shutil.ignore_patterns("__pycache__", "*.safetensors")
-    )
-    (tmp_path / "recipes").symlink_to(source.parent / "recipes")
-    for file, edits in {
-        "cli/train.py": [
-            ("    profile: Annotated[\n", '    greet: Annotated[bool, typer.Option("--greet")] = False,\n'),
-            ("        profile=profile,\n", "        greet=greet,\n"),
-        ],
-        "api.py": [
-            ("    profile: bool = False,\n", "    greet: bool = False,\n"),
-            ("    require(trackers)\n", '    if greet:\n        raise UsageError("hello", "--greet")\n'),
-        ],
-    }.items():
-        text = (source / file).read_text("utf-8")
-        for place, line in edits:
-            assert text.count(place) == 1, place
-            text = text.replace(place, line + place)
-        (tmp_path / "empg_lite" / file).write_text(text, "utf-8")
-    done = subprocess.run(
-        [sys.executable, "-m", "empg_lite", "train", "--greet"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stderr) == (2, "error: hello · --greet\n"), done.stderr
