@@ -135,7 +135,7 @@ def train_arm(setting: Setting) -> dict[str, Any]:
             seconds += time.process_time() - started
             curve.append(_record(step, rows, seconds, updates))
             if step % 10 == 0:
-                curve[-1]["greedy"] = evaluator.evaluate(validation[:CURVE]).accuracy
+                curve[-1]["greedy"] = evaluator.evaluate(validation[:CURVE]).summary()["pass@1"]
         figures = _examine(evaluator, test if setting.test else validation, setting.test)
         if setting.pool:
             figures["hardest"] = _hardest(learner, evaluator, train)
@@ -305,7 +305,7 @@ def _hardest(learner: Learner, evaluator: Evaluator, problems: Sequence[Problem]
     tuned = evaluator.evaluate(hardest, samples=4 * SAMPLES)
     return {
         "base_t1": sum(solved[p.id] for p in hardest) / n,
-        "greedy": tuned.accuracy,
+        "greedy": tuned.summary()["pass@1"],
         "t1": tuned.summary()["t1_accuracy"],
     }
 

@@ -1,4 +1,4 @@
-"""Which rows are fitted together: a process's share of a step, and micro-batches of a token budget."""
+"""Split a step's rows among processes, and into micro-batches of a token budget."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def whole_problems(rows: Sequence[Rationale], kept: Sequence[int], world: World) -> list[int]:
     """This process's share of the row numbers ``kept``: whole problems, balanced by their tokens.
 
-    The heaviest problem goes first, to the process with the least so far; every process deals the same way.
+    The heaviest problem goes first, to the least loaded process; every process computes the same split.
     """
     problems: dict[str, list[int]] = {}
     for i in kept:
@@ -31,9 +31,10 @@ def whole_problems(rows: Sequence[Rationale], kept: Sequence[int], world: World)
 
 
 def packed_batches(rows: Mapping[int, tuple[Ids, int]], budget: int) -> list[list[int]]:
-    """Row numbers cut into batches of at most ``budget`` tokens (or one row), equal prompts counted once.
+    """Row numbers in batches of at most ``budget`` tokens (or one row), shared prompts counted once.
 
-    Problems of like length lie together, as attention pads; one is cut only if it does not fit as a whole.
+    Problems of similar length are batched together, since attention pads; a problem is split only if it does
+    not fit in one batch.
 
     Args:
         rows: prompt, and tokens of the completion, of each row by its number.

@@ -1,7 +1,7 @@
-"""What the answers of an evaluation say: accuracy with its interval, pass@k, maj@k, length, behaviours.
+"""Evaluation figures: accuracy with its interval, pass@k, maj@k, length, behaviors.
 
-An answer is right when the correctness part of its reward is 1; shaping never counts. A truncated answer is
-wrong, and so is one that the grader failed on: both are reported beside the accuracy.
+An answer is right when the correctness part of its reward is 1; shaping never counts. Truncated answers and
+grader failures count as wrong, and both are reported with the accuracy.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from empg_lite.rewards.math import ballot
 if TYPE_CHECKING:
     from empg_lite.core.rationale import Rationale
 
-#: What a problem's source may know of it, and the name of its breakdown.
+#: Metadata a data source may provide, and the name of its breakdown.
 BREAKDOWNS = {"level": "by_level", "subject": "by_subject"}
 
 
@@ -33,13 +33,8 @@ class Evaluation:
     greedy: tuple[Rationale, ...]
     sampled: tuple[tuple[Rationale, ...], ...] = ()
 
-    @property
-    def accuracy(self) -> float:
-        """Greedy pass@1."""
-        return _share(self.greedy)
-
     def summary(self) -> dict[str, Any]:
-        """The figures as ``eval --json`` prints them: rates are fractions, lengths tokens, stops included."""
+        """The figures ``eval --json`` prints: rates are fractions, lengths are in tokens, stops included."""
         right = [r for r in self.greedy if r.right]
         result: dict[str, Any] = {
             **_accuracy(self.greedy),
@@ -74,7 +69,7 @@ def _mean_length(rows: Sequence[Rationale]) -> float | None:
 
 
 def _sampled_figures(sampled: Sequence[Sequence[Rationale]]) -> dict[str, Any]:
-    """T=1 accuracy, and pass@k and maj@k for k = 2, 4, ... from the one set of samples."""
+    """T=1 accuracy, pass@k and maj@k for k = 2, 4, ..., all from one set of samples."""
     n, k = len(sampled), len(sampled[0])
     result = {"t1_accuracy": sum(map(_share, sampled)) / n}
     right = [sum(r.right for r in rows) for rows in sampled]
@@ -90,7 +85,7 @@ def _voted(r: Rationale) -> str | None:
 
 
 def _by_meta(rows: Sequence[Rationale], name: str) -> dict[str, list[Rationale]]:
-    """Rows by what their source says under ``name``, in alphabetical order; rows without it are left out."""
+    """Rows grouped by metadata ``name``, sorted; rows without it are left out."""
     groups: dict[str, list[Rationale]] = {}
     for r in rows:
         if name in r.meta:
@@ -99,14 +94,13 @@ def _by_meta(rows: Sequence[Rationale], name: str) -> dict[str, list[Rationale]]
 
 
 def paired(first: Sequence[Rationale], second: Sequence[Rationale]) -> dict[str, Any]:
-    """Two models on the same problems: who is right where, and whether the difference is more than luck.
+    """Compare two models problem by problem, with a significance test.
 
     Returns:
         ``gain`` (second minus first, a fraction), ``only_first``, ``only_second`` (problems), ``p_value``
-        (McNemar, exact, two-sided), and the mean lengths on the problems that both got right: conciseness at
-        equal accuracy. None where there are no such problems.
+        (exact two-sided McNemar), and mean lengths on the problems both got right (None if there are none).
     """
-    assert [r.problem_id for r in first] == [r.problem_id for r in second], "other problems, or another order"
+    assert [r.problem_id for r in first] == [r.problem_id for r in second], "different problems or order"
     pairs = list(zip(first, second, strict=True))
     only_first = sum(a.right and not b.right for a, b in pairs)
     only_second = sum(b.right and not a.right for a, b in pairs)

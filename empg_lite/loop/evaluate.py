@@ -1,7 +1,7 @@
-"""Accuracy, honestly: greedy pass@1 with its interval, and what sampling adds.
+"""Evaluation: greedy pass@1 with its interval, and pass@k and maj@k from samples.
 
-The same problems, prompt and decoding serve base and tuned model. Answers are kept as they come, so that an
-evaluation killed anywhere is finished by asking for it again.
+Base and tuned model get the same problems, prompt and decoding. Answers are stored as they come, so repeating
+an interrupted evaluation completes it.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from empg_lite.run.rollouts import RolloutHeader
     from empg_lite.run.target import Target
 
-#: E-step number of evaluation draws: the same random numbers every time, never those of training.
+#: E-step number of evaluation draws: the same random numbers every time, different from training's.
 EVAL_STEP = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluator:
-    """Asks a learner's policy, as it is at that moment; base and tuned are asked alike."""
+    """Evaluates a learner's policy in its current state."""
 
     learner: Learner
     sampler: Sampler
@@ -44,7 +44,7 @@ class Evaluator:
     view: View
 
     def header(self, problems: Sequence[Problem]) -> RolloutHeader:
-        """Everything that an answer depends on, and the version of what graded it."""
+        """Everything an answer depends on, and the version that graded it."""
         recipe = self.learner.recipe
         asked = {
             "problems": hashlib.sha256("".join(p.id for p in problems).encode()).hexdigest(),
@@ -69,13 +69,13 @@ class Evaluator:
         """Answer every problem greedily and, with ``samples`` = k > 0, also k times at temperature 1.
 
         Args:
-            folder: keeps the answers (``greedy.jsonl``, ``sampled.jsonl``); those it has are not asked again.
-            header: whose answers these are; None: those of the policy with its adapter.
+            folder: stores the answers (``greedy.jsonl``, ``sampled.jsonl``); existing ones are reused.
+            header: which model answers; None: the policy with its adapter.
             replace_other: see ``AnswerFile``.
         """
-        assert problems, "nothing to evaluate on"
+        assert problems, "no problems to evaluate"
         header = header or self.header(problems)
-        # Questions of like length share a batch: less padding.
+        # Questions of similar length share a batch: less padding.
         order = sorted(problems, key=lambda p: (len(p.question), p.id))
 
         def answers(name: str, decoding: Decoding, k: int) -> dict[str, list[Rationale]]:
@@ -106,7 +106,7 @@ class Evaluator:
     def _complete(
         self, kept: AnswerFile, problems: Sequence[Problem], decoding: Decoding, k: int, label: str
     ) -> None:
-        """Ask for what is missing, a batch for each process at a time."""
+        """Sample the missing answers, one batch per process at a time."""
         world = self.learner.world
         with self.view.phase(label, len(problems) * k) as on_done:
             on_done(len(kept.rows))
@@ -137,11 +137,11 @@ def evaluate_target(
     out: Path | None = None,
     view: View | None = None,
 ) -> dict[str, Any]:
-    """Load a model and evaluate it, with ``base`` also with its adapter off: the same in all else.
+    """Load a model and evaluate it; with ``base``, also with its adapter off.
 
     Args:
-        out: folder of the answers; None: ``RUN/eval``, or ``runs/eval`` for what is no run. What an earlier,
-            equal evaluation left there is taken over.
+        out: folder for the answers; None: ``RUN/eval``, or ``runs/eval`` outside a run. Answers of an earlier
+            identical evaluation are reused.
 
     Returns:
         ``split``, ``answers`` (the folder), the figures of ``Evaluation.summary``; with ``base`` also an
@@ -149,7 +149,7 @@ def evaluate_target(
 
     Raises:
         EmpgError: model or data are unusable.
-        RunInUse: the same evaluation is going on elsewhere.
+        RunInUse: the same evaluation is running elsewhere.
     """
     recipe = target.recipe
     split = split or recipe.data.eval_split
@@ -180,7 +180,7 @@ def evaluate_target(
 
 
 def _digest(header: RolloutHeader) -> str:
-    """A short name for an evaluation's settings."""
+    """A short hash of an evaluation's settings."""
     facts = {**header.sampler, "batch_rows": None}
     identity = (header.model, header.revision, header.adapter, header.tokenizer, header.template, header.seed)
     text = json.dumps([identity, header.reward_name, facts], sort_keys=True)

@@ -1,6 +1,6 @@
-"""The thing that learns: policy, optimiser, loss scaler, and where the run stands.
+"""Policy, optimizer, loss scaler and training state.
 
-Built the same way by ``train``, ``fit`` and ``sample``, so that a loop of the three is ``train`` to the bit.
+``train``, ``fit`` and ``sample`` build it the same way: a loop over the three matches ``train`` bit for bit.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ RATE_PER_DOUBLING = 0.6
 
 @dataclass(slots=True)
 class Learner:
-    """A recipe come to life.
+    """A recipe, loaded.
 
     Attributes:
-        recipe: has no ``auto`` left in it.
-        planned: the memory that it takes.
-        held: bytes that the process had before, on a CPU, where its peak is that of the process; 0 on a GPU.
-        world: has a copy of this in every process.
+        recipe: every ``auto`` decided.
+        planned: its memory plan.
+        held: bytes the process held before loading; 0 on a GPU, where the process's memory does not count.
+        world: every process holds a copy.
     """
 
     recipe: Recipe
@@ -58,43 +58,43 @@ class Learner:
 
     @property
     def decoding(self) -> Decoding:
-        """How training samples."""
+        """Decoding settings of training."""
         s = self.recipe.sampler
         return Decoding(s.max_new_tokens, s.temperature, s.top_p, s.top_k)
 
     def sampler(self) -> Sampler:
-        """The recipe's engine over the policy."""
+        """The recipe's sampling engine over the policy."""
         rows = self.state.batch_rows or self.recipe.sampler.batch_rows
         engine, merged = self.recipe.sampler.engine, self.recipe.sampler.merged
         return make_sampler(self.policy, engine, int(rows), bool(merged))
 
     def make_room(self, sampler: Sampler) -> None:
-        """Before fitting: free what the sampler keeps between draws, unless the plan has room for both."""
+        """Before fitting: free the sampler's buffers, unless the plan has room for both."""
         if not self.planned.keeps_sampler:
             sampler.release()
 
     def engine_facts(self) -> dict[str, Any]:
-        """What samples and what fits: engine, backend, borrowed kernels, attention, what is left out."""
+        """Engine, backend, borrowed kernels and attention in use, and what was left out and why."""
         self.policy.prepare_fit()
         return {"engine": self.recipe.sampler.engine, **self.policy.facts()}
 
     def short_enough(self, problems: Sequence[Problem]) -> tuple[list[Problem], int]:
-        """The problems whose prompt has at most ``data.max_prompt_tokens`` tokens, and how many have more.
+        """The problems whose prompt fits ``data.max_prompt_tokens``, and the number that do not.
 
         Raises:
-            DataError: nothing is left.
+            DataError: none fits.
         """
         limit = int(self.recipe.data.max_prompt_tokens or 0)
         lengths = [len(self.policy.encode_prompt(p.question)[1]) for p in problems]
         kept = [p for p, length in zip(problems, lengths, strict=True) if length <= limit]
         if not kept:
             raise DataError(
-                "no problem is short enough", "data.max_prompt_tokens", f"raise it above {min(lengths)}"
+                "every prompt is too long", "data.max_prompt_tokens", f"raise it above {min(lengths)}"
             )
         return kept, len(problems) - len(kept)
 
     def require_room(self, question: str, max_new_tokens: int) -> None:
-        """Refuse a question whose longest answer would leave the model's context.
+        """Refuse a question whose longest answer would exceed the model's context.
 
         Raises:
             DataError: it would.
@@ -103,26 +103,26 @@ class Learner:
         context = int(self.policy.causal.config.max_position_embeddings)
         if tokens > context:
             raise DataError(
-                f"question and answer may take {tokens:,} tokens, the model's context is {context:,}",
+                f"question and answer may need {tokens:,} tokens; the model's context is {context:,}",
                 "the question",
                 "ask something shorter, or lower --max-new-tokens",
             )
 
     def is_finite(self) -> bool:
-        """Whether no trained weight and no moment is NaN or infinite."""
+        """Whether all trained weights and optimizer moments are finite."""
         parameters = self.policy.trainable().values()
         moments = (v for p in parameters for v in self.optimizer.state.get(p, {}).values())
         tensors = [*parameters, *(v for v in moments if isinstance(v, torch.Tensor))]
         return all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
 
     def learning_rate(self) -> float:
-        """Rate of the step about to be taken: linear warm-up, then constant, lower for more passes."""
+        """Learning rate of the next step: linear warm-up, then constant; lower for more passes."""
         o, passes = self.recipe.optim, self.recipe.em.passes
         warm = min(1.0, (self.state.step + 1) / o.warmup_steps) if o.warmup_steps else 1.0
         return o.learning_rate * warm * RATE_PER_DOUBLING ** math.log2(passes)
 
     def fit_settings(self) -> FitSettings:
-        """Settings of the M-step about to be taken."""
+        """Settings of the next M-step."""
         recipe = self.recipe
         return FitSettings(
             learning_rate=self.learning_rate(),
@@ -165,7 +165,7 @@ class Learner:
         return self.state.micro_batch_tokens or int(self.recipe.optim.micro_batch_tokens)
 
     def header(self, reward: str | None) -> RolloutHeader:
-        """Who samples now, for a rollout file."""
+        """The header of a rollout file sampled now."""
         s = self.recipe.sampler
         return RolloutHeader(
             model=self.recipe.model.name,
@@ -186,13 +186,13 @@ class Learner:
 
 
 def build_learner(recipe: Recipe, world: World = SINGLE, *, refuse: bool = False) -> Learner:
-    """Load the policy and settle everything that the recipe leaves to ``auto``.
+    """Load the policy and decide everything the recipe leaves to ``auto``.
 
     Args:
-        refuse: load nothing where the memory plan says that it does not fit.
+        refuse: load nothing if the memory plan says it does not fit.
 
     Raises:
-        OutOfMemory: the plan says so, and ``refuse`` is on.
+        OutOfMemory: it does not fit, and ``refuse`` is on.
         what ``load_policy`` raises.
     """
     recipe = recipe.resolved()
@@ -200,7 +200,7 @@ def build_learner(recipe: Recipe, world: World = SINGLE, *, refuse: bool = False
     recipe = plan.with_sizes(recipe, planned.settings)
     if planned.is_large:
         machine.return_freed_blocks()
-    import_libraries(recipe.model.backend)  # a quarter of a gigabyte that no plan of a model has
+    import_libraries(recipe.model.backend)  # 250 MB that the memory plan does not count
     held = 0 if planned.machine.device == "cuda" else machine.resident_memory()
     policy = load_policy(
         recipe.model,
@@ -216,12 +216,12 @@ def build_learner(recipe: Recipe, world: World = SINGLE, *, refuse: bool = False
 
 
 def plan_here(recipe: Recipe, *, refuse: bool, world: World = SINGLE) -> plan.Plan:
-    """The recipe's plan on this machine as it is.
+    """The recipe's memory plan on this machine now.
 
-    Processes plan alike: by the one with the least free memory.
+    All processes plan for the one with the least free memory.
 
     Raises:
-        MissingInput, DataError: the model's configuration is not to be had.
+        MissingInput, DataError: the model's configuration cannot be read.
         OutOfMemory: it does not fit, and ``refuse`` is on.
     """
     folder, _ = resolve_model(recipe.model.name, recipe.model.revision, weights=False)
@@ -236,7 +236,7 @@ def plan_here(recipe: Recipe, *, refuse: bool, world: World = SINGLE) -> plan.Pl
 
 
 def settle_names(recipe: Recipe, policy: Policy) -> Recipe:
-    """The recipe with the backend, type and engine that ``auto`` became."""
+    """The recipe with the backend, dtype and engine that ``auto`` resolved to."""
     dtype = str(policy.dtype).removeprefix("torch.")
     engine = choose_engine(recipe.sampler.engine)
     return recipe.model_copy(

@@ -1,7 +1,7 @@
 """M-step: weighted maximum likelihood on the LoRA weights, one optimiser step a pass.
 
 The denominator is counted over all rows before the first micro-batch, rows of weight 0 included, so the
-micro-batch size is a matter of memory alone: it never changes the maths.
+micro-batch size only affects memory, never the math.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from empg_lite.policy.packing import Ids
     from empg_lite.policy.policy import Policy
 
-#: A gradient that is not finite at this loss scale or below is not the scale's fault.
+#: At this loss scale or below, a non-finite gradient is not the scale's fault.
 LEAST_SCALE = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class FitSettings:
-    """What of a recipe the M-step needs. ``learning_rate`` is the rate of this very step."""
+    """What the M-step needs of a recipe. ``learning_rate`` is that of this step."""
 
     learning_rate: float
     max_grad_norm: float
@@ -51,16 +51,16 @@ class FitStats:
     """What one M-step did.
 
     Attributes:
-        updates: optimiser steps taken (0 where every weight is 0).
-        skipped_nonfinite: passes whose gradient was not finite and was thrown away.
-        loss, grad_norm: of the first finite pass; None where there was none.
-        drift: how far the policy moved from where the fit began; None where not measured.
+        updates: optimizer steps taken (0 if every weight is 0).
+        skipped_nonfinite: passes whose gradient was not finite and was discarded.
+        loss, grad_norm: of the first finite pass; None if there was none.
+        drift: how far the policy moved during the fit; None if not measured.
         rows_fitted: rows of non-zero weight in the first pass.
-        micro_batch_tokens: the budget in force at the end (smaller after an out-of-memory back-off).
-        tokens_computed: tokens that went forward and backward, all passes.
-        tokens_padded: places that attention computed, with the padding up to a micro-batch's longest row.
+        micro_batch_tokens: the budget at the end (smaller after an out-of-memory back-off).
+        tokens_computed: tokens in forward and backward passes.
+        tokens_padded: positions attention computed, including padding to the longest row of a micro-batch.
         loss_scale: for float16, at the end; None for other types.
-        scale_halvings: how often it was too large, so that a gradient was computed again at half of it.
+        scale_halvings: how often it was halved and the gradient recomputed.
         seconds: wall time.
     """
 
@@ -92,10 +92,10 @@ def m_step(
     """Fit the policy to weighted rationales, all rows of the step together.
 
     Args:
-        rationales: every row of the step, those of weight 0 too: they count in the denominator.
+        rationales: every row of the step; those of weight 0 count in the denominator.
         scaler: loss scaling for float16.
-        measure_kl: measure ``drift`` at the end even where nothing else asks for it.
-        world: the processes that do this together, each with all of the rationales; each computes its share.
+        measure_kl: measure ``drift`` even if nothing else needs it.
+        world: the processes; each is given all rationales and computes its share.
 
     Raises:
         OutOfMemory: a single row does not fit.
@@ -114,7 +114,7 @@ def m_step(
         old = fitter.logprobs() if reuse or measure_kl else None
         for n_pass in range(settings.passes):
             if n_pass == 1:
-                weights = [max(w, 0.0) for w in weights]  # from here on the samples are reused
+                weights = [max(w, 0.0) for w in weights]  # the samples are being reused
             if n_pass and old is not None and fitter.drift(old).k3 > settings.kl_stop:
                 break
             if any(weights):
@@ -131,7 +131,7 @@ def _weight(rationale: Rationale) -> float:
 
 
 class _Fitter:
-    """The rows of one M-step, cut into micro-batches of a token budget that shrinks when memory runs out."""
+    """The rows of one M-step, in micro-batches of a token budget that shrinks when memory runs out."""
 
     def __init__(
         self,
@@ -183,9 +183,9 @@ class _Fitter:
         self.optimizer.zero_grad(set_to_none=True)
 
     def scale_too_large(self, loss: float, norm: float) -> bool:
-        """Halve the loss scale where it made a 16-bit gradient overflow; the same samples are fitted again.
+        """Halve the loss scale if it made a 16-bit gradient overflow; the same samples are then fitted again.
 
-        It starts at 65,536 to find its place, so overflows are expected; a loss that is not finite is not.
+        The scale starts high (65,536), so overflows are expected; a non-finite loss is not.
         """
         scaler = self.scaler
         if scaler is None or math.isfinite(norm) or not math.isfinite(loss):
@@ -197,7 +197,7 @@ class _Fitter:
         return True
 
     def _backward(self, weights: Sequence[float]) -> tuple[float, int, int]:
-        """Accumulate this process's share of the gradient; its loss, tokens computed, places computed."""
+        """Accumulate this process's share of the gradient; its loss, tokens and positions computed."""
         self.optimizer.zero_grad(set_to_none=True)
         kept = [i for i, w in enumerate(weights) if w != 0 and self.rows[i].completion_ids]
         self.fitted = self.fitted or len(kept)
@@ -220,12 +220,12 @@ class _Fitter:
         return float(total), computed, padded
 
     def _stop_point(self) -> None:
-        """Until the optimiser has moved something; from then on the step is finished."""
+        """Allow an interrupt until the first update; from then on the step is completed."""
         if not self.updates:
             stop_point()
 
     def logprobs(self) -> Tensor:
-        """Trainer log-probs of every row's completion, right and wrong: (B, T) on the CPU, 0 behind it."""
+        """Trainer log-probs of every completion, right and wrong: (B, T) on the CPU, 0 in the padding."""
 
         def measure(mine: Sequence[int]) -> list[Tensor]:
             found = {i: torch.zeros(0) for i in mine}
@@ -247,7 +247,7 @@ class _Fitter:
         return pad_sequence(self.world.share(range(len(self.rows)), backed_off), batch_first=True)
 
     def drift(self, old: Tensor) -> Drift:
-        """Over all rows, against the log-probs at the start."""
+        """Over all rows, relative to the log-probs at the start."""
         lengths = torch.tensor([len(r.completion_ids) for r in self.rows])
         mask = torch.arange(old.shape[1]) < lengths[:, None]  # (B, T)
         return drift(self.logprobs(), old, mask, torch.tensor([r.right for r in self.rows]))
@@ -273,7 +273,7 @@ class _Fitter:
         return [(self.rows[i].prompt_ids, self.rows[i].completion_ids) for i in batch]
 
     def _size(self, batch: Sequence[int]) -> tuple[int, int]:
-        """Tokens that the linears see of a micro-batch, and places that attention sees, padding included."""
+        """Tokens the linear layers see in a micro-batch, and positions attention sees, padding included."""
         prompts = [len(ids) for ids in {self.rows[i].prompt_ids for i in batch}]  # once each
         completions = [len(self.rows[i].completion_ids) - 1 for i in batch]  # the last token predicts nothing
         padded = len(prompts) * max(prompts) + len(completions) * max(completions)
@@ -285,13 +285,12 @@ class _Fitter:
 
     @contextmanager
     def _smaller_if_it_does_not_fit(self) -> Iterator[_Attempt]:
-        """Where memory runs out in the block, halve the micro-batch: the block is to be run again.
+        """If memory runs out in the block, halve the micro-batch; the caller runs the block again.
 
-        The result does not depend on it. Processes do so together: one that is short of memory makes all
-        halve theirs, and none waits alone.
+        The result does not depend on it. All processes halve together if one runs out of memory.
 
         Raises:
-            OutOfMemory: every micro-batch was a single row already.
+            OutOfMemory: every micro-batch was already a single row.
         """
         attempt, short = _Attempt(), None
         try:
@@ -306,7 +305,7 @@ class _Fitter:
         sizes = [r.tokens for r in self.rows]
         if self.budget <= min(sizes):
             failure = OutOfMemory(
-                f"out of memory at one rationale at a time, the longest of {max(sizes)} tokens",
+                f"out of memory with one rationale at a time, the longest of {max(sizes)} tokens",
                 "M-step",
                 "lower sampler.max_new_tokens, or set optim.gradient_checkpointing: true",
             )
@@ -319,7 +318,7 @@ class _Fitter:
 
 @dataclass(slots=True)
 class _Attempt:
-    """A try at something that may not fit in memory."""
+    """An attempt at something that may not fit in memory."""
 
     result: Any = None
     done: bool = False

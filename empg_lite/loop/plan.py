@@ -1,6 +1,6 @@
-"""From a recipe to a plan: what ``auto`` becomes, whether it fits, and what to change where it does not.
+"""The memory plan of a recipe: what ``auto`` becomes, whether it fits, and what to change if it does not.
 
-``train`` takes its sizes from here and so does the command ``plan``: they cannot disagree.
+``train`` and the command ``plan`` both take their sizes from here, so they cannot disagree.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from empg_lite.policy.memory.machine import Machine
     from empg_lite.policy.memory.shape import Shape
 
-#: Share of the free memory that is planned with: the allocator's rounding and fragments need the rest.
+#: Share of the free memory to plan with; the allocator's rounding and fragmentation need the rest.
 SHARE = 0.9
-#: Where the C library keeps freed blocks, resident memory was up to 1.5 times what is alive (docs/memory.md):
-#: a peak of so many bytes, or of more than one part in ``ROOM`` of the free memory, is kept to instead.
+#: Where the C library keeps freed blocks, resident memory was up to 1.5 times what is live (docs/memory.md).
+#: Freed blocks are returned when the peak exceeds ``LARGE`` bytes or 1/``ROOM`` of the free memory.
 LARGE, ROOM = 10**9, 2
-#: Tokens of a micro-batch. Above the most, none gains anything; on a CPU it costs time (docs/LOG.md).
+#: Tokens of a micro-batch. More than the maximum gains nothing, and costs time on a CPU (docs/LOG.md).
 MIN_TOKENS, MAX_TOKENS = 256, {"cpu": 1024, "cuda": 16_384}
 MIN_ROWS, MAX_ROWS = 8, 512
-#: With smaller micro-batches NF4 weights are unpacked too often for their tokens; checkpointing is cheaper.
+#: Smaller micro-batches unpack the NF4 weights too often; gradient checkpointing is cheaper.
 ENOUGH_TOKENS = 4096
 
-#: A term of the M-step, where it may stay.
+#: A term of the M-step when the sampler's buffers stay allocated.
 KEPT = "kept by the sampler"
 
 #: Setting -> recipe key.
@@ -45,9 +45,9 @@ KEYS = {
     "prompt_tokens": "data.max_prompt_tokens",
 }
 Change = dict[str, Any]
-#: Whether changed settings are allowed: they fit, or leave the sampler its place too.
+#: Whether changed settings are allowed: they fit, or fit beside the sampler's buffers.
 Able = Callable[..., bool]
-#: The least that advice goes down to, what matters most first.
+#: The lowest values that advice goes down to, most important first.
 _LEAST: Change = {
     "prompt_tokens": 128,
     "new_tokens": 128,
@@ -61,11 +61,11 @@ _LEAST: Change = {
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a recipe takes, in bytes.
+    """Memory a recipe needs, in bytes.
 
     Attributes:
-        settings: with every ``auto`` decided.
-        stays: terms of both phases.
+        settings: every ``auto`` decided.
+        stays: terms common to both phases.
         phases: phase -> its own terms at its peak.
     """
 
@@ -77,7 +77,7 @@ class Plan:
 
     @property
     def totals(self) -> dict[str, int]:
-        """Phase -> all that is alive at its peak."""
+        """Phase -> everything alive at its peak."""
         kept = sum(self.stays.values())
         return {name: kept + sum(terms.values()) for name, terms in self.phases.items()}
 
@@ -88,7 +88,7 @@ class Plan:
 
     @property
     def keeps_sampler(self) -> bool:
-        """Whether what the sampler keeps between E-steps may stay while the policy is fitted."""
+        """Whether the sampler's buffers may stay allocated during the M-step."""
         return KEPT in self.phases["M-step"]
 
     @property
@@ -117,18 +117,18 @@ class Plan:
 
     @property
     def is_large(self) -> bool:
-        """On a CPU, whether memory is worth the time that giving back freed blocks takes."""
+        """On a CPU, whether returning freed blocks is worth the time it takes."""
         large = self.peak > LARGE or ROOM * self.peak > self.machine.free
         return self.machine.device == "cpu" and large
 
     @property
     def fits(self) -> bool:
-        """Within the share of the free memory that may be planned with."""
+        """Whether the peak is within ``SHARE`` of the free memory."""
         return self.peak <= SHARE * self.machine.free
 
 
 def predict(shape: Shape, settings: Settings, machine: Machine) -> Plan:
-    """The terms of these settings; on a GPU with what the sampler keeps, where the M-step fits beside it."""
+    """The terms of these settings; on a GPU with the sampler's buffers, if the M-step fits beside them."""
     plan = Plan(shape, machine, settings, stays(shape, settings), dict(phases(shape, settings)))
     held = held_by_sampler(shape, settings)
     if not held:
@@ -141,10 +141,9 @@ def predict(shape: Shape, settings: Settings, machine: Machine) -> Plan:
 def plan_recipe(recipe: Recipe, shape: Shape, machine: Machine) -> Plan:
     """A recipe's plan, every ``auto`` decided for this machine.
 
-    Graphs that are captured anew at each step cost seconds. So sizes are preferred with which the sampler
-    stays during the M-step: at the price of half the rows at most, of activations computed again, and of
-    micro-batches no smaller than ``ENOUGH_TOKENS``. Where that is not to be had, each phase takes the whole
-    card.
+    Recapturing CUDA graphs at every step costs seconds, so sizes that let the sampler stay allocated during
+    the M-step are preferred, at the price of at most half the rows, recomputed activations, and micro-batches
+    of at least ``ENOUGH_TOKENS``. If that does not fit, each phase takes the whole card.
 
     Raises:
         MissingInput, DataError: ``model.adapter`` is not an adapter.
@@ -153,12 +152,12 @@ def plan_recipe(recipe: Recipe, shape: Shape, machine: Machine) -> Plan:
     s, most = _least(recipe, machine), MAX_TOKENS[machine.device]
     enough = min(ENOUGH_TOKENS, most) if "micro_batch_tokens" in auto else s.micro_batch_tokens
 
-    # Each choice is made with the least of what is decided after it: it never costs another its place.
+    # Each choice assumes the minimum for everything decided after it.
     def fits(**changes: Any) -> bool:
         return predict(shape, replace(s, **changes), machine).fits
 
     def stays(**changes: Any) -> bool:
-        """Whether the sampler would stay, with micro-batches that are large enough."""
+        """Whether the sampler could stay allocated, with large enough micro-batches."""
         return predict(shape, replace(s, **{"micro_batch_tokens": enough} | changes), machine).keeps_sampler
 
     def rows(able: Able, **changes: Any) -> int:
@@ -167,19 +166,19 @@ def plan_recipe(recipe: Recipe, shape: Shape, machine: Machine) -> Plan:
         return _largest(MIN_ROWS, MAX_ROWS, lambda n: able(batch_rows=n, **changes))
 
     def rows_and_rule(merged: bool) -> tuple[int, Able]:
-        """The most rows decoded at once, and whether all that follows is to leave the sampler its place."""
+        """The most rows decoded at once, and the rule for all later choices."""
         staying, fitting = rows(stays, merged=merged), rows(fits, merged=merged)
         if stays(batch_rows=staying, merged=merged) and 2 * staying >= fitting:
             return staying, stays
         return fitting, fits
 
-    needed = _power_of_two(s.problems * s.samples)  # more rows than a step draws serve the evaluation only
+    needed = _power_of_two(s.problems * s.samples)  # rows beyond a step's samples only speed up evaluation
     if "merged" in auto:
         with_copy, without = (min(rows_and_rule(merged)[0], needed) for merged in (True, False))
-        # A step reads 2 bytes a weight, NF4 unpacked 4.5: worth half of the rows, and not more.
+        # A decoding step reads 2 bytes per weight, 4.5 from NF4: worth up to half of the rows.
         s = replace(s, merged=fits(merged=True) and 2 * with_copy >= without)
     most_rows, able = rows_and_rule(s.merged)
-    if "checkpointing" in auto and most_rows > needed:  # not worth computing activations again
+    if "checkpointing" in auto and most_rows > needed:  # not worth recomputing activations
         roomy = rows(able, checkpointing=False, micro_batch_tokens=enough)
         most_rows = max(needed, min(most_rows, roomy))
     s = replace(s, batch_rows=most_rows if "batch_rows" in auto else s.batch_rows)
@@ -192,14 +191,14 @@ def plan_recipe(recipe: Recipe, shape: Shape, machine: Machine) -> Plan:
 
 
 def with_sizes(recipe: Recipe, s: Settings) -> Recipe:
-    """The recipe with the sizes of a plan written out."""
+    """The recipe with a plan's sizes filled in."""
     sampler = recipe.sampler.model_copy(update={"batch_rows": s.batch_rows, "merged": s.merged})
     optim = {"micro_batch_tokens": s.micro_batch_tokens, "gradient_checkpointing": s.checkpointing}
     return recipe.model_copy(update={"sampler": sampler, "optim": recipe.optim.model_copy(update=optim)})
 
 
 def refuse_unfit(plan: Plan) -> None:
-    """Stop before anything is loaded that cannot fit.
+    """Refuse a plan that does not fit, before anything is loaded.
 
     Raises:
         OutOfMemory: naming the phase, the term and what to set.
@@ -208,9 +207,9 @@ def refuse_unfit(plan: Plan) -> None:
         phase, term = plan.largest
         need, free = plan.peak / 1e9, plan.machine.free / 1e9
         raise OutOfMemory(
-            f"the {phase} would take {need:.1f} GB of {free:.1f} GB free, most of it {term}",
+            f"the {phase} needs {need:.1f} GB and {free:.1f} GB are free; the largest term is {term}",
             "memory plan",
-            f"{advice_text(advise(plan))}; --force tries it anyway",
+            f"{advice_text(advise(plan))}; --force tries anyway",
         )
 
 
@@ -218,10 +217,10 @@ def refuse_unfit(plan: Plan) -> None:
 
 
 def advise(plan: Plan) -> Change | None:
-    """The smallest change of settings that fits, {} where none is needed, None where none does.
+    """The smallest change of settings that fits; {} if none is needed, None if nothing fits.
 
-    From the least of everything, each setting is put back where it can be, what matters most first: the
-    lengths of prompt and answer, the base's precision, then the settings that never change the maths.
+    Starts from the minimum of everything and restores each setting where possible, most important first:
+    prompt and answer length, the base model's precision, then settings that never change the math.
     """
     if plan.fits:
         return {}
@@ -235,7 +234,7 @@ def advise(plan: Plan) -> Change | None:
 
     if not fits(change):
         return None
-    for name in [*change, *change]:  # twice: what was put back may have made room for what was not
+    for name in [*change, *change]:  # twice: restoring one may have made room for another
         if name not in change:
             continue
         rest = {other: value for other, value in change.items() if other != name}
@@ -247,19 +246,19 @@ def advise(plan: Plan) -> Change | None:
 
 
 def as_overrides(change: Change) -> list[str]:
-    """``SECTION.KEY=VALUE`` of each setting changed."""
+    """``SECTION.KEY=VALUE`` for each changed setting."""
     return [f"{KEYS[name]}={str(value).lower()}" for name, value in change.items()]
 
 
 def advice_text(change: Change | None) -> str:
-    """A change as one would type it."""
+    """A change as command-line options."""
     if change is None:
-        return "take a larger card or a smaller model"
+        return "use a larger card or a smaller model"
     return " ".join(f"--set {override}" for override in as_overrides(change))
 
 
 def _power_of_two(value: int) -> int:
-    """The least that is not below ``value``."""
+    """The smallest power of two >= ``value``."""
     return 1 << (value - 1).bit_length()
 
 
@@ -275,7 +274,7 @@ def _halved(value: int, least: int) -> Iterator[int]:
 
 
 def _auto_fields(recipe: Recipe) -> set[str]:
-    """Sizes that the recipe leaves to the plan. Only ``native`` samples from a merged copy."""
+    """Sizes the recipe leaves to the plan. Only ``native`` samples from a merged copy."""
     given = {
         "merged": recipe.sampler.merged,
         "batch_rows": recipe.sampler.batch_rows,
@@ -288,7 +287,7 @@ def _auto_fields(recipe: Recipe) -> set[str]:
 
 
 def _least(recipe: Recipe, machine: Machine) -> Settings:
-    """The recipe's settings, with the smallest value that each ``auto`` may become."""
+    """The recipe's settings, with each ``auto`` at its minimum."""
     model, sampler, optim = recipe.model, recipe.sampler, recipe.optim
     auto = _auto_fields(recipe)
     cuda, engine = machine.device == "cuda", choose_engine(recipe.sampler.engine)
@@ -310,13 +309,13 @@ def _least(recipe: Recipe, machine: Machine) -> Settings:
         evaluates=recipe.run.eval_every > 0,
         device=machine.device,
         engine=engine,
-        # A card known by its size only is taken for one before sm80 where the recipe computes in fp16.
+        # A card known only by its size counts as older than sm80 if the recipe computes in fp16.
         expands_keys=cuda and not (dtype != "float16" if machine.sm80 is None else machine.sm80),
     )
 
 
 def _largest(least: int, most: int, fits: Any) -> int:
-    """The largest power of two that fits; ``least`` where none does."""
+    """The largest power of two that fits; ``least`` if none does."""
     sizes = takewhile(
         lambda n: n == least or fits(n), (least << i for i in range((most // least).bit_length()))
     )

@@ -1,7 +1,7 @@
-"""Before step 1: sample a few problems and say whether this can work, and how long it will take.
+"""Before step 1: sample a few problems, diagnose the settings, and estimate the training time.
 
-Most wasted runs are wasted from the first step: answers cut off before they end, a reward that never says
-yes, problems the model solves every time. Half a minute of samples shows it.
+Most wasted runs are wasted from the first step: truncated answers, a reward that is never earned, problems
+the model always solves. Half a minute of samples shows it.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ if TYPE_CHECKING:
     from empg_lite.rewards import Grader
     from empg_lite.sampler import Sampler
 
-#: Problems asked, K times each.
+#: Problems sampled, K times each.
 PROBLEMS = 16
-#: E-step number of its draws: training counts from 1, so these numbers are nobody else's.
+#: E-step number of its draws; training counts from 1.
 PREFLIGHT_STEP = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Preflight:
-    """What a few samples of the untrained policy say.
+    """What a few samples of the untrained policy show.
 
     Attributes:
-        problems, rationales: how many were asked, and how many answers that gave.
+        problems, rationales: number of problems and samples.
         reward: mean reward of the graded ones.
         truncated: share cut off at ``sampler.max_new_tokens``.
-        signal: share of the problems with any reward, and ``mixed`` with both right and wrong answers.
+        signal, mixed: share of problems with any reward, and with both right and wrong answers.
         mean_length: tokens, stop included.
         tokens_per_second: sampled, grading included.
-        seconds_a_step: sampling and fitting, scaled to the recipe's step; sampling alone where nothing was
-            right, for nothing could be fitted.
-        minutes: of the recipe's steps, without evaluation.
-        findings: what to change, worst first; empty where all is well.
+        seconds_a_step: sampling and fitting, scaled to the recipe's step; sampling alone if nothing was
+            right.
+        minutes: for all of the recipe's steps, without evaluation.
+        findings: what to change, worst first; empty if all is well.
         groups: the rationales themselves, graded and weighed.
     """
 
@@ -67,7 +67,7 @@ class Preflight:
 
     @property
     def hopeless(self) -> Finding | None:
-        """The finding that makes training pointless, if there is one."""
+        """The finding that makes training pointless, if any."""
         return next((f for f in self.findings if f.hopeless), None)
 
     def facts(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class Preflight:
 
     @property
     def seen(self) -> str:
-        """What was seen, in one line."""
+        """The result in one line."""
         duration = f"{self.minutes:.0f} minutes" if self.minutes >= 2 else f"{60 * self.minutes:.0f} seconds"
         return (
             f"preflight: {self.rationales} rationales of {self.problems} problems: {self.reward:.0%} right, "
@@ -90,7 +90,7 @@ class Preflight:
 def preflight(
     learner: Learner, sampler: Sampler, grader: Grader, problems: Sequence[Problem], view: View | None = None
 ) -> Preflight:
-    """Sample and grade ``problems`` as a training step would, and time it. Nothing is learned.
+    """Sample and grade ``problems`` like a training step, and time it. Nothing is learned.
 
     Raises:
         GraderUnusable: the grader fails on most answers.
@@ -116,7 +116,7 @@ def preflight(
         raise GraderUnusable(
             f"the grader failed on {graded_failures(record):.0%} of the answers",
             f"reward {recipe.data.reward}",
-            error or "try one of them: empg-lite grade",
+            error or "test one with `empg-lite grade`",
         )
     rows = flatten(groups)
     learner.make_room(sampler)
@@ -138,7 +138,7 @@ def preflight(
 
 
 def preflight_recipe(recipe: Recipe, grader: Grader, view: View | None = None) -> Preflight:
-    """Load a recipe's model and sample what ``train`` samples before its first step.
+    """Load a recipe's model and run the preflight that ``train`` runs.
 
     Raises:
         EmpgError: model or data are unusable.
@@ -151,12 +151,12 @@ def preflight_recipe(recipe: Recipe, grader: Grader, view: View | None = None) -
 
 
 def first_problems(problems: Sequence[Problem], seed: int) -> list[Problem]:
-    """The problems a preflight asks: the first that training takes."""
+    """The problems a preflight samples: the first ones training takes."""
     return ProblemStream(problems, seed).take(0, min(PROBLEMS, len(problems)))
 
 
 def _seconds_to_fit(learner: Learner, rows: Sequence[Rationale]) -> float:
-    """Time of one pass over the rows, by an optimiser that moves nothing; 0 where every weight is 0."""
+    """Time of one pass over the rows with a learning rate of 0; nothing is moved."""
     frozen = torch.optim.SGD(list(learner.policy.trainable().values()), lr=0.0)
     settings = replace(learner.fit_settings(), learning_rate=0.0, passes=1)
     started = time.perf_counter()
@@ -172,4 +172,4 @@ def refuse_hopeless(found: Preflight, where: str) -> None:
     """
     if found.hopeless is not None:
         finding = found.hopeless
-        raise NoSignal(finding.what, where, f"{finding.todo}; --force trains regardless")
+        raise NoSignal(finding.what, where, f"{finding.todo}; --force trains anyway")

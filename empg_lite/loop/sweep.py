@@ -1,4 +1,4 @@
-"""The same recipe under several seeds: what of a result is the method, and what is luck."""
+"""Train one recipe under several seeds, to tell the method from luck."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from empg_lite.recipe.schema import Recipe
 
 NO_OPTIONS = TrainOptions()
-#: Figures of a run that are summed up over the seeds.
+#: Figures summarized over the seeds.
 FIGURES = ("accuracy_before", "accuracy_after", "t1_accuracy_before", "t1_accuracy_after", "seconds")
 
 
@@ -31,11 +31,11 @@ def sweep(
     view: View | None = None,
     world: World = SINGLE,
 ) -> dict[str, Any]:
-    """Train once for each seed, one after the other, into ``folder/seed-N``: each a run like any other.
+    """Train once per seed, one after the other, into ``folder/seed-N``; each is a normal run.
 
     Args:
-        options: ``max_minutes`` is the time of all together; with ``resume`` finished seeds are left as they
-            are and the first unfinished one goes on.
+        options: ``max_minutes`` is for all seeds together; with ``resume``, finished seeds are kept and the
+            first unfinished one continues.
 
     Returns:
         ``sweep`` (the folder), ``seeds`` (those begun), ``runs`` (what ``train`` returned for each),
@@ -43,8 +43,8 @@ def sweep(
         None while one of them lacks it.
 
     Raises:
-        UsageError: one of the folders holds a run, and ``resume`` was not said; nothing was begun.
-        EmpgError: as ``train``; the seeds before are finished.
+        UsageError: a folder contains a run and ``resume`` is off; nothing was started.
+        EmpgError: as ``train``; earlier seeds are finished.
     """
     clock, view = Clock(options.max_minutes), view or View()
     held = [run for run in (seed_dir(folder, seed) for seed in seeds) if is_run(run)]

@@ -62,7 +62,7 @@ def train(
     Raises:
         EmpgError: anything expected; its class says what, its ``exit_code`` how the command ends.
     """
-    from empg_lite.loop.begin import begin, check_sampling  # data, model, evaluation: only where a run is begun
+    from empg_lite.loop.begin import begin, check_sampling  # loads data, model, evaluation
 
     clock, view = Clock(options.max_minutes), view or View()
     check_sampling(recipe, force=options.force)

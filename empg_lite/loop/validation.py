@@ -27,11 +27,11 @@ class Validation:
         self.evaluation = subset(splits.evaluation, recorder.recipe.run.eval_limit)
 
     def due(self, step: int) -> bool:
-        """Is the policy measured after this step?"""
+        """Whether the policy is evaluated after this step."""
         return bool(self.every) and step % self.every == 0
 
     def before(self) -> None:
-        """Accuracy of the untrained policy, once a run."""
+        """Accuracy of the untrained policy, once per run."""
         if not self.every or self.recorder.learner.state.step:
             return
         figures = self._report("before")
@@ -39,7 +39,7 @@ class Validation:
         self.recorder.journal.metrics({"step": 0, **{f"eval/{k}": v for k, v in scalars.items()}})
 
     def validate(self, *, last: bool) -> dict[str, Any]:
-        """Greedy accuracy on held-out training rows, where due; the best adapter so far goes to ``best/``."""
+        """Greedy accuracy on held-out training problems, if due; ``best/`` gets the best adapter so far."""
         state = self.recorder.learner.state
         if not self.validation or not (self.due(state.step) or (last and self.every)):
             return {}
@@ -57,7 +57,7 @@ class Validation:
         return {**measured, **behaviors}
 
     def after(self) -> dict[str, Any]:
-        """Accuracy of the trained policy on the same rows as before; {} without evaluation."""
+        """Accuracy of the trained policy on the same problems as before; {} without evaluation."""
         return self._report("after") if self.every else {}
 
     def _report(self, name: str) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class Validation:
             samples=1,
             label=f"evaluating {name} training",
             folder=folder,
-            replace_other=True,  # of a shorter run that is being extended
+            replace_other=True,  # from a shorter run being extended
         )
         figures = {
             "step": recorder.learner.state.step,
@@ -86,8 +86,8 @@ class Validation:
         return figures
 
     def _before(self, after: Evaluation) -> list[Rationale]:
-        """The greedy answers to the same problems before training, in the same order; [] without them."""
+        """The greedy answers to the same problems before training, in order; [] if there are none."""
         path = self.recorder.run / "eval" / "before" / "greedy.jsonl"
         found = {r.problem_id: r for r in read_rollouts(path)[0].rationales} if path.is_file() else {}
-        same = found.keys() >= {r.problem_id for r in after.greedy}  # other rows where run.eval_limit changed
+        same = found.keys() >= {r.problem_id for r in after.greedy}  # not if run.eval_limit changed
         return [found[r.problem_id] for r in after.greedy] if same else []

@@ -124,7 +124,7 @@ def test_a_failure_in_one_process_reaches_all(probes: list[dict[str, Any]]) -> N
     for found in (probe["trouble"] for probe in probes):
         assert found["short"]["budget"] == 20 and found["short"]["error"] <= 1e-10
         assert found["hopeless"].startswith(
-            "out of memory at one rationale at a time, the longest of 18 tokens"
+            "out of memory with one rationale at a time, the longest of 18 tokens"
         )
         assert found["infinite"] == [0, 1, 0.0]
 
