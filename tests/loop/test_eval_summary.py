@@ -76,7 +76,7 @@ def test_paired() -> None:
     assert (result["mean_length_first"], result["mean_length_second"]) == (10.0, 4.0)
     none = paired(answers("ww", 10), answers("ww", 4))
     assert none["mean_length_first"] is None and none["p_value"] == 1.0
-    with pytest.raises(AssertionError, match="other problems"):
+    with pytest.raises(AssertionError, match="different problems"):
         paired(answers("RR", 1), answers("RR", 1)[::-1])
 
 
