@@ -294,7 +294,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     if data.hub_config and (made or "/" not in data.source):
         what = f"source {data.source} has no configurations"
         yield "data.hub_config", what, "remove it, or set data.source to a hub dataset ID"
-    if data.reward and _correctness(data.reward) == "gym" and not data.source.startswith(GYM):
+    if data.reward and made != "generated" and _correctness(data.reward) == "gym":
         what = "reward gym needs the scorer of a Reasoning Gym task"
         yield "data.reward", what, "set data.source to gym:TASK, or choose another reward"
     if data.split == data.eval_split and not data.eval_path:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tiny_solutions import blurted, careful, careless, habit, habitual
 
 from empg_lite.core.bundled import BUNDLED, model_path
+from empg_lite.core.errors import MissingInput
 from empg_lite.core.rationale import Problem, problem_id
 from empg_lite.data.tiny import DIFFICULTY, HARD, TINY, Difficulty, tiny_problems
 from empg_lite.data.tiny.problems import Story, compute, stories
@@ -62,7 +63,7 @@ def test_splits_are_disjoint_and_ids_are_text_hashes() -> None:
 
 
 def test_an_unknown_split_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'validation'.*test, train"):
+    with pytest.raises(MissingInput, match="'validation'.*test or train"):
         tiny_problems("validation")
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from random import Random
 
+from empg_lite.core.errors import MissingInput
 from empg_lite.core.rationale import Problem, problem_id
 
 
@@ -224,10 +225,13 @@ _ROWS = {"test": 500, "train": 4000}
 def tiny_problems(split: str, difficulty: Difficulty = TINY) -> list[Problem]:
     """The fixed problems of a split: ``train`` (4000) or ``test`` (500), disjoint by text.
 
-    Both come from one stream without repeats, ``test`` first. An unknown split is a ``ValueError``.
+    Both come from one stream without repeats, ``test`` first.
+
+    Raises:
+        MissingInput: an unknown split.
     """
     if split not in _ROWS:
-        raise ValueError(f"unknown split {split!r} of the tiny problems; known: {', '.join(sorted(_ROWS))}")
+        raise MissingInput(f"unknown split {split!r}", "data.split", f"use {' or '.join(_ROWS)}")
     start = 0 if split == "test" else _ROWS["test"]
     cut = islice(stories(_SEED, difficulty), start, start + _ROWS[split])
     return [story.problem() for story in cut]
