@@ -94,7 +94,7 @@ class Grader:
         Raises:
             ValueError: ``spec`` is invalid.
             UsageError: ``spec`` is a function that this grader was not given.
-            GraderUnusable: the grader is closed. The future raises it where workers do not start.
+            GraderUnusable: the grader is closed. The future raises it if workers do not start.
         """
         parsed, case = parse_spec(spec), Case(*case)
         self._check_code(parsed)

@@ -1,7 +1,7 @@
-"""Are two answers the same? Three values: yes, no, and "a computer algebra system has to look".
+"""Whether two answers are the same: yes, no, or undecided without computer algebra.
 
-Structure is compared here, with the conventions of the documentation's table; single expressions are
-compared by the leaf function handed in: the cheap one of this module, or the worker's.
+This module compares structure, following the conventions in docs/grading.md. A leaf function compares single
+expressions: the cheap one in this module, or the worker's.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from empg_lite.rewards.math.shapes import Shape, as_intervals, parse_shape
 from empg_lite.rewards.math.units import strip_units
 from empg_lite.rewards.math.words import as_words, choice, numeral, plain
 
-#: Compares two shapes that structure cannot decide: (what, gold, prediction), ``what`` one of
-#: ``expression``, ``equation``, ``relation``, ``other``.
+#: Compares two shapes that structure cannot decide: (what, gold, prediction), where ``what`` is
+#: ``expression``, ``equation``, ``relation`` or ``other``.
 Leaf = Callable[[str, Shape, Shape], bool | None]
 
 _INFINITE = {r"\infty", r"+\infty", r"-\infty"}
@@ -39,17 +39,17 @@ _ASKING = re.compile(
 
 
 def asks_percentage(question: str | None) -> bool:
-    """True where a problem asks for a percentage, so that 20 and 20% answer it alike."""
+    """True where a problem asks for a percentage, so that 20 and 20% are the same answer."""
     return question is not None and _ASKING.search(question) is not None
 
 
 def _squeezed(text: str) -> str:
-    """Without the spaces that mean nothing; those between two digits or two letters stay."""
+    """Without insignificant spaces; those between two digits or two letters stay."""
     return re.sub(r"(?<![\dA-Za-z]) | (?![\dA-Za-z])", "", text)
 
 
 def _ratio(text: str) -> tuple[Fraction, ...] | None:
-    """``6:4`` or ``6 to 4`` as shares of the first part; None for what is no ratio."""
+    """``6:4`` or ``6 to 4`` as shares of the first part; None for anything else."""
     parts = _RATIO_MARK.split(text)
     if len(parts) < 2:
         return None
@@ -63,7 +63,7 @@ def _ratio(text: str) -> tuple[Fraction, ...] | None:
 def _ratios_equal(gold: str, prediction: str) -> bool | None:
     """Ratios of the same shares; two parts are also a quotient.
 
-    A time of day is no ratio: two of its form, or one that is not in lowest terms, are compared as written.
+    A time of day is not a ratio: two of that form, or one not in lowest terms, are compared as written.
     """
     clocks = [_CLOCK.fullmatch(text) for text in (gold, prediction)]
     if all(clocks) or any(clock and math.gcd(*map(int, clock.groups())) > 1 for clock in clocks):
@@ -99,7 +99,7 @@ def _residues_equal(gold: str, prediction: str) -> bool | None:
 
 
 def _words_equal(gold: str, prediction: str) -> bool | None:
-    """Answers in words; None where neither is one."""
+    """Answers in words; None where neither is in words."""
     words = as_words(gold), as_words(prediction)
     if words[0] is None and words[1] is not None and len(words[1]) > 1:
         words = as_words(gold, surely=True), words[1]
@@ -113,7 +113,7 @@ def _words_equal(gold: str, prediction: str) -> bool | None:
 
 
 def _choices_equal(gold: str, prediction: str) -> bool | None:
-    """``C`` and ``(C) 12``: letters of a choice; None where one is none."""
+    """``C`` and ``(C) 12``: letters of a choice; None unless both are."""
     one, other = choice(gold), choice(prediction)
     if one is None or other is None:
         return None
@@ -121,7 +121,7 @@ def _choices_equal(gold: str, prediction: str) -> bool | None:
 
 
 def decide_plain(gold: str, prediction: str, percent_asked: bool) -> tuple[bool | None, str]:
-    """Two normalised expressions without structure, by text and exact value: (equal, how it was decided)."""
+    """Compare normalized expressions without structure, by text and value: (equal, how it was decided)."""
     if _squeezed(gold) == _squeezed(prediction):
         return True, "the same text"
     if r"\text" in gold + prediction and plain(gold).replace(" ", "") == plain(prediction).replace(" ", ""):
@@ -151,13 +151,13 @@ def decide_plain(gold: str, prediction: str, percent_asked: bool) -> tuple[bool 
 
 
 def _shown(value: Fraction) -> str:
-    """A fraction for people; Python refuses to print the longest ones."""
+    """A fraction for display; Python refuses to print the longest ones."""
     long = max(value.numerator.bit_length(), value.denominator.bit_length()) > 200
     return "a number of over 60 digits" if long else str(value)
 
 
 def cheap_leaf(percent_asked: bool) -> Leaf:
-    """The leaf comparison that needs no algebra; leaves what it cannot decide undecided."""
+    """The leaf comparison without algebra; None where that cannot decide."""
 
     def leaf(what: str, gold: Shape, prediction: Shape) -> bool | None:
         if what == "expression":
@@ -180,7 +180,7 @@ def _ordered(gold: Sequence[Shape], prediction: Sequence[Shape], leaf: Leaf) -> 
 
 
 def _unordered(gold: Sequence[Shape], prediction: Sequence[Shape], leaf: Leaf) -> bool | None:
-    """Equality is transitive, so taking the first partner that fits cannot miss a matching."""
+    """Equality is transitive, so pairing each item with its first equal cannot miss a matching."""
     if len(gold) != len(prediction):
         return False
     left = list(prediction)
@@ -198,7 +198,7 @@ def _unordered(gold: Sequence[Shape], prediction: Sequence[Shape], leaf: Leaf) -
 
 
 def _named(shape: Shape) -> dict[str, Shape] | None:
-    """Values by name: of ``a = 1, b = 2``, and of ``(a,b) = (1,2)``; None where some have none."""
+    """Values by name: of ``a = 1, b = 2``, and of ``(a,b) = (1,2)``; None unless all have a name."""
     if shape.kind == "bag":
         labels = [item.label for item in shape.items]
     else:
@@ -249,13 +249,13 @@ def _relations(gold: Shape, prediction: Shape, leaf: Leaf) -> bool | None:
     interval = as_intervals(relation)
     if rest.kind not in ("interval", "tuple", "bag"):
         return False
-    if interval is None:  # the variable does not stand alone: algebra solves, and takes the condition first
+    if interval is None:  # the variable is not isolated: algebra solves it; the condition comes first
         return leaf("other", relation, rest)
     return same(interval, rest, leaf)
 
 
 def _written(interval: Shape) -> str:
-    """An interval, or a union of some, as one writes it."""
+    """An interval, or a union of intervals, in LaTeX."""
     if interval.kind == "bag":
         return r" \cup ".join(map(_written, interval.items))
     low, high = interval.items
@@ -273,21 +273,16 @@ def _function(label: str) -> str:
 
 
 def same(gold: Shape, prediction: Shape, leaf: Leaf) -> bool | None:
-    """True or False where the conventions decide, None where ``leaf`` left a needed part undecided."""
+    """True or False where the conventions decide, None where ``leaf`` could not decide a needed part."""
     kinds = {gold.kind, prediction.kind}
-    if "equation" in kinds:
+    if "equation" not in kinds and "relation" in kinds:
+        return _relations(gold, prediction, leaf)
+    variables = _plain_label(gold.label) and _plain_label(prediction.label)
+    if "equation" in kinds or (variables and gold.label != prediction.label):  # the lines x = 5 and y = 5
         one, other = _as_equation(gold), _as_equation(prediction)
         return leaf("equation", one, other) if one and other else False
-    if "relation" in kinds:
-        return _relations(gold, prediction, leaf)
-    if _plain_label(gold.label) and _plain_label(prediction.label) and gold.label != prediction.label:
-        one, other = _as_equation(gold), _as_equation(prediction)
-        return leaf("equation", one, other) if one and other else False  # the lines x = 5 and y = 5
-    if (
-        _function(gold.label)
-        and _function(prediction.label)
-        and _function(gold.label) != _function(prediction.label)
-    ):
+    functions = _function(gold.label), _function(prediction.label)
+    if all(functions) and functions[0] != functions[1]:
         return False  # f(x) = ... and g(x) = ...
     if kinds == {"leaf"}:
         return leaf("expression", gold, prediction)
@@ -312,14 +307,14 @@ def read_shape(normalized: str) -> Shape:
 
 
 def is_empty(normalized: str) -> bool:
-    """True where nothing was said: no letter, digit or symbol, "not a number", a bare infinity."""
+    """True where there is no answer: no letter, digit or symbol, "nan", a bare infinity."""
     if not re.search(r"\w|\\", normalized):
         return True
     return normalized.strip("()").lower() in {"nan", *_INFINITE, "n/a"}
 
 
 def compare(gold: str, prediction: str, leaf: Leaf) -> bool | None:
-    """Compare two normalised answers; None where ``leaf`` left a needed part undecided."""
+    """Compare two normalized answers; None where ``leaf`` could not decide a needed part."""
     if _squeezed(gold) == _squeezed(prediction):
         return True
     return same(read_shape(gold), read_shape(prediction), leaf)
@@ -344,7 +339,7 @@ class Pair(NamedTuple):
 
     @property
     def blank(self) -> bool:
-        """True where the prediction says nothing: no letter, digit or symbol, "nan", a bare infinity."""
+        """True where the prediction gives no answer; see ``is_empty``."""
         return is_empty(self.prediction)
 
     def equal(self, leaf: Leaf | None = None) -> bool | None:

@@ -1,19 +1,19 @@
 """Exact rational values of plain answers, without sympy and without floats.
 
 Reads integers, decimals, fractions, thousands separators, signs, percent, mixed numbers, powers and
-simple LaTeX arithmetic from a normalised answer. Decimals are the fractions they spell: ``0.33`` is not
-1/3. Whatever it does not know, or would be too large, it leaves undecided.
+simple LaTeX arithmetic from a normalized answer. A decimal is exact: ``0.33`` is not 1/3. Anything else, or
+a value that is too large, gives None.
 """
 
 from __future__ import annotations
 
-import functools
+import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-#: Longest literal, and a bound on the digits of every intermediate value. Python refuses to print or read
-#: integers over 4,300 digits; a tower of powers must cost nothing.
+#: Longest literal, and the maximum number of digits of any intermediate value: Python neither prints nor
+#: parses integers over 4,300 digits, and a tower of powers must cost nothing.
 MAX_DIGITS = 4000
 _MAX_BITS = 3 * MAX_DIGITS
 _MAX_DEPTH = 30
@@ -35,7 +35,7 @@ class Exact:
 
 
 class _Unknown(Exception):
-    """Not plain arithmetic, or too large: somebody else has to decide."""
+    """Not plain arithmetic, or too large."""
 
 
 def _literal(digits: str) -> Fraction:
@@ -128,7 +128,9 @@ class _Reader:
 
     def signed_literal(self) -> Fraction:
         sign = -1 if self.peek() == "-" and self.take() else 1
-        return sign * _literal(self.take()) if self.peek()[:1].isdigit() else self.fail()
+        if not self.peek()[:1].isdigit():
+            raise _Unknown
+        return sign * _literal(self.take())
 
     def postfix(self) -> Fraction:
         value = self.atom()
@@ -138,7 +140,7 @@ class _Reader:
             elif value.denominator != 1 or not 0 <= value <= _MAX_FACTORIAL:
                 raise _Unknown
             else:
-                value = Fraction(_factorial(int(value)))
+                value = Fraction(math.factorial(int(value)))
         return value
 
     def atom(self) -> Fraction:
@@ -151,10 +153,13 @@ class _Reader:
             self.take(")")
             return value
         if token == r"\frac":
-            return self.quotient(self.group(), self.group())
+            top, bottom = self.group(), self.group()
+            if not bottom:
+                raise _Unknown
+            return _bounded(top / bottom)
         if token[0].isdigit() or token[0] == ".":
             return self.mixed(token)
-        return self.fail()
+        raise _Unknown
 
     def mixed(self, token: str) -> Fraction:
         r"""A literal; ``2\frac{1}{3}`` is two and a third, as in MATH's answers."""
@@ -162,14 +167,10 @@ class _Reader:
         if self.peek() == r"\frac":
             part = self.tokens[self.at + 1 : self.at + 7]
             if len(part) == 6 and part[0] == part[3] == "{" and part[2] == part[5] == "}":
-                if (
-                    token.isdigit()
-                    and part[1].isdigit()
-                    and part[4].isdigit()
-                    and int(part[1]) < int(part[4])
-                ):
+                top, bottom = part[1], part[4]
+                if token.isdigit() and top.isdigit() and bottom.isdigit() and int(top) < int(bottom):
                     self.at += 7
-                    return value + Fraction(int(part[1]), int(part[4]))
+                    return value + Fraction(int(top), int(bottom))
         return value
 
     def group(self) -> Fraction:
@@ -178,23 +179,9 @@ class _Reader:
         self.take("}")
         return value
 
-    @staticmethod
-    def quotient(top: Fraction, bottom: Fraction) -> Fraction:
-        if not bottom:
-            raise _Unknown
-        return _bounded(top / bottom)
-
-    @staticmethod
-    def fail() -> Fraction:
-        raise _Unknown
-
-
-def _factorial(n: int) -> int:
-    return functools.reduce(lambda a, b: a * b, range(2, n + 1), 1)
-
 
 def _plain(text: str) -> Exact | None:
-    """The fast way for ``-1,234.50%`` and the like."""
+    """Fast path for numbers like ``-1,234.50%``."""
     match = _PLAIN.fullmatch(text)
     if match is None:
         return None
@@ -208,14 +195,14 @@ def _plain(text: str) -> Exact | None:
 
 
 def _periodic(match: re.Match[str]) -> str:
-    r"""``0.1\overline{6}`` as the fraction it is: (16 - 1) / 90."""
+    r"""``0.1\overline{6}`` as a fraction: (16 - 1) / 90."""
     whole, start, block = match.group(1), match.group(2), match.group(3) or match.group(4)
     value = int(whole + start + block) - int((whole + start) or "0")
     return f"({value}/{10 ** len(start) * (10 ** len(block) - 1)})"
 
 
 def read_exact(text: str) -> Exact | None:
-    r"""The exact value of a normalised answer, or None where it is not plain arithmetic.
+    r"""The exact value of a normalized answer, or None where it is not plain arithmetic.
 
     >>> read_exact(r"1\frac{2}{3}").value
     Fraction(5, 3)

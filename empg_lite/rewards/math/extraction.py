@@ -1,8 +1,8 @@
-r"""Finding the final answer in free text; each answer says which rule found it.
+r"""Finding the final answer in free text, and which rule found it.
 
-The rules, in order of authority:
+The rules, in order of precedence:
 
-* Everything before a closing thinking tag is ignored, and everything outside the last ``<answer>`` tag.
+* Text before a closing thinking tag and outside the last ``<answer>`` tag is ignored.
 * ``hash``: the last ``####`` line (GSM8K's form), when it is a number or, without a box, any bare answer;
   "#### Step 2" and "#### 2. Add" are headings.
 * ``final_answer_is``: an explicit "final answer is ..." after the last box.
@@ -11,10 +11,10 @@ The rules, in order of authority:
   never closed is read to the end of its line.
 * ``answer_is``: "the answer is ...", ``Answer: ...``, ``A: ...``, or the line below such a heading.
 * ``whole``: the text is nothing but an answer.
-* ``values_are``: "the solutions are ..." where nothing follows: all that is listed.
-* ``last_math`` and ``last_number``: fallbacks, and marked as such.
+* ``values_are``: "the solutions are ..." where no value follows: everything listed.
+* ``last_math`` and ``last_number``: fallbacks, marked as such.
 
-Every expression is linear in the length of the text.
+Every regular expression runs in time linear in the length of the text.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ _PHRASE = re.compile(
     r"|^[ \t]*Ans\.(?=\s)|答案\s*(?:是|为|[:：]))",
     re.IGNORECASE | re.MULTILINE,
 )
-#: What "the answer is" may go on with without giving one.
+#: What may follow "the answer is" without being an answer.
 _NO_CONTENT = re.compile(
     r"(?:not|n't|(?:in)?correct|right|wrong|valid|invalid|reasonable|consistent|verified|confirmed|as follows"
     r"|unknown|unclear)\b",
@@ -135,7 +135,7 @@ _FOREIGN = re.compile(r"[^\W\d_A-Za-z\u0370-\u03ff\u2100-\u214f]{2,}")
 
 
 def visible(text: str) -> str:
-    """What is looked at: the text after the last closing thinking tag, of that the last ``<answer>`` tag."""
+    """The text that counts: after the last closing thinking tag, inside the last ``<answer>`` tag."""
     ends = [match.end() for match in _THINKING_ENDS.finditer(text)]
     text = text[ends[-1] :] if ends else text
     if "<answer>" in text.lower():
@@ -145,7 +145,7 @@ def visible(text: str) -> str:
 
 
 def find_boxes(text: str) -> list[_Box]:
-    """The outermost boxes in order; a last one that is never closed reaches to the end of its line."""
+    """The outermost boxes, in order; a last one that is never closed ends with its line."""
     found: list[_Box] = []
     stack: list[int] = []  # positions of open boxes; -1 for other braces
     skip_to = 0
@@ -216,7 +216,7 @@ def _read_boxes(text: str, boxes: list[_Box]) -> Answer | None:
         if _OR.search(between):
             return None
         if _PROSE.search(between) and (_THUS.search(between) or not _JOINED.search(between)):
-            contents.clear()  # not a list: the sentence went on to another value
+            contents.clear()  # not a list: the sentence moved on to another value
     distinct = list(dict.fromkeys(contents))
     return Answer(", ".join(distinct), "boxed" if boxes[-1].closed else "boxed_unclosed")
 
@@ -226,7 +226,7 @@ def _tidy(content: str) -> str:
 
 
 def _unfenced(content: str) -> str:
-    """Without the fences of a formula that is all there is."""
+    """Without the math fences around the whole text."""
     for opening, closing in (("$$", "$$"), ("$", "$"), (r"\[", r"\]"), (r"\(", r"\)")):
         inner = content.removeprefix(opening).removesuffix(closing)
         if content.startswith(opening) and opening not in inner and closing not in inner:
@@ -245,7 +245,7 @@ def _phrase_end(text: str, start: int) -> int:
 
 
 def _last_phrase(text: str, *, start: int = 0, final_only: bool = False) -> tuple[str, str] | None:
-    """What the last "answer is" announces, to the end of its sentence, and the rule's name."""
+    """The rest of the sentence after the last "answer is", and the rule's name."""
     for match in reversed(list(_PHRASE.finditer(text, start))):
         if final_only and not match.group("final"):
             continue
@@ -296,7 +296,7 @@ def _bare(text: str) -> bool:
 
 
 def _last_unfenced(text: str) -> tuple[str, int]:
-    """The last run of mathematics that is set without fences, and where it ends; ("", -1) where none is."""
+    """The last run of mathematics without fences, and where it ends; ("", -1) if there is none."""
     found, end = "", -1
     for match in _UNFENCED.finditer(text):
         if _MARKED.search(match.group()):
@@ -326,7 +326,7 @@ def _last_value(text: str, *, numeric: bool = False) -> Answer | None:
 
 
 def _listed(text: str) -> Answer | None:
-    """What "the solutions are" lists, where no value follows its sentence."""
+    """Everything that "the solutions are" lists, where no value follows that sentence."""
     matches = list(_VALUES.finditer(text))
     if not matches:
         return None
@@ -343,7 +343,7 @@ def _without_lead(content: str) -> str:
 
 
 def _without_remark(content: str) -> str:
-    """``18, because ...`` without its reason; ``so 18`` without its link."""
+    """``18, because ...`` without the reason; ``so 18`` without the conjunction."""
     content = _without_lead(content)
     remark = _REMARK.search(content)
     return content[: remark.start()] if remark and re.search(r"\w", content[: remark.start()]) else content
@@ -354,7 +354,7 @@ def _is_number(text: str) -> bool:
 
 
 def _fragment(content: str, rule: str, numeric: bool) -> Answer | None:
-    """The answer inside what a phrase announced: all of it, or the last value in it."""
+    """The answer in an announced phrase: all of it, or the last value in it."""
     content = _tidy(_without_remark(content))
     if numeric:
         if _is_number(content):
@@ -369,7 +369,7 @@ def _fragment(content: str, rule: str, numeric: bool) -> Answer | None:
 
 
 def _hash(text: str) -> tuple[str, bool]:
-    """The line of the last ``####``, and whether it is a number; empty where it is a mere heading."""
+    """The line of the last ``####``, and whether it is a number; empty if it is only a heading."""
     start = text.rfind("####")
     if start < 0:
         return "", False
@@ -384,11 +384,11 @@ def _hash(text: str) -> tuple[str, bool]:
 
 
 def extract(text: str, *, numeric: bool = False) -> Answer | None:
-    """The final answer of a free text, or None where it gives none.
+    """The final answer in a free text, or None.
 
     Args:
         text: a prediction, or a worked solution.
-        numeric: the answer is known to be a number (GSM8K): announced sentences are read for their number.
+        numeric: the answer is known to be a number (GSM8K), so "the answer is ..." is read for its number.
     """
     text = _CALCULATOR.sub("", restore_escapes(visible(text)))
     line, line_is_number = _hash(text)

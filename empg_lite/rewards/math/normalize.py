@@ -1,7 +1,7 @@
-"""One spelling for what means the same: Unicode and LaTeX variants of an answer become plain LaTeX.
+"""Unicode and LaTeX variants of an answer in one spelling, plain LaTeX.
 
-Works on an extracted answer, not on a whole text. Nothing is evaluated here, and every expression is
-linear in the length of the answer.
+Works on an extracted answer, not on a whole text. Evaluates nothing, and every regular expression runs in
+time linear in the length of the answer.
 """
 
 from __future__ import annotations
@@ -11,55 +11,16 @@ import re
 import unicodedata
 
 _MINUS = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"
-_COMMANDS = {
-    "×": r"\cdot ",
-    "·": r"\cdot ",
-    "⋅": r"\cdot ",
-    "∙": r"\cdot ",
-    "∗": r"\cdot ",
-    "÷": "/",
-    "∕": "/",
-    "⁄": "/",
-    "∞": r"\infty ",
-    "≤": r"\le ",
-    "≥": r"\ge ",
-    "⩽": r"\le ",
-    "⩾": r"\ge ",
-    "≠": r"\ne ",
-    "≈": r"\approx ",
-    "±": r"\pm ",
-    "∓": r"\mp ",
-    "∪": r"\cup ",
-    "∩": r"\cap ",
-    "∈": r"\in ",
-    "∅": r"\emptyset ",
-    "√": r"\surd ",
-    "∛": r"\surd[3]",
-    "∜": r"\surd[4]",
-    "⟨": r"\langle ",
-    "⟩": r"\rangle ",
-    "〈": r"\langle ",
-    "〉": r"\rangle ",
-    "ℝ": r"\mathbb{R}",
-    "ℤ": r"\mathbb{Z}",
-    "≡": r"\equiv ",
-    "∖": r"\setminus ",
-    "…": "...",
-    "°": r"^\circ ",
-    "º": r"^\circ ",
-    "−": "-",
-    "∶": ":",
-    "٫": ".",
-    "٬": ",",
-    "٪": "%",
-    "、": ",",
-    "。": ".",
-    "′": "'",
-    "’": "'",
-    "‘": "'",
-    "“": '"',
-    "”": '"',
-}
+#: LaTeX or ASCII spelling -> the characters that it replaces.
+_SIGNS = {
+    r"\cdot ": "×·⋅∙∗", "/": "÷∕⁄", r"\infty ": "∞", r"\le ": "≤⩽", r"\ge ": "≥⩾", r"\ne ": "≠",
+    r"\approx ": "≈", r"\pm ": "±", r"\mp ": "∓", r"\cup ": "∪", r"\cap ": "∩", r"\in ": "∈",
+    r"\emptyset ": "∅", r"\surd ": "√", r"\surd[3]": "∛", r"\surd[4]": "∜", r"\langle ": "⟨〈",
+    r"\rangle ": "⟩〉", r"\mathbb{R}": "ℝ", r"\mathbb{Z}": "ℤ", r"\equiv ": "≡", r"\setminus ": "∖",
+    "...": "…", r"^\circ ": "°º", "-": "−", ":": "∶", ".": "٫。", ",": "٬、", "%": "٪", "'": "′’‘",
+    '"': "“”",
+}  # fmt: skip
+_COMMANDS = {char: spelling for spelling, chars in _SIGNS.items() for char in chars}
 _SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿⁱ"
 _SUBSCRIPTS = "₀₁₂₃₄₅₆₇₈₉₊₋₌₍₎"
 _RAISED = re.compile(f"[{_SUPERSCRIPTS}]+|[{_SUBSCRIPTS}]+")
@@ -73,7 +34,7 @@ def _raised(match: re.Match[str]) -> str:
 
 @functools.cache
 def _fold(char: str) -> str:
-    """The ASCII or LaTeX spelling of one character; itself where there is none."""
+    """The ASCII or LaTeX spelling of one character, or the character itself."""
     if char in _COMMANDS:
         return _COMMANDS[char]
     if char in _MINUS:
@@ -105,7 +66,7 @@ def fold_unicode(text: str) -> str:
     return "".join(map(_fold, _RAISED.sub(_raised, text)))
 
 
-#: Commands whose backslash and first letter an escape of JSON or Python has eaten: form feed + "rac".
+#: Commands whose backslash and first letter were read as an escape in JSON or Python: form feed + "rac".
 _EATEN = re.compile(
     r"\\?(?:(?P<f>\x0c)(?=rac(?![a-z])|box)|(?P<b>\x08)(?=oxed|egin|inom|ar(?![a-z]))"
     r"|(?P<t>\t)(?=ext\s*\{|imes(?![a-z])|frac|heta(?![a-z])))"
@@ -114,14 +75,14 @@ _BARE_COMMAND = re.compile(r"(?<![\\a-zA-Z])([dt]?frac|boxed)(?=\s?\{)")
 
 
 def restore_escapes(text: str) -> str:
-    r"""``\frac``, ``\boxed``, ``\text`` where the backslash is lost, or with their first letter an escape."""
+    r"""``\frac``, ``\boxed``, ``\text`` whose backslash was lost or read as an escape."""
     text = _BARE_COMMAND.sub(r"\\\1", text)
     if not re.search(r"[\x08\x0c\t]", text):
         return text
     return _EATEN.sub(lambda match: "\\" + str(match.lastgroup), text)
 
 
-_WHITE = re.compile(r"\s+")  # collapsed early: what follows would be slow on long runs of spaces
+_WHITE = re.compile(r"\s+")  # collapsed early: later expressions are slow on long runs of spaces
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|mbox|hbox|mathrm|operatorname\*?)\s*\{")
 _STYLE = re.compile(
     r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|math(?:bf|it|sf|tt|normal|cal)|boldsymbol|bm"
@@ -170,48 +131,18 @@ _DECIMAL_COMMA = re.compile(r"[-+]?0,\d{3,}")  # no thousands group begins with 
 _CONTINENTAL = re.compile(r"([-+]?)(\d{1,3}(?:[. ]\d{3})+),(\d{1,2}|\d{4,})|([-+]?\d{1,3}(?:\.\d{3}){2,})")
 _FACTORIAL_EQUALS = re.compile(r"(?<!\d)!=")
 
-_SAME = {
-    r"\dfrac": r"\frac",
-    r"\tfrac": r"\frac",
-    r"\cfrac": r"\frac",
-    r"\leqslant": r"\le",
-    r"\leq": r"\le",
-    r"\geqslant": r"\ge",
-    r"\geq": r"\ge",
-    r"\lt": "<",
-    r"\gt": ">",
-    r"\neq": r"\ne",
-    r"\times": r"\cdot",
-    r"\ast": r"\cdot",
-    r"\div": "/",
-    r"\colon": ":",
-    r"\lbrace": r"\{",
-    r"\rbrace": r"\}",
-    r"\lbrack": "[",
-    r"\rbrack": "]",
-    r"\lparen": "(",
-    r"\rparen": ")",
-    r"\lvert": "|",
-    r"\rvert": "|",
-    r"\vert": "|",
-    r"\infin": r"\infty",
-    r"\varnothing": r"\emptyset",
-    r"\R": r"\mathbb{R}",
-    r"\Reals": r"\mathbb{R}",
-    r"\union": r"\cup",
-    r"\lor": r"\text{or}",
-    r"\vee": r"\text{or}",
-    r"\land": r"\text{and}",
-    r"\wedge": r"\text{and}",
-    r"\simeq": r"\approx",
-    r"\dots": r"\ldots",
-    r"\percent": "%",
-    r"\lg": r"\log_{10}",
-    r"\dbinom": r"\binom",
-    r"\tbinom": r"\binom",
-    r"\mod": r"\pmod",
-    r"\bmod": r"\pmod",
-}
+#: LaTeX command or sign -> the commands that mean the same.
+_SYNONYMS = {
+    r"\frac": r"\dfrac \tfrac \cfrac", r"\le": r"\leqslant \leq", r"\ge": r"\geqslant \geq",
+    "<": r"\lt", ">": r"\gt", r"\ne": r"\neq", r"\cdot": r"\times \ast", "/": r"\div",
+    ":": r"\colon", r"\{": r"\lbrace", r"\}": r"\rbrace", "[": r"\lbrack", "]": r"\rbrack",
+    "(": r"\lparen", ")": r"\rparen", "|": r"\lvert \rvert \vert", r"\infty": r"\infin",
+    r"\emptyset": r"\varnothing", r"\mathbb{R}": r"\R \Reals", r"\cup": r"\union",
+    r"\text{or}": r"\lor \vee", r"\text{and}": r"\land \wedge", r"\approx": r"\simeq",
+    r"\ldots": r"\dots", "%": r"\percent", r"\log_{10}": r"\lg", r"\binom": r"\dbinom \tbinom",
+    r"\pmod": r"\mod \bmod",
+}  # fmt: skip
+_SAME = {command: spelling for spelling, commands in _SYNONYMS.items() for command in commands.split()}
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 
 
@@ -241,7 +172,7 @@ def _argument(text: str, start: int) -> tuple[str, int]:
 
 
 def _brace_arguments(text: str) -> str:
-    r"""``\frac12``, ``\frac 3{4}``, ``\sqrt3`` with all their braces; inner ones first."""
+    r"""``\frac12``, ``\frac 3{4}``, ``\sqrt3`` with all braces; innermost first."""
     for match in reversed(list(re.finditer(r"\\(?:frac|sqrt)(?![a-zA-Z])", text))):
         name, end = match.group(), match.end()
         option = re.match(r"\s*(\[[^\]]*\])", text[end:]) if name == r"\sqrt" else None
@@ -256,7 +187,7 @@ def _brace_arguments(text: str) -> str:
 
 
 def _roots(text: str) -> str:
-    r"""``sqrt(2)``, ``√2`` and ``√(1+√2)`` as ``\sqrt{}``; outer ones first, each bracket by its partner."""
+    r"""``sqrt(2)``, ``√2`` and ``√(1+√2)`` as ``\sqrt{}``; outermost first."""
     out, at = "", 0
     while (match := _ROOT.search(text, at)) is not None:
         out += text[at : match.start()] + r"\sqrt" + (match["degree"] or "")
@@ -282,7 +213,7 @@ def _partner(text: str, start: int) -> int:
 
 
 def _rows(text: str) -> str:
-    r"""An aligned display on one line: rows that go on with a sign are a chain, others are a list."""
+    r"""An aligned display on one line: rows that begin with a relation form a chain, others a list."""
     match = _ROWS.search(text)
     if match is None or r"\begin" in match["body"] or (match["env"] == "cases" and "&" in match["body"]):
         return text
@@ -295,7 +226,7 @@ def _rows(text: str) -> str:
 
 
 def _going_on(match: re.Match[str]) -> str:
-    r"""``0.333...`` as ``0.\overline{3}``: one digit three times, or a longer block twice, is a period."""
+    r"""``0.333...`` as ``0.\overline{3}``: a digit three times, or a longer block twice, repeats."""
     digits = match["digits"]
     for size in range(1, 7):
         block = digits[-size:]
@@ -333,7 +264,7 @@ def _latex(text: str) -> str:
 
 
 def _ascii(text: str) -> str:
-    """Mathematics as one types it, in LaTeX: ``sqrt(2)``, ``ln 2``, ``1.5 x 10^3``, ``0.333...``."""
+    """Typed mathematics as LaTeX: ``sqrt(2)``, ``ln 2``, ``1.5 x 10^3``, ``0.333...``."""
     if "sqrt" in text or r"\surd" in text:
         text = _roots(text)
     if "..." in text or "dots" in text:
@@ -343,7 +274,7 @@ def _ascii(text: str) -> str:
 
 
 def _decimal_point(text: str) -> str:
-    """``0,125``, ``1.234,56`` and ``1.234.567`` as English writes them, where nothing else can be meant."""
+    """``0,125``, ``1.234,56`` and ``1.234.567`` in English notation, where unambiguous."""
     if _DECIMAL_COMMA.fullmatch(text):
         return text.replace(",", ".")
     match = _CONTINENTAL.fullmatch(text)
@@ -356,7 +287,7 @@ def _decimal_point(text: str) -> str:
 
 
 def _unstopped(text: str) -> str:
-    r"""Without the stop at its end, which ``\sqrt`` would take for an argument; ``\,`` is a space: kept."""
+    r"""Without trailing punctuation, which ``\sqrt`` would take as an argument; keeps ``\,``, a space."""
     bare = text.rstrip(".,;: ")
     after = text[len(bare) : len(bare) + 1]
     return bare + after if bare.endswith("\\") and after != "." else bare
@@ -365,8 +296,8 @@ def _unstopped(text: str) -> str:
 def normalize(answer: str) -> str:
     r"""One spelling of an answer: ``\dfrac12`` and ``½`` become ``\frac{1}{2}``, ``１０`` becomes ``10``.
 
-    Math fences, currency, degree signs, quotes, sizing, spacing and a trailing period go; the text of
-    ``\text{}`` stays.
+    Removes math fences, currency, degree signs, quotes, sizing, spacing and a trailing period; keeps the text
+    of ``\text{}``.
     """
     text = _POWER.sub("^", fold_unicode(restore_escapes(answer))).replace("**", "").replace("`", "")
     text = _unstopped(_ascii(_WHITE.sub(" ", text)))

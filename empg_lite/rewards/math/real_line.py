@@ -1,6 +1,6 @@
 r"""Conditions on one real variable as intervals: ``x \ge 0 and x < 1``, ``\mathbb{R}\setminus\{2\}``.
 
-Ends are compared as exact numbers; what has other ends stays as it was written.
+Endpoints are compared as exact numbers; conditions with other endpoints stay as written.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _interval(low: str, high: str, brackets: str, label: str, source: str) -> Sh
 
 
 def _punctured(shape: Shape) -> Shape | None:
-    """All real numbers but some: the open intervals between the points."""
+    """All real numbers except some: the open intervals between those points."""
     match = _PUNCTURED.fullmatch(shape.source)
     if match is None:
         return None
@@ -56,7 +56,7 @@ def _punctured(shape: Shape) -> Shape | None:
 
 
 def _meet(one: Shape, other: Shape) -> Shape | None:
-    """What two intervals with known ends share; None where that is nothing, or an end is not known."""
+    """The intersection of two intervals; None where it is empty or an endpoint is not an exact number."""
     lows = [(_value(s.items[0].text), s.text[0] == "(", s.items[0].text) for s in (one, other)]
     highs = [(_value(s.items[1].text), s.text[1] != ")", s.items[1].text) for s in (one, other)]
     if any(value is None for value, _, _ in (*lows, *highs)):
@@ -74,7 +74,7 @@ def _place(end: tuple[Fraction | float | None, bool, str]) -> tuple[Fraction | f
 
 
 def _met(shape: Shape) -> Shape | None:
-    """Conditions joined by "and" or a comma: one interval, or several, where all of them hold."""
+    """Conditions joined by "and" or a comma, as the interval or intervals where all of them hold."""
     first, *rest = shape.items
     if (
         first.kind == "relation"
@@ -95,13 +95,13 @@ def _met(shape: Shape) -> Shape | None:
         else:
             pieces = [shared for a in pieces for b in parts if (shared := _meet(a, b)) is not None]
     if not pieces:
-        return None  # x < 1 and x > 2: loosely said for "or"
+        return None  # x < 1 and x > 2: loose wording for "or"
     whole = pieces[0] if len(pieces) == 1 else Shape("bag", "", tuple(pieces), pieces[0].label)
     return replace(whole, source=shape.source)
 
 
 def read_conditions(shape: Shape) -> Shape:
-    """``shape`` with its conditions on one variable read together; itself where it has none."""
+    """``shape`` with its conditions on one variable combined; unchanged where it has none."""
     if shape.kind == "bag" and not _OR.search(shape.source):
         return _met(shape) or shape
     if shape.kind in ("leaf", "bag"):

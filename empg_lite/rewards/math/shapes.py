@@ -1,7 +1,7 @@
 r"""The outer structure of an answer: lists, tuples, intervals, matrices, relations, and what they hold.
 
 ``(1,2)``, ``\{1,2\}``, ``[1,2]`` and a vector are different things; "2 or 3", ``2, 3`` and ``\{2,3\}``
-are the same. Only brackets and separators are read here; the leaves stay text.
+are the same. This module reads only brackets and separators; leaves remain text.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class Shape:
     Attributes:
         kind: ``leaf``, ``bag`` (unordered), ``tuple`` (ordered), ``interval``, ``matrix``, ``equation``,
             ``relation`` (inequality).
-        text: its source; of a tuple or an interval the brackets, of a relation the operators, of a matrix its
-            size as ``RxC``.
-        items: parts, in order of writing (a matrix row by row).
-        label: what stood before "=", as ``x`` in ``x = 5``.
-        source: the text it was read from.
+        text: the source of a leaf, the brackets of a tuple or interval, the operators of a relation, the size
+            of a matrix as ``RxC``.
+        items: parts in the order written (a matrix row by row).
+        label: what precedes "=", as ``x`` in ``x = 5``.
+        source: the text it was parsed from.
     """
 
     kind: str
@@ -84,7 +84,7 @@ def _split(text: str, separators: set[str]) -> list[tuple[str, str]]:
 
 
 def _thousands(text: str) -> str:
-    """Join ``1,234`` where its comma cannot separate: alone, or beside commas followed by a space."""
+    """Join ``1,234`` where its comma cannot separate: alone, or next to commas followed by a space."""
     marked = bool(re.search(r",\s|[^A-Za-z](?:and|or)[^A-Za-z]|;", text))
     if not marked and not re.fullmatch(r"[^,]*?(?<![\d.])\d{1,3}(?:,\d{3})+(?![\d,])[^,]*", text):
         return text
@@ -104,7 +104,7 @@ def _elements(text: str) -> list[str]:
 
 
 def _enclosed(text: str) -> tuple[str, str, str] | None:
-    """(opener, inner, closer) where one pair of brackets holds the whole text."""
+    """(opener, inner, closer) where one pair of brackets encloses the whole text."""
     tokens = list(_depths(text))
     if len(tokens) < 2 or tokens[0][1] not in _OPENERS or tokens[-1][1] not in _CLOSERS:
         return None
@@ -115,7 +115,7 @@ def _enclosed(text: str) -> tuple[str, str, str] | None:
 
 
 def _label(text: str) -> bool:
-    """True for what may stand before "=" without being part of the answer."""
+    """True for a text that may precede "=" without being part of the answer."""
     text = text.strip()
     if text.startswith("{") and text.endswith("}"):
         text = text[1:-1].strip()
@@ -147,7 +147,7 @@ def _leaf(text: str) -> Shape:
 
 
 def _related(text: str, depth: int) -> Shape | None:
-    """Equations, inequalities, labels and memberships; None where no relation stands at the top."""
+    """Equations, inequalities, labels and memberships; None where there is no relation at the top level."""
     pieces = _split(text, _RELATIONS)
     if len(pieces) == 1:
         return None
@@ -189,7 +189,7 @@ def _matrix(text: str) -> Shape | None:
 
 
 def _bracketed(text: str, depth: int) -> Shape | None:
-    """Sets, tuples, intervals, vectors, and groups that only hold something."""
+    """Sets, tuples, intervals, vectors and plain groups."""
     name = re.match(r"[A-Z]\s*(?=\([^()]*,)", text)  # a named point, as in A(1,2)
     enclosed = _enclosed(text[name.end() :] if name else text)
     if enclosed is None:
@@ -231,7 +231,7 @@ def _bag(items: tuple[Shape, ...], text: str) -> Shape:
 
 
 def _single(text: str, depth: int) -> Shape:
-    """One item: no comma, "and" or "or" at its top."""
+    """One item: no comma, "and" or "or" at its top level."""
     text = text.strip()
     if depth > _MAX_DEPTH:
         return _leaf(text)
@@ -239,7 +239,7 @@ def _single(text: str, depth: int) -> Shape:
         text = r"(-\infty,\infty)"
     elif means_nothing(text):
         text = r"\emptyset"
-    if text.startswith("]") or text.endswith("["):  # open ends as they are written in France
+    if text.startswith("]") or text.endswith("["):  # French notation for open ends
         text = re.sub(r"\[$", ")", re.sub(r"^\]", "(", text))
     shape = _related(text, depth)
     if shape is not None:
@@ -265,7 +265,7 @@ def _group(text: str, depth: int) -> Shape:
 
 
 def parse_shape(text: str, depth: int = 0) -> Shape:
-    """Read the outer structure of a normalised answer."""
+    """Parse the outer structure of a normalized answer."""
     text = text.strip().strip(",;").strip()
     if depth > _MAX_DEPTH:
         return _leaf(text)

@@ -1,9 +1,9 @@
 """The worker's leaf comparison: expressions parsed by math-verify's LaTeX grammar, compared as functions.
 
-Only the worker imports this (sympy takes half a second). A text reaches sympy through the ANTLR grammar
-alone: nothing is evaluated as Python. Two expressions are equal when they agree to 30 digits at several
-points: a wrong factor or sign cannot agree, and no simplification has to be found. What is not a number
-at any point (sets, matrices, unevaluated functions) goes to math-verify's own comparison.
+Only the worker imports this, because sympy takes half a second. Text reaches sympy only through the ANTLR
+grammar; nothing is evaluated as Python. Two expressions are equal when they agree to 30 digits at several
+points: a wrong factor or sign cannot agree, and no simplification has to be found. Whatever has no numeric
+value at any point (sets, matrices, unevaluated functions) goes to math-verify's own comparison.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ _SPELLING = NormalizationConfig(
 _CONVERSION = ConversionConfig(lowercase_symbols=False)
 _UNEVALUATED = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit, sympy.Derivative)
 #: Where functions are compared: on either side of 0 and 1, and beyond the numbers in ``|x - 2|``.
-#: No zero, pole or period of anything one writes lies there.
+#: Nothing one would write has a zero, pole or period there.
 _SAMPLES = tuple(
     sympy.Rational(*pair) for pair in ((23, 17), (281, 29), (5, 13), (-37, 53), (-409, 31), (97, 41))
 )
 
 
 class Unparsable(ValueError):
-    """Not mathematics that the grammar knows."""
+    """Not mathematics that the grammar can parse."""
 
 
 class _Grammar(_Latex2Sympy):
-    """math-verify's grammar with exact numbers: 0.5 is 1/2, and no literal passes through ``eval``."""
+    """math-verify's grammar with exact numbers: 0.5 is 1/2, and no literal reaches ``eval``."""
 
     def parse_number(self, text: str) -> sympy.Rational:
         value = Fraction(text.replace(",", "").replace(" ", ""))
@@ -61,12 +61,12 @@ def _nesting(text: str) -> int:
     return max(itertools.accumulate(steps, initial=0))
 
 
-@functools.lru_cache(maxsize=512)  # the K rationales of a problem share its gold, and often an answer
+@functools.lru_cache(maxsize=512)  # the K rationales of a problem share its gold answer
 def parse(text: str) -> sympy.Basic:
-    """A normalised answer as a sympy object, ``i`` as the imaginary unit, ``f(x)`` as a symbol of its own.
+    """A normalized answer as a sympy object, ``i`` as the imaginary unit, ``f(x)`` as a symbol of its own.
 
     Raises:
-        Unparsable: the grammar does not know it.
+        Unparsable: the grammar cannot parse it.
     """
     if len(text) > _MAX_LENGTH or _nesting(text) > _MAX_NESTING:
         raise Unparsable("too long or nested too deeply")
@@ -95,7 +95,7 @@ def parse(text: str) -> sympy.Basic:
 
 
 def _points(names: Iterable[str]) -> Iterator[dict[str, sympy.Rational]]:
-    """Assignments of the variables, no two on one ray; in the last the signs alternate."""
+    """Assignments of the variables, no two on one ray; the signs alternate in the last one."""
     ordered = sorted(names)
     for row, sample in enumerate(_SAMPLES if ordered else _SAMPLES[:1]):
         mixed = row == len(_SAMPLES) - 1
@@ -106,7 +106,7 @@ def _points(names: Iterable[str]) -> Iterator[dict[str, sympy.Rational]]:
 
 
 def _value(expression: sympy.Expr, point: dict[str, sympy.Rational]) -> sympy.Expr | None:
-    """A finite complex number to 40 digits, or None where there is none."""
+    """The value, a finite complex number to 40 digits, or None."""
     values = {symbol: point[symbol.name] for symbol in expression.free_symbols}
     try:
         if expression.has(*_UNEVALUATED):
@@ -117,7 +117,7 @@ def _value(expression: sympy.Expr, point: dict[str, sympy.Rational]) -> sympy.Ex
         return number if finite and all(part.is_Number for part in number.as_real_imag()) else None
     except (RecursionError, MemoryError):
         raise
-    except Exception:  # a pole, a sum that diverges: sympy and mpmath raise what they like
+    except Exception:  # a pole or a divergent sum: sympy and mpmath raise all kinds of exceptions
         return None
 
 
@@ -139,7 +139,7 @@ def _names(*expressions: sympy.Basic) -> set[str]:
 def _identical(a: sympy.Expr, b: sympy.Expr) -> bool | None:
     """Equal as functions; None where no point gave a value to both.
 
-    A point where only one side is real (``\\sqrt{x}^2`` against ``x``) says nothing.
+    A point where only one side is real (``\\sqrt{x}^2`` against ``x``) does not count.
     """
     compared = 0
     for point in _points(_names(a, b)):
@@ -155,7 +155,7 @@ def _identical(a: sympy.Expr, b: sympy.Expr) -> bool | None:
 
 
 def expressions_equal(gold: str, prediction: str) -> bool:
-    """Equal as functions, or for math-verify equal as sets, matrices and the like.
+    """Equal as functions or, to math-verify, as sets, matrices and the like.
 
     Raises:
         Unparsable: either side is not mathematics.
@@ -204,7 +204,7 @@ def _relations_equal(gold: Shape, prediction: Shape) -> bool | None:
 
 
 def symbolic_leaf(percent_asked: bool) -> Leaf:
-    """The leaf comparison of the worker: never undecided but for inequalities."""
+    """The worker's leaf comparison: always decides, except for some inequalities."""
     cheap = cheap_leaf(percent_asked)
 
     def leaf(what: str, gold: Shape, prediction: Shape) -> bool | None:
@@ -226,7 +226,7 @@ def decide(pair: Pair) -> bool:
     """Whether two answers mean the same, by algebra.
 
     Raises:
-        ValueError, TypeError, NotImplementedError, RecursionError, ArithmeticError: one is not mathematics,
-            has no value, or one that is too large: the ways in which sympy says so.
+        ValueError, TypeError, NotImplementedError, RecursionError, ArithmeticError: sympy's errors for an
+            answer that is not mathematics, has no value, or whose value is too large.
     """
     return bool(pair.equal(symbolic_leaf(pair.percent)))

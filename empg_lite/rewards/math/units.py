@@ -1,4 +1,4 @@
-"""What may follow a number without changing it: units, currency names, counted things."""
+"""What may follow a number without changing it: units, currencies, counted nouns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NOT_UNITS = re.compile(
     r"|percent|pct|percentage)",
     re.IGNORECASE,
 )
-#: Words that change the number before them, or take it back: "5 times ten", but not "5 times a day".
+#: Words that change or retract the number before them: "5 times ten", but not "5 times a day".
 _CHANGES = re.compile(
     r"(?:squared|cubed|factorial|negative|(?:ten|hundred|thousand|third|fourth|fifth|sixth|eighth)ths?|halves|thirds)"
     r"|(?:times|plus|minus|over|modulo|remainder|point|into)(?:\s+(?:zero|one|two|three|four|five|six|seven|eight"
@@ -22,7 +22,7 @@ _CHANGES = re.compile(
     r"|(?:but|unless|is)(?![a-z]).*",
     re.IGNORECASE | re.DOTALL,
 )
-#: More words than these are a sentence.
+#: More words than this are a sentence.
 _MAX_WORDS = 8
 _CLOCK = re.compile(r"[ap]\.?\s?m\.?", re.IGNORECASE)
 _TEXT_TAIL = re.compile(
@@ -34,7 +34,7 @@ _WORDS_TAIL = re.compile(
 _QUOTIENT_TAIL = re.compile(
     r"(?<=[\d})])\s*\\frac\{\s*\\text\{[^{}]*\}\s*\}\{\s*\\text\{[^{}]*\}(?:\^\{?[23]\}?)?\s*\}$"
 )
-#: Remarks before a number that are no part of it, and those that are.
+#: Remarks before a number, except those that are part of it.
 _LEADING = re.compile(
     r"^(?:\\text\{(?![^{}]*(?<![a-z])(?:not?|minus|negative|less|more|fewer|greater|least|most|under|over|below|above"
     r"|except|without)(?![a-z]))[^{}]*\}\s*(?=[-+\d.\\(])|(?:USD|EUR|GBP|US|Rs\.?)\s*(?=[\d.]))",
@@ -65,7 +65,7 @@ def _scaled(value: str, words: str) -> str:
 
 
 def strip_units(text: str) -> str:
-    r"""A normalised answer without trailing unit (``15 cm^2``) or leading remark (``\text{about } 5``)."""
+    r"""A normalized answer without trailing unit (``15 cm^2``) or leading remark (``\text{about } 5``)."""
     text = _QUOTIENT_TAIL.sub("", _LEADING.sub("", _NEGATIVE.sub("-", text)))
     while (tail := _TEXT_TAIL.search(text)) is not None:
         words = tail.group(1).strip()

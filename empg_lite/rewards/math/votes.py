@@ -1,4 +1,4 @@
-"""Which answers count as one in a majority vote."""
+"""Which answers count as the same in a majority vote."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from empg_lite.rewards.math.units import strip_units
 
 
 def ballot(extracted: str | None) -> str | None:
-    """An extracted answer in the one spelling that it shares with its equals; None where none was read.
+    """An extracted answer in the spelling that equal answers share; None where none was extracted.
 
-    Numbers count by value (``1/2``, ``0.5`` and ``50%`` are one), the rest by its normalised text. Algebra is
-    not asked: two spellings of one formula split their votes, as they do in published majority figures.
+    Numbers count by value (``1/2``, ``0.5`` and ``50%`` are the same), other answers by normalized text.
+    Without algebra, two spellings of a formula split their votes, as they do in published majority figures.
     """
     if extracted is None:
         return None

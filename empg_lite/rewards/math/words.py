@@ -6,7 +6,7 @@ import re
 
 _PROSE = re.compile(r"[A-Za-z\d\s.,:'()&;!?/-]+")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
-#: Words so short that letters side by side would otherwise be a product of variables.
+#: Words so short that they would otherwise be a product of variables.
 _SHORT = {"yes", "no", "odd", "red", "dne", "one", "two", "six", "ten", "all", "any", "her", "him"}
 _ARTICLE = re.compile(r"^(?:an?|the)\s+(?=[A-Za-z\d])", re.IGNORECASE)
 _CHOICE_WORD = re.compile(r"^(?:option|choice|answer)\s+(?=\(?[A-Z]\)?$)", re.IGNORECASE)
@@ -45,10 +45,10 @@ def means_everything(text: str) -> bool:
 
 
 def as_words(text: str, *, surely: bool = False) -> str | None:
-    r"""The letters and digits of a text answer, lower case, without articles; None where it is not one.
+    r"""The letters and digits of a text answer, lower case, without articles; None for other answers.
 
-    A text answer is set in ``\text{}``, or has a word that no product of variables would spell, or is a
-    single letter. With ``surely`` (the other answer is one) any letters are.
+    A text answer is set in ``\text{}``, or contains a word that cannot be a product of variables, or is
+    a single letter. With ``surely`` (the other answer is one) any letters count.
     """
     bare = plain(text).strip()
     if not _PROSE.fullmatch(bare):
@@ -70,7 +70,7 @@ def as_words(text: str, *, surely: bool = False) -> str | None:
 
 
 def choice(text: str) -> tuple[str, str] | None:
-    """``(C) 12`` as ("C", "12"), ``C`` as ("C", ""): the letter of a choice and what stood beside it."""
+    """``(C) 12`` as ("C", "12"), ``C`` as ("C", ""): the letter of a choice and the text after it."""
     match = _CHOICE.fullmatch(plain(text).strip())
     return (match["letter"], match["rest"] or "") if match else None
 
