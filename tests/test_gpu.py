@@ -1,7 +1,7 @@
-"""Is this card good for training? ``pytest -m gpu`` says so in a minute or two.
+"""Is this GPU good for training? ``pytest -m gpu`` answers in a minute or two.
 
-Tests that need no GPU kernel also run on a CPU, unmarked: what they compare is the same code. There an
-out-of-memory error is simulated; on a card it is real.
+Tests that need no GPU kernel also run on a CPU, unmarked: they compare the same code. There an out-of-memory
+error is simulated; on a GPU it is real.
 """
 
 from __future__ import annotations
@@ -284,7 +284,7 @@ def test_unsloth_beside_plain_transformers_in_a_process(tmp_path: Path, device: 
 
 
 @with_unsloth
-def test_the_kernels_that_are_said_to_run_do_run_in_a_process(tmp_path: Path, device: str) -> None:
+def test_reported_kernels_appear_in_a_profile_in_a_process(tmp_path: Path, device: str) -> None:
     """By torch's profiler: RMSNorm, RoPE, SwiGLU and NF4 of Unsloth, a fused attention, graphs."""
     (row,) = run_job(small_job("empg-unsloth", "kernels"), tmp_path)
     assert row["sampling"]["top"] and row["fitting"]["top"]
@@ -376,7 +376,7 @@ def gradient(policy: Policy, rows: list[Rationale], budget: int) -> tuple[torch.
 
 
 @everywhere
-def test_a_fit_that_does_not_fit_is_cut_and_gives_the_same(
+def test_a_fit_out_of_memory_is_split_and_gives_the_same(
     larger: Any, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy, rows = larger(device), long_rows(device)
@@ -399,7 +399,7 @@ def test_a_fit_that_does_not_fit_is_cut_and_gives_the_same(
 
 
 @everywhere
-def test_samples_that_do_not_fit_are_drawn_in_parts_and_are_the_same(
+def test_samples_out_of_memory_are_drawn_in_parts_and_are_the_same(
     larger: Any, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy, decoding = larger(device), Decoding(256 if device == "cuda" else 16)

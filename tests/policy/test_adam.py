@@ -1,4 +1,4 @@
-"""The optimiser in 8 bits beside the one in float32."""
+"""AdamW with 8-bit moments against AdamW in float32."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loaded(folder: Path) -> Policy:
-    """Rank 40: matrices above and below the 4,096 elements from which 8 bits begin."""
+    """Rank 40: matrices above and below 4,096 elements, where 8-bit moments start."""
     section = ModelSection(
         name=str(folder), backend="transformers", load_in_4bit=False, lora_r=40, lora_alpha=40
     )
@@ -29,7 +29,7 @@ def loaded(folder: Path) -> Policy:
 
 
 def walk(policy: Policy, optimizer: torch.optim.Optimizer, steps: range) -> torch.Tensor:
-    """Where the parameters are after steps of gradients that depend on the step alone."""
+    """The parameters after steps whose gradients depend only on the step."""
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         for p in policy.trainable().values():
@@ -42,19 +42,19 @@ def adam(policy: Policy, eight_bit: bool) -> torch.optim.Optimizer:
     return make_adamw(list(policy.trainable().values()), 1e-2, eight_bit=eight_bit)
 
 
-def test_8_bits_go_nearly_where_32_go(folder: Path) -> None:
-    """After ten steps within 3% of the way."""
+def test_8bit_adam_follows_32bit_adam(folder: Path) -> None:
+    """Within 3% of the distance after ten steps."""
     ends = {}
     for eight_bit in (False, True):
         policy = loaded(folder)
         start = torch.cat([p.detach().flatten().clone() for p in policy.trainable().values()])
         ends[eight_bit] = walk(policy, adam(policy, eight_bit), range(10)) - start
     off = torch.linalg.norm(ends[True] - ends[False]) / ends[False].norm()
-    assert 1e-4 < off < 0.03  # not the same arithmetic, but the same way
+    assert 1e-4 < off < 0.03  # other arithmetic, same direction
 
 
 @pytest.mark.parametrize("eight_bit", [False, True])
-def test_a_checkpoint_goes_on_to_the_bit(folder: Path, eight_bit: bool) -> None:
+def test_a_checkpoint_resumes_bit_for_bit(folder: Path, eight_bit: bool) -> None:
     policy = loaded(folder)
     optimizer = adam(policy, eight_bit)
     walk(policy, optimizer, range(3))

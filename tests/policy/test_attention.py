@@ -1,4 +1,4 @@
-"""Which attention kernels torch may take, and what is written out where a card has none that fits."""
+"""Which attention kernels torch may choose, and repeated keys where a card has none that shares them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from empg_lite.sampler.decoder import Decoder, prefill_batches
 PAIRS = [((1, 2, 3), (4, 5, 6, 256)), ((1, 2, 3), (7, 256)), ((9, 8, 7, 6, 5), (4, 3, 256))]
 
 
-def test_cudnn_is_not_among_them_once_a_model_is_loaded(model_dir: Path) -> None:
-    """Where torch prefers it, it plans anew for each shape."""
+def test_loading_a_model_disables_cudnn_attention(model_dir: Path) -> None:
+    """Where torch prefers it, it builds a plan for each shape."""
     torch.backends.cuda.enable_cudnn_sdp(True)
     load_fixture_policy(model_dir)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
@@ -37,8 +37,8 @@ def test_heads_share_keys_from_sm80_on(
     assert attention.shares_keys(torch.device("cpu"))
 
 
-def test_keys_written_out_change_no_number(policy, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    """As below sm80: attention is never asked to share keys among heads, samples and log-probs stay."""
+def test_repeated_keys_change_no_number(policy, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """As below sm80: attention never shares keys among heads; samples and log-probs stay the same."""
     prompts, decoding = prompts_of(policy, 5, 3), Decoding(8)
     asked: list[bool] = []
     real = F.scaled_dot_product_attention
@@ -64,7 +64,7 @@ def test_keys_written_out_change_no_number(policy, monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
-def test_torch_itself_says_which_kernel_it_takes(policy) -> None:  # type: ignore[no-untyped-def]
+def test_torch_reports_its_attention_kernels(policy) -> None:  # type: ignore[no-untyped-def]
     places = {"prompts", "decoding", "fitting"}
     found = attention_kernels(policy.network, torch.float32, torch.device("cpu"))
     assert found.keys() == places and found["decoding"] == "two products"
@@ -94,7 +94,7 @@ def test_prefill_in_batches_draws_the_same_and_bounds_its_size(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     prompts, decoding = prompts_of(policy, 40, 2), Decoding(6)
-    passes: list[list[int]] = []  # lengths of the prompts that go through together
+    passes: list[list[int]] = []  # lengths of the prompts prefilled together
     real = Decoder._prefill_batch
 
     def prefill(self: Decoder, together: Any, *rest: Any) -> torch.Tensor:

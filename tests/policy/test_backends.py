@@ -1,4 +1,4 @@
-"""Unsloth and plain transformers, each in its own process: the same numbers from the same weights."""
+"""Unsloth and plain transformers, each in its own process, give the same numbers from the same weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A hub model that is not, or only partly, in the cache: one line in time. Slow: a process for each case."""
+"""A hub model missing from the cache, or incomplete there: one line, fast. Slow: a process for each case."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_offline(
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_a_whole_cache_trains_offline(tmp_path: Path, model_dir: Path, shards: int) -> None:
+def test_a_complete_cache_trains_offline(tmp_path: Path, model_dir: Path, shards: int) -> None:
     snapshot = cached(tmp_path / "home", model_dir)
     if shards == 2:
         in_two(snapshot)
@@ -112,7 +112,7 @@ def test_a_whole_cache_trains_offline(tmp_path: Path, model_dir: Path, shards: i
     assert done.returncode == 0, done.stderr[-800:]
 
 
-def test_a_network_that_swallows_everything(tmp_path: Path, model_dir: Path) -> None:
+def test_a_network_that_never_answers(tmp_path: Path, model_dir: Path) -> None:
     """A proxy that takes the connection and never answers."""
     with socket.socket() as hole:
         hole.bind(("127.0.0.1", 0))

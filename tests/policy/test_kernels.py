@@ -1,4 +1,4 @@
-"""Kernels borrowed from Unsloth: used where they compute what plain torch does, else left out with a note."""
+"""Kernels borrowed from Unsloth: used if they agree with plain torch, else left out with a note."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ NAMES = ("add_norm", "rotate", "swiglu", "dequantize")
 
 
 def borrowed(**fields: Any) -> Kernels:
-    """Plain torch under a borrowed name each, but for what is given."""
+    """Plain torch under borrowed names, except for the given fields."""
 
     def add_norm(
         x: torch.Tensor, update: torch.Tensor | None, *rest: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         total, normed = PLAIN.add_norm(x, update, *rest)
-        return x.copy_(total), normed  # overwrites, as it may
+        return x.copy_(total), normed  # overwrites its input, as it may
 
     own = dict(
         add_norm=add_norm,
@@ -63,7 +63,7 @@ def off_by(share: float, name: str) -> Any:
     return wrong
 
 
-def test_those_that_agree_are_used_and_sample_alike(nf4: Any) -> None:
+def test_kernels_that_agree_are_used_and_sample_the_same(nf4: Any) -> None:
     found = verified(borrowed(), nf4.causal, torch.float32)
     assert found.borrowed == NAMES and found.notes == ()
     prompts, decoding = prompts_of(nf4, 4, 4), Decoding(12)
@@ -77,7 +77,7 @@ def test_those_that_agree_are_used_and_sample_alike(nf4: Any) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_that_differs_in_one_number_is_left_out(nf4: Any, name: str) -> None:
+def test_a_kernel_off_in_one_number_is_left_out(nf4: Any, name: str) -> None:
     wrong = borrowed(**{name: off_by(1e-5, name)} | ({"angles": PLAIN.angles} if name == "rotate" else {}))
     found = verified(wrong, nf4.causal, torch.float32)
     assert found.borrowed == tuple(n for n in NAMES if n != name)
@@ -90,7 +90,7 @@ def test_one_that_differs_in_one_number_is_left_out(nf4: Any, name: str) -> None
     assert verified(borrowed(**within), nf4.causal, torch.float32).borrowed == NAMES
 
 
-def test_what_raises_gives_nan_or_another_type_is_left_out(nf4: Any) -> None:
+def test_kernels_that_raise_or_return_nan_or_another_type_are_left_out(nf4: Any) -> None:
     def raises(*_: Any) -> Any:
         raise RuntimeError("no kernel image is available\nfor execution on the device")
 
@@ -111,7 +111,7 @@ def test_without_nf4_there_is_nothing_to_dequantize(policy) -> None:  # type: ig
     assert found.borrowed == NAMES[:3] and found.notes == ("dequantize: the weights are not in NF4",)
 
 
-def test_sixteen_bits_are_allowed_their_rounding(nf4: Any) -> None:
+def test_16_bit_kernels_may_differ_by_rounding(nf4: Any) -> None:
     """Two roundings of bfloat16, not more."""
     right = borrowed(swiglu=off_by(0.01, "swiglu"))
     assert "swiglu" in verified(right, nf4.causal, torch.bfloat16).borrowed
@@ -138,17 +138,17 @@ def test_stream_and_pack_score_the_same_tokens() -> None:
     laid, packed = stream(pairs), pack(pairs)
     assert laid.targets == packed.targets.tolist() and laid.rows == packed.rows.tolist()
     assert len(laid.ids) == len(packed.ids)
-    # whatever stands before a scored token is the same, wherever it lies
+    # the token before each scored token is the same in both layouts
     before = [laid.ids[place] for place in laid.scored]
     assert before == packed.ids[packed.scored].tolist()
     assert [laid.positions[p] for p in laid.scored] == packed.positions[packed.scored].tolist()
 
 
 @pytest.mark.parametrize("why", [None, "log-probabilities differ from the packed pass's by 2.0e+00 nats"])
-def test_a_pass_that_agrees_is_used_and_one_that_does_not_is_noted(
+def test_shared_prefix_is_used_if_it_agrees_else_noted(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch, why: str | None
 ) -> None:
-    """Tried once, before the first fit: who only samples does not wait for it."""
+    """Verified once, before the first fit: sampling does not wait for it."""
     from empg_lite.policy import policy as home
 
     tried: list[Any] = []
@@ -156,7 +156,7 @@ def test_a_pass_that_agrees_is_used_and_one_that_does_not_is_noted(
     policy = load_fixture_policy(model_dir)
     given = [rationale(prompt_ids=(1, 2), completion_ids=(3, 256), weight=1.0)]
     m_step(policy, sgd(policy), given, SETTINGS)
-    assert not tried and policy.shared_prefix is False  # nothing to try without Unsloth on a card
+    assert not tried and policy.shared_prefix is False  # nothing to verify without Unsloth on a GPU
 
     policy.shared_prefix = None
     make_sampler(policy, "native").sample(prompts_of(policy, 2, 2), Decoding(4))
@@ -170,8 +170,8 @@ def test_a_pass_that_agrees_is_used_and_one_that_does_not_is_noted(
     assert policy.notes == ((f"shared prefix: {why}",) if why else ())
 
 
-def test_what_a_card_borrows(nf4: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the model is loaded: each kernel is tried, the pass that fits is left for later."""
+def test_kernels_borrowed_on_a_gpu(nf4: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At load time each kernel is verified; the shared-prefix pass is left for later."""
     card = SimpleNamespace(device=SimpleNamespace(type="cuda"), notes=(), causal=nf4.causal, dtype=nf4.dtype)
     monkeypatch.setattr(backends, "future_leak", lambda policy: 0.0)
     monkeypatch.setattr(backends, "unsloth_kernels", lambda: borrowed(swiglu=off_by(1.0, "swiglu")))
@@ -190,10 +190,10 @@ def test_what_a_card_borrows(nf4: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_unsloth
 @pytest.mark.unsloth
-def test_unsloths_shared_prefix_is_the_packed_pass(model_dir: Path, tmp_path: Path) -> None:
+def test_unsloths_shared_prefix_equals_the_packed_pass(model_dir: Path, tmp_path: Path) -> None:
     """Its table of segments and its FlexAttention, forward; its mask, backward. And its buffers are freed.
 
-    On a CPU Unsloth has no layers of its own, and what reads no table is found out.
+    On a CPU Unsloth has no layers of its own, and layers that ignore the table are detected.
     """
     facts = run_script("unsloth_probe.py", "prefix", str(model_dir), cwd=tmp_path)
     assert facts["facts"]["backend"] == "unsloth" and facts["facts"]["fit"] == "packed"
@@ -252,10 +252,8 @@ def test_wide_is_float32_or_better() -> None:
 
 
 @pytest.mark.parametrize("backend", ["unsloth", "transformers"])
-def test_auto_is_our_engine_over_either_backend(
-    policy, monkeypatch: pytest.MonkeyPatch, backend: str
-) -> None:  # type: ignore[no-untyped-def]
-    """On a card too, where the fast code of this project is."""
+def test_auto_is_native_over_either_backend(policy, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:  # type: ignore[no-untyped-def]
+    """On a GPU too."""
     monkeypatch.setattr(policy, "backend", backend)
     monkeypatch.setattr(policy, "device", torch.device("cuda"))
     sampler = make_sampler(policy)

@@ -173,7 +173,7 @@ def test_completions_do_not_see_each_other(model_dir: Path) -> None:
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
-def test_checkpointing_keeps_less_for_the_way_back(model_dir: Path) -> None:
+def test_checkpointing_keeps_fewer_activations(model_dir: Path) -> None:
     policy = load_fixture_policy(model_dir)
 
     def kept(checkpointing: bool) -> int:
@@ -215,7 +215,7 @@ def test_head_loss_value_and_gradient(monkeypatch: pytest.MonkeyPatch, chunk: in
     torch.testing.assert_close(hidden.grad.double(), reference.grad, rtol=1e-4, atol=1e-4)  # type: ignore[union-attr]
 
 
-def test_head_loss_says_when_the_policy_is_broken() -> None:
+def test_head_loss_reports_a_broken_policy() -> None:
     hidden = torch.randn(4, 8)
     hidden[2, 0] = torch.inf
     targets, weights = torch.tensor([1, 2, 3, 4]), torch.ones(2)

@@ -1,4 +1,4 @@
-"""Each term of the memory plan against the tensors it counts."""
+"""Each term of the memory plan against the tensors that it counts."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def kept_by(policy: Policy, layers: int, pairs: Pairs) -> int:
     def keep(x: torch.Tensor) -> torch.Tensor:
         storage = x.untyped_storage()
         if storage.data_ptr() not in parameters:
-            seen[storage.data_ptr()] = (storage.nbytes(), x)  # held, or its place would be given out again
+            seen[storage.data_ptr()] = (storage.nbytes(), x)  # kept alive, or its address would be reused
         return x
 
     with (
@@ -281,7 +281,7 @@ def test_an_m_step_with_a_narrow_mlp(model_dir: Path, change: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("budget", [64, 150, 300])
-def test_a_part_of_a_step_takes_no_more_than_the_plan_says(wide_mlp: Path, budget: int) -> None:
+def test_micro_batches_stay_within_the_plan(wide_mlp: Path, budget: int) -> None:
     """Micro-batches of a row, a problem's rows cut, a problem and more, of lognormal lengths."""
     s, r = replace(BASE, micro_batch_tokens=budget), random.Random(0)
     pairs = [(prompt, (3,) * lognormal(r, 12, 0.5, 24)) for prompt, _ in pairs_of(s)]

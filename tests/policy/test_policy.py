@@ -148,7 +148,7 @@ def test_gradient_checkpointing_changes_no_gradient(model_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("left", [True, False])
-def test_an_nf4_base_holds_no_weights_file(
+def test_an_nf4_base_does_not_keep_its_file_mapped(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: bool
 ) -> None:
     """Its 16-bit weights would stay resident beside the quantised ones; the control is without the copy."""
@@ -163,7 +163,7 @@ def test_an_nf4_base_holds_no_weights_file(
     assert held.model is not None
 
 
-def test_nf4_base_trains_and_stays_as_it_is(model_dir: Path) -> None:
+def test_nf4_base_trains_and_stays_unchanged(model_dir: Path) -> None:
     policy = load_fixture_policy(model_dir, load_in_4bit=True)
     frozen = {n: p.detach().clone() for n, p in policy.model.named_parameters() if not p.requires_grad}
     assert any(p.dtype == torch.uint8 for p in frozen.values()), "the linears are NF4"
@@ -183,7 +183,7 @@ def test_nf4_base_trains_and_stays_as_it_is(model_dir: Path) -> None:
             assert torch.equal(parameter, frozen[name]), name
 
 
-def test_seed_initialises_the_adapter(model_dir: Path) -> None:
+def test_seed_initializes_the_adapter(model_dir: Path) -> None:
     from empg_lite.policy import load_policy
     from empg_lite.recipe.schema import ModelSection
 
@@ -252,7 +252,7 @@ def test_a_nan_adapter_is_refused(model_dir: Path, tmp_path: Path) -> None:
 # --- prompts and stops --------------------------------------------------------------------------------
 
 
-def test_stop_tokens_are_the_union_of_all_that_are_known(policy) -> None:  # type: ignore[no-untyped-def]
+def test_stop_tokens_are_the_union_of_all_sources(policy) -> None:  # type: ignore[no-untyped-def]
     assert policy.stop_ids == {256, 258}  # <|endoftext|> of model and tokenizer, <|im_end|> of ChatML
     assert policy.encode_completion("a")[-1] == 256
 

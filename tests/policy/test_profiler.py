@@ -1,4 +1,4 @@
-"""Where the time went: counters against what was really computed, the profile against arithmetic."""
+"""The profile: counters against what was really computed, figures against arithmetic."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ RECORD = {
 }
 
 
-def test_a_profile_by_hand() -> None:
+def test_profile_against_hand_computed_numbers() -> None:
     rates = Rates(bytes_per_second=1e9, flops_per_second=1e12)
     found = profile([RECORD, RECORD], FIXTURE, BASE, rates, seconds=25.0)
     assert found["steps"] == 2
@@ -82,7 +82,7 @@ def test_the_floors_are_bytes_over_bandwidth_and_products_over_rate() -> None:
 def test_an_engine_counts_what_it_computes(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:
-    """Forward calls of the network, counted from outside, against ``work``."""
+    """Forward calls of the network, counted by hooks, against ``work``."""
     policy = load_fixture_policy(model_dir)
     sampler = make_sampler(policy, engine, 16)
     seen: list[tuple[int, int]] = []  # rows and width of every pass of the network
@@ -115,7 +115,7 @@ def test_an_engine_counts_what_it_computes(
     assert first.prompt_tokens == copies * sum(len(p.ids) for p in prompts)
     decoding = sum(rows for rows, width in seen if width == 1)
     entering = sum(rows for rows, width in seen if width > 1)
-    # First tokens come from the prompts' pass, each further one from a pass of its own.
+    # First tokens come from prefill, each further one from a decoding step.
     assert work.row_steps == decoding + entering and work.row_steps > work.tokens
     assert (work.refresh_seconds > 0) == (engine == "native")
 
@@ -161,11 +161,11 @@ def test_the_m_step_counts_tokens_and_padding(model_dir: Path) -> None:
     assert nothing.tokens_computed == nothing.tokens_padded == 0
 
 
-def test_context_is_every_key_looked_at() -> None:
+def test_context_counts_every_key_attended() -> None:
     assert context_tokens(row(0, 5, 4, 1.0)) == 5 + 6 + 7 + 8
 
 
-def test_train_profiles_when_asked_and_only_then(
+def test_train_profiles_only_on_request(
     recipe_file: Path, tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"

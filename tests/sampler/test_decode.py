@@ -1,4 +1,4 @@
-"""The decoder and the merged copy against the model's own forward pass."""
+"""Decoder and merged copy against the model's own forward pass."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def own_logprobs(policy: Policy, ids: list[int]) -> Tensor:
 def test_every_drawn_token_has_the_models_own_probability(
     model_dir: Path, merged: bool, load_in_4bit: bool
 ) -> None:
-    """Rows of ragged prompts, some closed up on the way, others begun while those go on."""
+    """Rows of ragged prompts; slots are compacted on the way, and new prompts start while others continue."""
     policy = load_fixture_policy(model_dir, load_in_4bit=load_in_4bit)
     network = MergedCopy(policy.causal, torch.float32).network if merged else policy.network
     rows = [list(PROMPTS[o]) for o in OWNER]
@@ -91,7 +91,7 @@ def test_sampling_follows_the_adapter_and_leaves_the_base_alone(model_dir: Path)
     live = NativeSampler(policy, merged=False).sample(prompts, decoding)
     same_but_for_rounding(policy, prompts, moved, live, decoding)
     assert ids_of(moved) != ids_of(first)
-    stale = MergedCopy(policy.causal, torch.float32)  # negative control: a copy that is not made anew
+    stale = MergedCopy(policy.causal, torch.float32)  # negative control: a copy that is not refreshed
     with torch.no_grad():
         for parameter in policy.trainable().values():
             parameter.div_(1.5)
@@ -113,8 +113,8 @@ def test_sampling_follows_the_adapter_and_leaves_the_base_alone(model_dir: Path)
 
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("batch_rows", [None, 1, 20, 64])
-def test_greedy_is_generates_on_64_prompts(policy, merged: bool, batch_rows: int | None) -> None:  # type: ignore[no-untyped-def]
-    """Prefill once, places closed up, places given on: no token changes."""
+def test_greedy_equals_generate_on_64_prompts(policy, merged: bool, batch_rows: int | None) -> None:  # type: ignore[no-untyped-def]
+    """Prefill once, compact slots, reuse slots: no token changes."""
     from empg_lite.sampler.generate import GenerateSampler
 
     prompts, decoding = prompts_of(policy, 64, 1), Decoding(24, 0.0)
@@ -122,8 +122,8 @@ def test_greedy_is_generates_on_64_prompts(policy, merged: bool, batch_rows: int
     assert ids_of(ours) == ids_of(GenerateSampler(policy).sample(prompts, decoding))
 
 
-def test_rows_that_have_ended_stay_at_their_own_place(model_dir: Path) -> None:
-    """One that goes on in vain past its room must not write into its neighbour's."""
+def test_finished_rows_stay_in_their_slot(model_dir: Path) -> None:
+    """A finished row that decodes past its cache must not write into its neighbor's."""
     policy = load_fixture_policy(model_dir)
     with torch.no_grad():
         decoder = Decoder(policy.network, policy.head_weight, torch.float32, Decoding(20), 2, 10)
@@ -160,8 +160,8 @@ def test_drawing_never_holds_rows_times_vocabulary(monkeypatch: pytest.MonkeyPat
     assert ids_of(chunked) == ids_of(expected)
 
 
-def test_a_captured_size_holds_the_one_that_is_needed(policy) -> None:  # type: ignore[no-untyped-def]
-    """What of the graphs can be tried without a GPU: rounded sizes compute the same rows."""
+def test_rounded_graph_sizes_compute_the_same_rows(policy) -> None:  # type: ignore[no-untyped-def]
+    """The part of the graphs that needs no GPU: rounded sizes compute the same rows."""
     with torch.no_grad():
         plain, rounded = (
             Decoder(policy.network, policy.head_weight, torch.float32, Decoding(20), 16, 140)
@@ -180,7 +180,7 @@ def test_a_captured_size_holds_the_one_that_is_needed(policy) -> None:  # type: 
 
 
 class Replayed:
-    """What stands for a captured graph: what it does, done one by one, as things were at the capture."""
+    """Stands in for a captured graph: runs its work eagerly, with the settings of the capture."""
 
     def __init__(self, graphs: Graphs, work: Callable[[], None]) -> None:
         self.decoder, self.work = graphs.decoder, work
@@ -252,7 +252,7 @@ def test_graphs_are_kept_from_call_to_call(
     assert sampler._graphs is None and sampler._copy is None
 
 
-def test_a_capture_that_fails_is_said_once_and_changes_nothing(
+def test_a_failed_capture_warns_once_and_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
     policy,  # type: ignore[no-untyped-def]
 ) -> None:
@@ -275,7 +275,7 @@ def test_a_capture_that_fails_is_said_once_and_changes_nothing(
     assert sampler.work.graphs_captured == sampler.work.graphs_replayed == 0 < sampler.work.eager_steps
 
 
-def test_memory_that_runs_out_in_a_capture_is_out_of_memory(monkeypatch: pytest.MonkeyPatch, policy) -> None:  # type: ignore[no-untyped-def]
+def test_out_of_memory_in_a_capture_is_handled_as_such(monkeypatch: pytest.MonkeyPatch, policy) -> None:  # type: ignore[no-untyped-def]
     """It surfaces as an error about the capture: fewer rows are tried, down to the fewest; graphs stay on."""
 
     def full(self: Graphs, work: Callable[[], None]) -> None:
@@ -335,7 +335,7 @@ def test_a_prompt_with_more_samples_than_batch_rows_takes_as_many(policy) -> Non
     assert [len(row) for row in found] == [12, 12, 1]
 
 
-def test_many_prompts_that_end_at_once_are_a_loop(policy) -> None:  # type: ignore[no-untyped-def]
+def test_many_one_token_prompts_do_not_recurse(policy) -> None:  # type: ignore[no-untyped-def]
     """More refills without a step between them than Python calls may be nested."""
     import sys
 

@@ -258,7 +258,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
     return steps, prompts
 
 
-def test_dead_rows_leave_the_batch(policy, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_finished_rows_leave_the_batch(policy, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     steps, prompts = watched(monkeypatch)
     make_sampler(policy, "native").sample(prompts_of(policy, 8, 16), Decoding(200))
     assert prompts == [8]  # each prompt once, not once a sample
@@ -266,7 +266,7 @@ def test_dead_rows_leave_the_batch(policy, monkeypatch: pytest.MonkeyPatch) -> N
     assert min(steps) >= MIN_ROWS
 
 
-def test_waiting_prompts_take_the_places_of_ended_rows(policy, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_waiting_prompts_take_freed_slots(policy, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     together = make_sampler(policy, "native").sample(prompts_of(policy, 24, 4), Decoding(200))
     steps, prompts = watched(monkeypatch)
     sampler = make_sampler(policy, "native", batch_rows=32)
