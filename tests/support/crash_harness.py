@@ -1,10 +1,10 @@
-"""The real ``train`` in forked children that die, or meet an error, at a change to the disk of one's choice.
+"""Runs the real ``train`` in forked children that die, or meet an error, at a chosen change to the disk.
 
-torch is imported and the model loaded once; a child is a fork, ready in milliseconds. Two things are replaced
-in it, for time: ``load_policy`` gives the policy that the parent loaded, untouched, and a regular expression
-is searched here and not in a worker, whose start takes longer than a run. (The test of the real command has
-both.) The package itself has no switch for any of this: the eight functions of ``store`` through which it
-changes the disk are wrapped in the child.
+torch is imported and the model loaded once; a child is a fork, ready in milliseconds. To save time a child
+replaces two things: ``load_policy`` returns the policy that the parent loaded, and the regular-expression
+reward runs in the child instead of a worker, whose start takes longer than a run. (The test of the real
+command uses both.) The package has no switch for this: the child wraps the eight functions of ``store`` that
+change the disk.
 """
 
 from __future__ import annotations
@@ -47,23 +47,23 @@ from empg_lite.run.checkpoint import list_checkpoints
 from empg_lite.run.journal import read_metrics
 
 CALLS = ("_open", "_write", "_fsync", "_rename", "_unlink", "_mkdir", "_rmdir", "_cut")
-#: What a child was doing when it was killed, by the number it keeps in shared memory.
+#: Phases of a child, by the number it keeps in shared memory.
 PHASES = ("other", "sampling", "grading", "fitting", "evaluating", "saving")
 SETTINGS = ["run.steps=2", "run.eval_every=2", "run.keep=1", "sampler.max_new_tokens=4"]
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child ended: its exit code, or minus the signal; what it said; what it did to the disk."""
+    """How a child ended: exit code or minus the signal, its error, and its changes to the disk."""
 
     code: int
     said: str = ""
     calls: tuple[tuple[str, str], ...] = ()
-    notes: tuple[tuple[int, str], ...] = ()  # (calls made before it, what the run told its user)
+    notes: tuple[tuple[int, str], ...] = ()  # (number of calls before it, message to the user)
 
 
 class _Told(View):
-    """Keeps what a person would read, with its place among the calls; marks the phase at hand."""
+    """Records what the user sees, with its position among the calls, and the current phase."""
 
     def __init__(self, report: _Report) -> None:
         self.report = report
@@ -104,23 +104,23 @@ class _Report:
 
 
 class Plant:
-    """Everything children share: the loaded model, the recipe, a folder for runs."""
+    """What all children share: the loaded model, the recipe, a folder for runs."""
 
     def __init__(self, folder: Path, model_dir: Path, settings: Iterable[str] = SETTINGS) -> None:
         self.folder = folder
         self.recipe: Recipe = load_recipe(str(write_recipe(folder, model_dir)), list(settings))
         resolved = self.recipe.resolved()
-        train(resolved, folder / "warm")  # imports what is imported late
+        train(resolved, folder / "warm")  # triggers the late imports
         self.policy = learner.load_policy(
             resolved.model, str(resolved.data.prompt), seed=resolved.run.seed, gradient_checkpointing=False
         )
         self.phase = mmap.mmap(-1, 1)
         gc.collect()
-        gc.freeze()  # or a child's first collection would copy every page of ours
+        gc.freeze()  # or a child's first collection would copy every page
         self._names = itertools.count()
 
     def fresh(self) -> Path:
-        """A run folder that is not there yet."""
+        """A run folder that does not exist yet."""
         return self.folder / f"run-{os.getpid()}-{next(self._names)}"
 
     def start(
@@ -137,7 +137,7 @@ class Plant:
         if pid:
             return pid
         code = 70
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # pytest's handler is none of a command's
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a command does not have pytest's handler
         try:
             code = self._work(run, at, how, change)
         finally:
@@ -174,7 +174,7 @@ class Plant:
 
     @contextmanager
     def measured(self) -> Iterator[Callable[[], int]]:
-        """Bytes that the largest child of the block grew by, over this process."""
+        """Memory in bytes by which the largest child of the block exceeded this process."""
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         yield lambda: max(0, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss - before) * 1024
 
@@ -205,7 +205,7 @@ class Plant:
 
 
 def _slowly(real: Callable[..., Any]) -> Callable[..., Any]:
-    """As if a worker were asked."""
+    """Grade as a worker would."""
 
     def call(*args: Any) -> Any:
         time.sleep(0.002)
@@ -225,13 +225,13 @@ def _graded(grader: Grader, spec: str, case: Case) -> Future[Verdict]:
 
 
 def _wrap_store(calls: list[tuple[str, str]], at: int, how: str) -> None:
-    names: dict[int, str] = {}  # descriptor -> path, of what was opened
+    names: dict[int, str] = {}  # open descriptor -> path
     halved: set[int] = set()
 
     def wrap(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(first: Any, *rest: Any) -> Any:
             calls.append((name, names.get(first, "") if isinstance(first, int) else str(first)))
-            if name == "_write" and how == "kill":  # two calls, so that a file can be torn in its middle
+            if name == "_write" and how == "kill":  # two calls, so that a file can be torn in the middle
                 first_half = first not in halved
                 halved.add(first) if first_half else halved.discard(first)
                 if first_half:
@@ -254,7 +254,7 @@ def _wrap_store(calls: list[tuple[str, str]], at: int, how: str) -> None:
     open_dir = store._fsync_dir
 
     def fsync_dir(path: Path) -> None:
-        """Its descriptor is opened for reading, past ``_open``: its name is needed in the log."""
+        """Opened for reading, bypassing ``_open``: the log needs its name."""
         real = os.open
 
         def opened(*args: Any, **kwargs: Any) -> int:
@@ -272,12 +272,12 @@ def _wrap_store(calls: list[tuple[str, str]], at: int, how: str) -> None:
 
 
 def record_durable(run: Path, trees: Path) -> None:
-    """Keep, as ``trees/N``, each state of the run that a machine dying after call N is sure to have kept.
+    """Save, as ``trees/N``, the state that is guaranteed to survive a power failure after call N.
 
     A file has the content of its last fsync; a folder has the entries that it had at its own. What was
     written or renamed after that is dropped. Call it in the child, before the calls are wrapped.
     """
-    contents: dict[int, bytes] = {}  # inode -> what was synced of it
+    contents: dict[int, bytes] = {}  # inode -> synced content
     entries: dict[int, dict[str, int]] = {}  # inode of a folder -> its synced entries
     folders: set[int] = set()
     kept: list[Any] = [None]
@@ -322,7 +322,7 @@ def record_durable(run: Path, trees: Path) -> None:
 
 
 def digest(run: Path) -> str:
-    """What a resumed run must share with the straight one: adapters, optimizer, metrics without clocks."""
+    """What a resumed run shares with an uninterrupted one: adapters, optimizer, metrics without clocks."""
     newest = list_checkpoints(run)[-1]
     parts = [(newest / n).read_bytes() for n in ("adapter_model.safetensors", "optimizer.safetensors")]
     parts += [(run / n / "adapter_model.safetensors").read_bytes() for n in ("adapter", "best")]
@@ -331,7 +331,7 @@ def digest(run: Path) -> str:
 
 
 def side_by_side(jobs: Iterable[Callable[[], Any]], processes: int = 2) -> list[Any]:
-    """Each job in a forked process of its own, so many at a time; their results (JSON), in order."""
+    """Run each job in a forked process, ``processes`` at a time; returns their JSON results in order."""
     results: dict[int, Any] = {}
     waiting, running = list(enumerate(jobs)), dict[int, tuple[int, str]]()
     with tempfile.TemporaryDirectory() as folder:
@@ -359,7 +359,7 @@ def side_by_side(jobs: Iterable[Callable[[], Any]], processes: int = 2) -> list[
 
 
 def violations(calls: list[tuple[str, str]], told: list[int]) -> list[str]:
-    """What of a log of calls would lose or tear something when the machine dies.
+    """Violations in a log of calls: what a power failure would lose or tear.
 
     What a rename publishes was synced before it: each file after its last write, and the folder; the folder
     above is synced after it, before the next change under another name, and before the user is told anything.

@@ -1,4 +1,4 @@
-"""A rationale made by hand, and the header of a file of such."""
+"""A handmade rationale and rollout header."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one of several processes finds; ``test_parallel.py`` starts it as a launcher would."""
+"""Runs in each of several processes; ``test_parallel.py`` starts it as a launcher would."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SETTINGS = FitSettings(
     max_new_tokens=9,
     micro_batch_tokens=40,
 )
-#: Weights of each problem's rationales: groups unlike in size and weight, an odd number of problems.
+#: Weights of each problem's rationales: groups of different size and weight, an odd number of problems.
 CASES = {
     "unequal": [[2.0, 0.0, 1.0], [0.0, 0.0], [0.3, 1.0, 0.0, 2.5], [4.0], [0.0, -1.0, 1.0]],
     "one problem": [[0.0, 0.0], [1.0, 0.0, 2.0], [0.0]],  # a process has nothing to fit
@@ -46,7 +46,7 @@ CASES = {
 
 
 def rows(weights: Sequence[Sequence[float]]) -> list[Rationale]:
-    """Rows of different lengths, each ending in the stop token; every other one is right."""
+    """Rows of different lengths, each ending in the stop token; every other one is correct."""
     return [
         rationale(
             problem_id=f"p{p}",
@@ -62,7 +62,7 @@ def rows(weights: Sequence[Sequence[float]]) -> list[Rationale]:
 
 
 class Double:
-    """The fixture policy in float64; counts the rows it is asked for, and may be short of room for them."""
+    """The fixture policy in float64; counts requested rows, and can simulate running out of memory."""
 
     def __init__(self, model_dir: Path) -> None:
         self.policy: Policy = load_fixture_policy(model_dir)
@@ -87,7 +87,7 @@ class Double:
     def step(
         self, given: Sequence[Rationale], settings: FitSettings, world: World
     ) -> tuple[Tensor, FitStats]:
-        """How plain gradient descent of rate 1 moves the parameters; they are put back."""
+        """The parameter change of one plain gradient step of rate 1; the parameters are restored."""
         parameters = list(self.policy.trainable().values())
         kept = [p.detach().clone() for p in parameters]
         before = self.parameters()
@@ -102,7 +102,7 @@ class Double:
 
 
 class Mean(World):
-    """A wrong world: gradients are averaged, as data-parallel trainers do."""
+    """A wrong world that averages gradients, as data-parallel trainers do."""
 
     __slots__ = ("world",)
 
@@ -126,7 +126,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 def gradients(double: Double, world: World) -> dict[str, object]:
-    """Against one process; and two mistakes, which have to be seen."""
+    """Compare with one process; and two mistakes that must be detected."""
     found: dict[str, object] = {}
     for name, weights in CASES.items():
         given = rows(weights)
@@ -155,7 +155,7 @@ def gradients(double: Double, world: World) -> dict[str, object]:
 
 
 def passes(double: Double, world: World) -> dict[str, object]:
-    """Reuse: the decision to stop is everybody's."""
+    """Sample reuse: all processes decide together to stop."""
     found: dict[str, object] = {}
     given = rows(CASES["unequal"])
     for name, kl_stop in (("all", 1e9), ("stopped", 1e-12)):
@@ -167,7 +167,7 @@ def passes(double: Double, world: World) -> dict[str, object]:
 
 
 def trouble(double: Double, world: World) -> dict[str, object]:
-    """What happens to one process happens to all."""
+    """A failure in one process reaches all."""
     given = rows(CASES["unequal"])
     alone, _ = double.step(given, SETTINGS, SINGLE)
     double.room = 20 if world.rank == 1 else 10**9
@@ -188,7 +188,7 @@ def trouble(double: Double, world: World) -> dict[str, object]:
 
 
 def samples(model_dir: Path, world: World) -> dict[str, object]:
-    """The rationales of five problems, by all processes and by this one alone."""
+    """The rationales of five problems, from all processes and from this one alone."""
     policy = load_fixture_policy(model_dir)
     sampler = make_sampler(policy, "native", 64)
     problems = [Problem(f"p{i}", f"{i} + {'1' * i}7 = ?", "8") for i in range(5)]
@@ -209,7 +209,7 @@ def samples(model_dir: Path, world: World) -> dict[str, object]:
 
 
 def main() -> None:
-    """``team_probe.py MODEL_DIR RECIPE RUN``: also trains by the recipe, into RUN."""
+    """``team_probe.py MODEL_DIR RECIPE RUN``; also trains the recipe into RUN."""
     model_dir, recipe, run = Path(sys.argv[1]), load_recipe(sys.argv[2]), Path(sys.argv[3])
     found: dict[str, object] = {}
     try:
