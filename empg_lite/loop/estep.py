@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What sampling gives: groups without rewards, and the sampled tokens' mean surprise.
+    """Sampled groups without rewards, and their tokens' entropy.
 
-    ``entropy`` (nats a token) is -mean log pi of the tokens drawn: at temperature 1 an unbiased estimate of
-    the policy's token entropy.
+    ``entropy`` (nats per token) is -mean log pi of the sampled tokens: at temperature 1 an unbiased estimate
+    of the policy's token entropy.
     """
 
     groups: tuple[Group, ...]
@@ -56,10 +56,10 @@ def sample_rationales(
     """Draw K = ``samples`` rationales for each of P problems.
 
     Args:
-        step: the E-step; with ``seed``, the problem and the sample's index it keys the random numbers.
-        policy_step: optimiser steps the policy has seen; goes into the record.
-        on_rationale: told of each rationale as soon as it has ended, in that order.
-        on_token: told of each rationale's tokens as they are drawn.
+        step: the E-step; keys the random numbers with ``seed``, problem id and sample index.
+        policy_step: optimizer steps the policy has taken; stored in each rationale.
+        on_rationale: called with each rationale as soon as it ends.
+        on_token: called with each rationale's tokens as they are sampled.
     """
     prompts, texts = [], []
     for problem in problems:
@@ -102,10 +102,10 @@ class Drawn:
     """Scored groups and what they took.
 
     Attributes:
-        groups: one per problem, with rewards; weights after ``weigh``.
-        nats: surprise of all sampled tokens together, -sum log pi.
-        sample_seconds, score_seconds: wall time; scoring overlaps sampling, so it is what is left after it.
-        grader_error: what the last grader failure said.
+        groups: one per problem, with rewards, and weights after ``weigh``.
+        nats: -sum log pi over all sampled tokens.
+        sample_seconds, score_seconds: wall time; scoring overlaps sampling, so this is the remainder.
+        grader_error: message of the last grader failure.
     """
 
     groups: tuple[Group, ...]
@@ -147,8 +147,8 @@ def draw_and_score(
 
     Args:
         decoding: None samples as training does.
-        known: verdicts given before, which are not asked for again.
-        on_done: told how many rationales have ended since the last call (progress).
+        known: earlier verdicts, which are reused.
+        on_done: called with the number of rationales that just ended (progress).
     """
     started, sampled, nats, world = time.perf_counter(), 0.0, 0.0, learner.world
     reward = str(learner.recipe.data.reward)
@@ -183,7 +183,7 @@ def draw_and_score(
 
 
 def known_verdicts(path: Path, reward: str) -> dict[VerdictKey, Rationale]:
-    """Verdicts of a step that was graded before the run was cut off: they are not asked for again."""
+    """Verdicts of a step that was graded before the run was interrupted."""
     if not path.is_file():
         return {}
     try:
@@ -196,14 +196,14 @@ def known_verdicts(path: Path, reward: str) -> dict[VerdictKey, Rationale]:
 
 
 def has_signal(group: Group) -> bool:
-    """Whether a weighed group moves the policy at all."""
+    """Whether a weighed group has a non-zero weight."""
     return any(r.weight for r in group.rationales)
 
 
 def reward_matrix(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
     """Rewards ``(P, K)`` float64 and ``valid`` ``(P, K)`` bool.
 
-    K is that of the largest group; places beyond a smaller one and grader failures are not valid.
+    K is that of the largest group; padding and grader failures are not valid.
     """
     width = max(len(g.rationales) for g in groups)
     rewards = torch.zeros((len(groups), width), dtype=torch.float64)
@@ -224,12 +224,12 @@ def weigh(
     current_step: int | None = None,
     max_age: int | None = None,
 ) -> tuple[Group, ...]:
-    """Give every rationale its weight. Negative ones are dropped in groups whose policy has since moved on.
+    """Compute every rationale's weight. Negative weights are dropped in stale groups.
 
     Args:
-        current_step: optimiser steps the policy about to be fitted has seen; None for fresh samples.
-        max_age: groups with a rationale older than so many optimiser steps weigh 0; None is no limit. Text
-            from elsewhere has no age.
+        current_step: optimizer steps of the policy about to be fitted; None for fresh samples.
+        max_age: groups with a rationale older than this many optimizer steps get weight 0; None: no limit.
+            External text has no age.
     """
     if not groups:
         return ()

@@ -1,4 +1,4 @@
-"""The metrics of a step, part by part: what its samples say, what was fitted, what it cost.
+"""The metrics of a step: its samples, its fit, its cost.
 
 The names are listed in ``docs/files.md``; they follow TRL where the quantity is the same, EM's own are under
 ``em/``.
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 
 def estep_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """What the samples of a step say: rewards, signal, lengths, grader failures.
+    """Rewards, signal, lengths and grader failures of a step's samples.
 
-    Means of rewards leave grader failures out; lengths are in tokens, stops included.
+    Mean rewards exclude grader failures; lengths are in tokens, stops included.
     """
     rows = flatten(groups)
     rewards, valid = reward_matrix(groups)
@@ -55,17 +55,17 @@ def estep_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def _wrong_paid(groups: Sequence[Group]) -> float:
-    """Share of the problems where no answer is right and rewards differ all the same: shaping gone wrong."""
+    """Share of problems with no right answer but different rewards: shaping gone wrong."""
     wrong = [[r for r in g.rationales if not r.failed] for g in groups]
     paid = [rows for rows in wrong if not any(r.correct for r in rows) and len({r.reward for r in rows}) > 1]
     return len(paid) / len(groups)
 
 
 def mixture_metrics(rows: Sequence[Rationale], policy_step: int) -> dict[str, float]:
-    """What a step fits: where its rows come from, how old they are, how few of them carry it.
+    """Origin, age and effective number of the rows that a step fits.
 
-    An age is the number of optimiser steps between the policy that drew a row and the one about to be fitted,
-    which has seen ``policy_step`` of them. It is known where the row's own ``policy_step`` is 0 or more.
+    Age is the number of optimizer steps between the policy that drew a row and the one being fitted, which
+    has taken ``policy_step``; it is known if the row's own ``policy_step`` is >= 0.
 
     Args:
         rows: at least one, weighed.
@@ -83,10 +83,10 @@ def mixture_metrics(rows: Sequence[Rationale], policy_step: int) -> dict[str, fl
 
 
 def sampling_metrics(drawn: Drawn, work: tuple[SampleWork, SampleWork], recipe: Recipe) -> dict[str, Any]:
-    """What drawing a step's rationales took.
+    """What sampling a step took.
 
     Args:
-        work: of this process's sampler, and of all processes together.
+        work: of this process's sampler, and of all processes.
     """
     rows, (own, total) = flatten(drawn.groups), work
     tokens = sum(len(r.completion_ids) for r in rows)
@@ -130,14 +130,14 @@ def fit_metrics(stats: FitStats, rate: float, state: TrainState, rows: int) -> d
 
 
 def _loss_scale(stats: FitStats) -> dict[str, float]:
-    """Of a float16 run: the scale after the step, and how often it was halved to get there."""
+    """For float16: the loss scale after the step, and how often it was halved."""
     if stats.loss_scale is None:
         return {}
     return {"em/loss_scale": stats.loss_scale, "em/loss_scale_halvings": stats.scale_halvings}
 
 
 def context_tokens(rationale: Rationale) -> int:
-    """Keys that the completion's tokens attended to, one by one: what was read of a layer's cache."""
+    """Keys the completion's tokens attended to: entries read from one layer's KV cache."""
     n = len(rationale.completion_ids)
     return n * len(rationale.prompt_ids) + n * (n - 1) // 2
 
@@ -155,8 +155,8 @@ def _drift_metrics(drift: Drift | None) -> dict[str, float]:
 
 
 def memory_metrics(predicted: int) -> dict[str, float]:
-    """Peak memory so far in MB, of the process and of the card where there is one; and what was planned: on a
-    card beside ``peak_gpu_mb``, else beside ``peak_rss_mb``."""
+    """Peak memory so far in MB, of the process and of a GPU, and the plan's prediction: for ``peak_gpu_mb`` on
+    a GPU, else for ``peak_rss_mb``."""
     import resource
 
     peak = {

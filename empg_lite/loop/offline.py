@@ -1,6 +1,6 @@
-"""The two halves of the loop apart: sample now, grade again later, fit many times, anywhere.
+"""The halves of the loop as separate commands: sample now, grade later, fit any number of times, anywhere.
 
-A rationale is text and a reward; no ratio, no stored log-probability ties it to the machine that drew it.
+A rationale is text and a reward; no ratio or stored log-probability ties it to the machine that drew it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NO_OPTIONS = TrainOptions()
 
 @dataclass(frozen=True, slots=True)
 class SampleOptions:
-    """``problems``: how many to draw rationales for; None is ``run.steps`` x P, or one step of a RUN."""
+    """``problems``: number of problems to sample; None: ``run.steps`` x P, or one step of a RUN."""
 
     problems: int | None = None
     append: bool = False
@@ -52,7 +52,7 @@ class SampleOptions:
 
 
 def checkpoint_of(source: Path) -> Path:
-    """The checkpoint that RUN or RUN/checkpoints/step-N means.
+    """The checkpoint that RUN or RUN/checkpoints/step-N refers to.
 
     Raises:
         MissingInput, CheckpointError: there is none, or it is not valid.
@@ -62,7 +62,7 @@ def checkpoint_of(source: Path) -> Path:
     if source.parent.name == "checkpoints" and source.is_dir():
         return require_valid(source)
     if not is_run(source):
-        raise MissingInput("not a run, and not a checkpoint of one", str(source))
+        raise MissingInput("not a run or a checkpoint of one", str(source))
     found = newest_valid(source)
     if found is None:
         raise MissingInput("the run has no checkpoint yet", str(source))
@@ -76,13 +76,13 @@ def sample(
     options: SampleOptions = SampleOptions(),
     view: View | None = None,
 ) -> dict[str, Any]:
-    """E-step only: draw rationales into a rollout file, without rewards. Repeating it completes the file.
+    """E-step only: sample rationales into a rollout file, without rewards. Repeating it completes the file.
 
     Args:
-        source: a run or checkpoint, which gives policy, step and data position; None starts at step 0.
+        source: run or checkpoint that sets policy, step and data position; None starts at step 0.
 
     Raises:
-        UsageError: the file holds samples that were asked for otherwise, and ``append`` was not said.
+        UsageError: the file was sampled with other arguments, and ``append`` is off.
     """
     started = time.monotonic()
     view = view or View()
@@ -123,9 +123,9 @@ def sample(
 
 
 def _open_segment(out: Path, learner: Learner, wanted: int, append: bool) -> tuple[int, int]:
-    """Make ``out`` end in a segment for this request: (first problem of it, problems it holds already).
+    """Make ``out`` end in a segment for this request: (its first problem, problems already sampled).
 
-    What a kill left of an E-step is cut off, so that the segment holds whole E-steps only.
+    Partial E-steps left by a kill are cut off.
     """
     base = learner.header(None)
 
@@ -137,7 +137,7 @@ def _open_segment(out: Path, learner: Learner, wanted: int, append: bool) -> tup
         "the file was sampled with other arguments", str(out), "add --append, or name another --out"
     )
     data = out.read_bytes() if out.exists() else b""
-    whole = data.rfind(b"\n") + 1  # a kill may have left the beginning of a line
+    whole = data.rfind(b"\n") + 1  # a kill may have left a partial line
     if not whole:
         if not header_line(header(0)).encode().startswith(data):
             raise other
@@ -165,7 +165,7 @@ def _open_segment(out: Path, learner: Learner, wanted: int, append: bool) -> tup
 
 
 def _whole_problems(segment: Segment, learner: Learner, wanted: int) -> int:
-    """Problems of the whole E-steps that a segment holds."""
+    """Number of problems in the complete E-steps of a segment."""
     s = learner.recipe.sampler
     problems = len(segment.rationales) // s.samples_per_problem
     return problems if problems >= wanted else problems // s.problems_per_step * s.problems_per_step
@@ -179,14 +179,14 @@ def fit(
     options: TrainOptions = NO_OPTIONS,
     view: View | None = None,
 ) -> dict[str, Any]:
-    """M-step only: fit stored rationales, P problems to an optimiser step. No sampler, no reward code runs.
+    """M-step only: fit stored rationales, P problems per optimizer step. Nothing is sampled or graded.
 
     Args:
-        files: scored rollout files; ages and sources may be mixed, statistics never cross files or segments.
-        source: a run or checkpoint to go on from: adapter, moments, step and schedule.
+        files: scored rollout files of any age and source; statistics never cross files or segments.
+        source: run or checkpoint to continue from: adapter, moments, step and schedule.
 
     Raises:
-        DataError: a row is unusable or was never scored.
+        DataError: a row is unusable or not scored.
     """
     clock = Clock(options.max_minutes)
     view = view or View()
@@ -194,7 +194,7 @@ def fit(
     problems = sum(len(group_rationales(segment.rationales)) for segment in segments)
     source = source and checkpoint_of(source)
     p = recipe.sampler.problems_per_step
-    # The files say how many steps there are; and nothing is sampled here, so nothing is evaluated.
+    # The files determine the number of steps. Nothing is sampled, so nothing is evaluated.
     steps = (stored_state(source).step if source else 0) + -(-problems // p)
     recipe = recipe.model_copy(
         update={"run": recipe.run.model_copy(update={"eval_every": 0, "steps": steps})}
@@ -237,12 +237,12 @@ def _scored_segments(path: Path) -> list[Segment]:
 
 
 def _with_ids(segment: Segment, policy: Policy) -> Segment:
-    """Tokenise, once, what came as text only, or with the ids of another vocabulary.
+    """Tokenize rows that came as text, or with ids of another vocabulary.
 
-    A completion that stopped gets the template's end token; one that was cut off ends where it was cut.
+    A completion that stopped gets the template's end token; a truncated one does not.
 
     Raises:
-        DataError: a row has no prompt of any kind.
+        DataError: a row has no prompt.
     """
     ours = policy.tokenizer_sha256
     foreign = bool(segment.header.tokenizer) and segment.header.tokenizer != ours
@@ -263,18 +263,18 @@ def _with_ids(segment: Segment, policy: Policy) -> Segment:
 
 
 class _FitRecorder(Recorder):
-    """A recorder that keeps the rows of each step under the headers they came with.
+    """A recorder that keeps each step's rows under the headers they came with.
 
-    Two files may hold the same problem and step: below one header they would be one group when read again.
+    Two files may contain the same problem and step; under one header they would merge into one group.
     """
 
     _headers: tuple[RolloutHeader, ...] = ()
 
     def take(self, groups: Sequence[tuple[Group, RolloutHeader]]) -> list[Group]:
-        """The groups of the step at hand; its rows will be kept under these headers.
+        """The groups of the current step; their rows will be stored under these headers.
 
-        A row's ``policy_step`` counts the steps of the run that drew it. Where it equals ours and another
-        adapter drew the row all the same, it was another run's: its age is unknown, which is -1.
+        A row's ``policy_step`` counts the steps of the run that drew it. If it equals the current one but
+        another adapter drew the row, it is from another run: its age is unknown (-1).
         """
         self._headers = tuple(header for group, header in groups for _ in group.rationales)
         now, adapter = self.learner.state.policy_step, self.learner.policy.adapter_sha256()

@@ -1,7 +1,7 @@
-"""The recorder: a run directory being written while a policy learns.
+"""Records a training run: events, metrics, rollouts, checkpoints; stops a run that cannot learn.
 
-The order within a step is what makes a resumption exact: rollouts, fit, validation, metrics line, checkpoint.
-Whatever happened after the newest checkpoint happens again, the same.
+The order within a step makes resuming exact: rollouts, fit, validation, metrics line, checkpoint. Whatever
+happened after the newest checkpoint happens again, identically.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ if TYPE_CHECKING:
     from empg_lite.run.checkpoint import TrainState
     from empg_lite.sampler import Sampler, SampleWork
 
-#: Steps in a row without any signal, or with a non-finite gradient, after which going on is pointless.
+#: Consecutive steps without signal, or with a non-finite gradient, after which a run stops.
 DEAD_STEPS = 10
 NONFINITE_STEPS = 3
-#: Share of the steps so far with a non-finite gradient above which the same holds.
+#: Share of all steps with a non-finite gradient above which a run stops.
 NONFINITE_SHARE = 0.05
-#: Passes above which reuse trades with the learning rate and gains nothing (measured on toy tasks).
+#: More passes than this gained nothing over a higher learning rate (measured on toy tasks).
 MANY_PASSES = 4
-#: Times the median step, at which a step counts as stuck.
-STUCK, SURELY_STUCK = 10, 60.0  # and no less than so many seconds
-#: Steps within which the same finding is not said again.
+#: A step counts as stuck after this multiple of the median step time, and at least this many seconds.
+STUCK, SURELY_STUCK = 10, 60.0
+#: A finding is not repeated within this many steps.
 SILENCE = 10
 
 
@@ -61,8 +61,8 @@ class Recorder:
 
     Attributes:
         recipe: the learner's, every ``auto`` decided.
-        begun: step at which this process took the run up.
-        grader_error: what the last grader failure of the step at hand said.
+        begun: step at which this process started.
+        grader_error: message of the current step's last grader failure.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class Recorder:
             self.journal.event("loss_scale_halved", step=step, times=times, scale=scale)
 
     def keep_rollouts(self, step: int, rows: Sequence[Rationale], reward: str | None) -> None:
-        """Write a step's rationales, under the policy as it is, before they are fitted."""
+        """Write a step's rationales, before they are fitted."""
         header = self.learner.header(reward)
         store.write_file(rollout_path(self.run, step), encode_rollouts(header, rows))
 
@@ -201,8 +201,8 @@ class Recorder:
             why = "no signal: every weight is 0" if record["em/rows_fitted"] == 0 else "gradient not finite"
             self.journal.event("no_update", step=step, why=why)
             if record["em/rows_fitted"]:
-                self.view.warn(f"step {step}: {why}; nothing was learned")
-        if self.grader_error:  # a user's function that raises, say: seen here before it is frequent
+                self.view.warn(f"step {step}: {why}; no update was made")
+        if self.grader_error:  # e.g. a user's reward function that raises
             self.journal.event("grader_error", step=step, error=self.grader_error)
         self.report(step, findings)
         self._recent.append(record)
@@ -217,22 +217,22 @@ class Recorder:
             self._recent.append({"health": [f.kind for f in findings]})
 
     def stop_if_hopeless(self, *, force: bool) -> None:
-        """End a run that cannot learn.
+        """Stop a run that cannot learn.
 
         Raises:
-            NoSignal: no rationale has earned anything for ``DEAD_STEPS`` steps (passed over by ``force``).
-            NumericalStop: ``NONFINITE_STEPS`` gradients in a row were not finite, or as many in all and more
-                than ``NONFINITE_SHARE`` of the steps. None of them moved anything.
-            GraderUnusable: the grader failed on most answers, two steps in a row.
+            NoSignal: no signal for ``DEAD_STEPS`` steps (unless ``force``).
+            NumericalStop: ``NONFINITE_STEPS`` non-finite gradients in a row, or that many in total and more
+                than ``NONFINITE_SHARE`` of the steps. None of them changed the weights.
+            GraderUnusable: the grader failed on most answers for two steps in a row.
         """
         state = self.learner.state
         failing = [graded_failures(r) for r in self._recent if "reasons/failed" in r][-2:]
         if len(failing) == 2 and min(failing) > FAILURES_STOP:
             self.checkpoint()
             raise GraderUnusable(
-                f"the grader failed on {failing[0]:.0%} and {failing[1]:.0%} of the answers of two steps",
+                f"the grader failed on {failing[0]:.0%} and {failing[1]:.0%} of the answers in two steps",
                 f"{self.run}, step {state.step}",
-                self.grader_error or "events.jsonl and `empg-lite inspect` say on what; then --resume",
+                self.grader_error or "see events.jsonl and `empg-lite inspect`, then --resume",
             )
         bad = state.skipped_nonfinite
         often = bad >= NONFINITE_STEPS and bad > NONFINITE_SHARE * state.step
@@ -241,24 +241,24 @@ class Recorder:
             raise NumericalStop(
                 f"{bad} gradients of {state.step} steps were not finite, {state.nonfinite_in_a_row} in a row",
                 f"{self.run}, step {state.step}",
-                "lower optim.learning_rate; the checkpoint holds the weights from before them",
+                "lower optim.learning_rate; the checkpoint has the last good weights",
             )
         if state.no_signal >= DEAD_STEPS and not force:
             self.checkpoint()
             raise NoSignal(
                 f"no signal in {state.no_signal} steps in a row: every weight was 0",
                 f"{self.run}, step {state.step}",
-                "look at `empg-lite inspect`: easier problems, a longer sampler.max_new_tokens, a larger "
-                "sampler.samples_per_problem; --force goes on regardless",
+                "see `empg-lite inspect`; try easier problems, a larger sampler.max_new_tokens or "
+                "sampler.samples_per_problem; --force continues anyway",
             )
 
     @contextmanager
     def saved_when_cut_short(self) -> Iterator[None]:
-        """What a signal or a lack of memory leaves half done has changed nothing: the state is saved as is.
+        """Save the state when a signal or lack of memory cuts a step short; a partial step changes nothing.
 
         Raises:
             Interrupted: a signal came.
-            OutOfMemory, NumericalStop: as it came.
+            OutOfMemory, NumericalStop: as raised, with where the run was saved.
         """
         try:
             yield
@@ -279,7 +279,7 @@ class Recorder:
         return f"after step {step}; {self.checkpoint().name} is saved" if step else "before the first step"
 
     def arm_watchdog(self) -> None:
-        """A step that takes ``STUCK`` times the median, from now on, says on stderr where it is."""
+        """Dump a traceback to stderr if the coming step takes ``STUCK`` times the median."""
         times = sorted(r["step_time"] for r in self._recent if "step_time" in r)
         if len(times) >= 3:
             wait = max(SURELY_STUCK, STUCK * times[len(times) // 2])
@@ -297,17 +297,17 @@ class Recorder:
             self.journal.event("sampler_rows_shrunk", step=state.step + 1, old=before, new=rows)
             state.batch_rows = rows
         failure = sampler.graph_failure
-        if failure is not None and failure != self._graph_failure:  # once
+        if failure is not None and failure != self._graph_failure:  # once per run
             self._graph_failure = failure
             self.journal.event("graphs_not_captured", step=state.step + 1, why=failure)
         first, *others = world.gather(own)
         self._work = own, sum(others, first)
 
     def end_step(self, stop: Sequence[int], clock: Clock, *, force: bool, profile: bool = False) -> bool:
-        """After a step is recorded: checkpoint where due, and end the run where it should.
+        """After a step is recorded: checkpoint if due, and stop the run if it should stop.
 
         Returns:
-            Whether the time is up before the last step.
+            Whether the time limit was reached before the last step.
 
         Raises:
             Interrupted: a signal came; a checkpoint is saved.
@@ -335,17 +335,17 @@ class Recorder:
     # --- what stays on disk -----------------------------------------------------------------------
 
     def checkpoint(self) -> Path:
-        """Publish a checkpoint of the state as it is.
+        """Publish a checkpoint of the current state.
 
         Raises:
-            EmpgError: the processes of a launch no longer hold the same adapter.
+            EmpgError: the processes no longer hold the same adapter.
         """
         learner = self.learner
         if len(set(learner.world.gather(learner.policy.adapter_sha256()))) > 1:
             raise EmpgError(
                 "the processes hold different adapters",
                 f"{self.run}, step {learner.state.step}",
-                "launch on cards of one kind; then --resume goes on from the last checkpoint",
+                "use identical cards, then --resume from the last checkpoint",
             )
         return save_checkpoint(
             self.run,
@@ -358,11 +358,11 @@ class Recorder:
         )
 
     def checkpoint_due(self) -> bool:
-        """After every ``save_every`` steps and after the last."""
+        """Whether a checkpoint is due: every ``save_every`` steps and after the last."""
         return self.learner.state.step % self.recipe.run.save_every == 0 or self._last
 
     def publish_adapter(self, folder: str, figures: Mapping[str, Any]) -> None:
-        """``adapter/`` or ``best/``: plain PEFT files, tokenizer, template, stop tokens and a card."""
+        """Write ``adapter/`` or ``best/``: plain PEFT files, tokenizer, template, stop tokens, model card."""
         from empg_lite.policy.card import Provenance, adapter_card, tokenizer_files
 
         policy = self.learner.policy
@@ -374,7 +374,7 @@ class Recorder:
         )
 
     def write_profile(self, seconds: float) -> None:
-        """``profile.json``: where the time of this process's steps went; probes the device."""
+        """Write ``profile.json``: where this process's steps spent their time; probes the device."""
         from empg_lite.policy.memory.profile import probe, profile
 
         learner, policy = self.learner, self.learner.policy
@@ -387,29 +387,29 @@ class Recorder:
         store.write_file(self.run / PROFILE, json.dumps(found, indent=1))
 
     def save_figures(self, name: str, figures: Mapping[str, Any]) -> None:
-        """``eval/NAME/figures.json``; the answers lie beside it."""
+        """Write ``eval/NAME/figures.json``, next to the answers."""
         store.write_file(self.run / "eval" / name / "figures.json", json.dumps(figures, indent=1))
 
 
 def read_figures(run: Path, name: str) -> dict[str, Any] | None:
-    """What ``eval/NAME/figures.json`` says, or None."""
+    """Read ``eval/NAME/figures.json``; None if absent."""
     path = run / "eval" / name / "figures.json"
     return json.loads(path.read_text("utf-8")) if path.is_file() else None
 
 
 def finished(run: Path, recipe: Recipe) -> bool:
-    """The run has reached ``recipe.run.steps`` and written everything that follows the last step."""
+    """Whether the run has reached ``recipe.run.steps`` and written everything after the last step."""
     found = list_checkpoints(run)
     if not found or int(found[-1].name[5:]) < recipe.run.steps:
         return False
     if store.file_digest(run / "adapter", WEIGHTS) != store.file_digest(found[-1], WEIGHTS):
-        return False  # adapter/ is absent, or that of a shorter run which is being extended
+        return False  # adapter/ is missing, or from a shorter run being extended
     after = read_figures(run, "after")
     return recipe.run.eval_every == 0 or (after is not None and after["step"] >= recipe.run.steps)
 
 
 def summarize(run: Path, recipe: Recipe, state: TrainState, clock: Clock) -> dict[str, Any]:
-    """The result object of ``train`` and ``fit``."""
+    """The result of ``train`` and ``fit``: steps, seconds, accuracy before and after."""
     before, after = (
         read_figures(run, name) if recipe.run.eval_every else None for name in ("before", "after")
     )

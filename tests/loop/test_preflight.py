@@ -64,15 +64,15 @@ def test_always_right_goes_on(cli: Any, recipe_file: Path, tmp_path: Path) -> No
     code, out, err = trained(cli, recipe_file, tmp_path / "run", *settings)
     assert code == 0, err
     assert [f["kind"] for f in facts(tmp_path / "run")["findings"]] == ["all_right"]
-    assert "all of 32 rationales are right: nothing left to learn here" in out
+    assert "all 32 rationales are right: nothing left to learn" in out
 
 
 def test_always_wrong_stops_unless_forced(cli: Any, recipe_file: Path, tmp_path: Path) -> None:
     code, _, err = trained(cli, recipe_file, tmp_path / "run", NEVER)
     last = err.strip().splitlines()[-1]
-    assert code == 77 and "none of 128 rationales earned anything" in last and "--force" in last
+    assert code == 77 and "none of 128 rationales earned a reward" in last and "--force" in last
     code, out, _ = trained(cli, recipe_file, tmp_path / "forced", NEVER, force=True)
-    assert code == 0 and "none of 128 rationales earned anything" in out
+    assert code == 0 and "none of 128 rationales earned a reward" in out
     assert [r["em/updates"] for r in read_metrics(tmp_path / "forced" / "metrics.jsonl")] == [0, 0, 0]
 
 
@@ -106,7 +106,7 @@ def test_check_can_fly_too(cli: Any, recipe_file: Path) -> None:
         result["preflight"]["reward"] == again.reward and result["preflight"]["truncated"] == again.truncated
     )
     code, out, _ = cli("check", "-r", recipe_file, "--preflight", "--set", NEVER)
-    assert code == 1 and "none of 128 rationales earned anything" in out
+    assert code == 1 and "none of 128 rationales earned a reward" in out
 
 
 def test_what_the_sampler_keeps_is_freed_before_any_fit_that_has_no_room_for_it(

@@ -202,7 +202,7 @@ def test_three_of_twenty_end_it_too(tmp_path: Path, model_dir: Path, monkeypatch
 @pytest.mark.parametrize(
     ("reward", "weighting", "code", "updates", "said"),
     [
-        ("regex:never-said", "posterior", 77, 0, "rationales earned anything"),
+        ("regex:never-said", "posterior", 77, 0, "rationales earned a reward"),
         ("regex:(?s).*", "posterior", 0, 12, "rationales are right"),
         ("regex:(?s).*", "centered", 77, 0, "rationales are right"),
         ("regex:(?s).*", "loo", 77, 0, "rationales are right"),
@@ -270,7 +270,7 @@ def test_a_grader_that_fails_stops_the_run_after_two_steps(
         train(recipe, run, TrainOptions(code=user_code))
     except GraderUnusable as error:
         found = error.exit_code
-        assert "of the answers of two steps" in str(error) and "a bad day" in str(error)
+        assert "of the answers in two steps" in str(error) and "a bad day" in str(error)
     assert found == code and len(read_metrics(run / "metrics.jsonl")) == (2 if code else 3)
     assert any("grader failed" in e["what"] for e in events(run) if e["event"] == "health")
     assert list_checkpoints(run) and verify_dir(list_checkpoints(run)[-1]) is None
@@ -282,6 +282,6 @@ def test_all_cut_off_is_said_within_two_steps(tmp_path: Path, model_dir: Path, c
     two_steps = ("--force", "--set", "run.steps=2")
     code, out, _ = cli("train", "--recipe", recipe, "--output-dir", tmp_path / "run", *two_steps)
     assert code == 0
-    assert re.search(r"(9\d|100)% of the rationales were cut off at 12 tokens, which earns 0", out)
+    assert re.search(r"(9\d|100)% of the rationales were cut off at 12 tokens and earn 0", out)
     assert "raise sampler.max_new_tokens, to 24" in out
     assert sum(r.get("em/updates", 0) for r in read_metrics(tmp_path / "run" / "metrics.jsonl")) == 0
