@@ -77,7 +77,7 @@ def test_what_helps_depends_on_the_cause() -> None:
         return str(finding)
 
     assert "to 128" in advice("TTRw") and "50% of the rationales were cut off at 64 tokens" in advice("TTRw")
-    assert "data.prompt and data.reward disagree" in advice("nnnw")
+    assert "data.prompt and data.reward expect different" in advice("nnnw")
     assert "easier problems or a stronger model" in advice("wwwn")
     assert "25% no_answer" in advice("wwwn")
     assert "harder" in advice(*["RRRR"] * 19, "RRRw") and "most are all right" in advice(*["RRRR"] * 19, "Rw")

@@ -105,8 +105,8 @@ def test_a_run_says_what_it_computed_with(straight: Path) -> None:
 def test_graphs_are_counted_and_a_capture_that_fails_is_an_event(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from empg_lite.sampler.native import NativeSampler
     from empg_lite.sampler.graphs import Graphs
+    from empg_lite.sampler.native import NativeSampler
 
     class Replayed:
         def __init__(self, graphs: Graphs, work: Any) -> None:
