@@ -155,8 +155,7 @@ def _drift_metrics(drift: Drift | None) -> dict[str, float]:
 
 
 def memory_metrics(predicted: int) -> dict[str, float]:
-    """Peak memory so far in MB, of the process and of a GPU, and the plan's prediction: for ``peak_gpu_mb`` on
-    a GPU, else for ``peak_rss_mb``."""
+    """Peak memory so far in MB, of the process and of a GPU; the plan's prediction of the latter, if any."""
     import resource
 
     peak = {
