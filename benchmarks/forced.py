@@ -102,6 +102,7 @@ def forced_draws(
         device: where the engines draw.
         others: further tokens that would end a row: never drawn.
     """
+    from empg_lite.sampler import decoder, generate  # noqa: F401 (engines load late; both must be patched)
     from empg_lite.sampler import draw as home
 
     right = home.draw
