@@ -1,4 +1,4 @@
-"""The grader under attack: it gives nothing, ends at its limit, and grades the next answer right."""
+"""The grader under attack: hostile texts earn nothing, stop at the limit, and leave the next answer alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WITHOUT_GMPY2 = {"SYMPY_GROUND_TYPES": "python", "MPMATH_NOGMPY": "1"}
 
 
 def _normal(index: int) -> tuple[str, str, str | None]:
-    """An answer that only the worker can decide, and that is right."""
+    """A correct answer that only the worker can decide."""
     return rf"{index + 2}\sqrt{{5}}", rf"\boxed{{\sqrt{{{5 * (index + 2) ** 2}}}}}", None
 
 
@@ -95,7 +95,7 @@ def test_the_corpus() -> None:
 
 
 @pytest.mark.parametrize("name", ["import, bare", "exec", "dunder chain"])
-def test_the_canary_can_sing(name: str, tmp_path: Path) -> None:
+def test_these_texts_create_the_canary_when_run(name: str, tmp_path: Path) -> None:
     """Control: run as Python, these do create the file."""
     canary = tmp_path / "canary"
     text = CODE[name]
@@ -106,7 +106,7 @@ def test_the_canary_can_sing(name: str, tmp_path: Path) -> None:
 
 
 def test_golds_are_answered_by_themselves() -> None:
-    """Control: what no attack reaches is within reach."""
+    """Control: the gold answers that no attack may match are matched by themselves."""
     with Grader(workers=1) as grader:
         for gold in GOLDS.values():
             assert grader.grade("math", gold, rf"\boxed{{{gold}}}").reward == 1
@@ -135,7 +135,7 @@ def test_every_attack(where: str, arithmetic: str, tmp_path: Path) -> None:
 
 
 def test_off_the_main_thread(tmp_path: Path) -> None:
-    """The limit is no signal: a thread's grade is limited, and right, like any other."""
+    """The limit does not rely on signals: grading in a thread is limited, and right, like any other."""
     few = [attack for attack in QUICK_ATTACKS if attack.name in {"calculus: long sum", "code: import"}]
     assert len(few) == 2
 
@@ -146,7 +146,7 @@ def test_off_the_main_thread(tmp_path: Path) -> None:
 
 
 def test_a_hang_with_and_without_gmpy2(arithmetic: str) -> None:
-    """The worker calculates with what it was told to, and either way is stopped."""
+    """The worker computes with the library it was told to use, and either way is stopped."""
     with Grader(workers=1) as grader:
         assert grader.grade("math", *_normal(0)).reward == 1
         (pid,) = grader.worker_pids()
@@ -196,7 +196,7 @@ _FRAGMENTS = (
 @pytest.mark.slow
 @pytest.mark.parametrize("before", ["", r"\boxed{", "$", "#### ", "answer is "])
 def test_repeated_fragments(before: str) -> None:
-    """The parent reads a text without a clock: 200,000 characters of anything must cost it little."""
+    """The parent reads a text without a time limit: 200,000 characters of anything must cost it little."""
     with Grader(workers=1) as grader:
         for fragment in _FRAGMENTS:
             for after in ("", "}", "$", r"\boxed{1}"):

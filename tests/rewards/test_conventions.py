@@ -64,7 +64,7 @@ def test_a_row_that_cannot_be_read_is_an_error(row: str) -> None:
         read_table(good + "\n" + row, header)
 
 
-def test_the_tables_are_whole() -> None:
+def test_the_tables_are_complete() -> None:
     assert len(CONVENTIONS) >= 220 and len(EXTRACTIONS) >= 48
     assert {verdict for *_, verdict in CONVENTIONS} == {"equal", "different"}
     assert len({(gold, prediction) for _, gold, prediction, _ in CONVENTIONS}) == len(CONVENTIONS)

@@ -73,7 +73,7 @@ def test_specs_are_read(text: str, correctness: str, shaping: list[str], added: 
         ("", "unknown reward ''"),
     ],
 )
-def test_specs_are_refused_in_one_line(text: str, message: str) -> None:
+def test_invalid_specs_are_rejected_in_one_line(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         check_reward(text)
     assert "\n" not in str(caught.value)
@@ -226,7 +226,7 @@ def test_gold_letters(grader: Grader, gold: str) -> None:
     assert grader.grade("choice", gold, r"\boxed{A}", QUESTION).reason == "different"
 
 
-def test_a_gold_that_is_no_letter_is_said(grader: Grader) -> None:
+def test_a_gold_that_is_not_a_letter_is_reported(grader: Grader) -> None:
     verdict = grader.grade("choice", "42", r"\boxed{A}", QUESTION)
     assert (verdict.reason, verdict.failed) == ("crash", True) and "'42'" in str(verdict.error)
 
@@ -243,7 +243,7 @@ def test_options_are_read_in_order() -> None:
     assert options_of("Is it (A) only?") == {} and options_of("(B) x (C) y") == {}
 
 
-def test_an_option_text_that_two_share_is_no_letter() -> None:
+def test_a_text_that_two_options_share_is_no_letter() -> None:
     assert read_letter("7", {"A": "7", "B": "7.0", "C": "8"}) is None
     assert read_letter("8", {"A": "7", "B": "7.0", "C": "8"}) == "C"
 

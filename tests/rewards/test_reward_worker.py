@@ -1,4 +1,4 @@
-"""The grading worker: killed on time, replaced, gone with its parent, and never running a model's code."""
+"""The grading worker: killed on time, replaced, ends with its parent, never runs a model's code."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_an_expensive_answer_is_graded_right_or_stopped(grader: Grader) -> None:
     assert grader.grade("math", *ALGEBRA).reward == 1
 
 
-def test_an_abort_for_lack_of_memory_is_no_crash() -> None:
+def test_an_abort_for_lack_of_memory_is_not_a_crash() -> None:
     """GMP does not raise MemoryError: it aborts the worker."""
     with Grader(workers=1, time_limit=HANGS, memory_limit=256 << 20) as grader:
         assert grader.grade("math", *ALGEBRA).reward == 1
@@ -154,7 +154,9 @@ def test_every_tenth_call_kills(calls: int, how: signal.Signals) -> None:
     assert [v.reason for v in verdicts] == (["equal"] * 9 + ["crash"]) * (calls // 10)
 
 
-def test_a_worker_that_cannot_be_replaced_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_cannot_be_replaced_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first worker works; then it dies and math-verify is broken: three tries, then exit code 69."""
     starts = tmp_path / "starts"
     with Grader(workers=1) as grader:
@@ -270,7 +272,7 @@ def test_interrupt_does_not_reach_the_worker(grader: Grader) -> None:
     assert sorted(grader.worker_pids()) == pids
 
 
-def test_closed_grader_refuses_and_leaves_nothing() -> None:
+def test_a_closed_grader_refuses_work_and_leaves_no_process() -> None:
     grader = Grader(workers=1)
     grader.grade("math", *ALGEBRA)
     (pid,) = grader.worker_pids()
@@ -292,8 +294,8 @@ def test_closing_under_work_ends_it() -> None:
 # ---- starting ----------------------------------------------------------------------------------------
 
 
-def test_breaking_twice_still_sends_every_thread_home() -> None:
-    """Two workers fail as the pool closes: neither may take the other's word to go home (it hung once)."""
+def test_breaking_twice_still_ends_every_thread() -> None:
+    """Two workers fail as the pool closes: neither may take the other's end marker (it hung once)."""
     pool = WorkerPool(workers=2, time_limit=1.0, memory_limit=1 << 30)
     pool._threads = [threading.Thread(), threading.Thread()]
     for _ in range(3):
@@ -315,7 +317,7 @@ def test_closing_while_a_worker_starts() -> None:
         assert not closing.is_alive(), f"close() hangs {pause} s after the first answers"
 
 
-def test_broken_import_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_import_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "math_verify.py").write_text("raise ImportError('half installed')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with Grader() as grader:
@@ -334,7 +336,7 @@ def test_the_current_folder_cannot_shadow(tmp_path: Path, monkeypatch: pytest.Mo
         assert grader.grade("math", *ALGEBRA).reward == 1
 
 
-def test_worker_has_no_torch_and_no_descriptors_of_ours(tmp_path: Path) -> None:
+def test_a_worker_inherits_neither_torch_nor_our_descriptors(tmp_path: Path) -> None:
     path = tmp_path / "LOCK"
     with path.open("w") as lock, Grader(workers=1) as grader:
         os.set_inheritable(lock.fileno(), True)

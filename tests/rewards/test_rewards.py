@@ -135,7 +135,7 @@ def test_exact_leaves_the_rest_undecided(text: str) -> None:
 @example(r"\sqrt")
 @example(r"5\,")
 @settings(max_examples=150, deadline=None)
-def test_any_text_is_read_without_a_fault(text: str) -> None:
+def test_any_text_is_read_without_an_error(text: str) -> None:
     extract(text)
     extract("\\boxed{" + text + "}", numeric=True)
     assert compare(normalize(text), normalize(text + "."), cheap_leaf(False)) is True

@@ -101,7 +101,7 @@ def test_own_function_values(own: SimpleNamespace) -> None:
         ("bomb", "signal 9"),
     ],
 )
-def test_own_function_crashes_are_told(own: SimpleNamespace, prediction: str, error: str) -> None:
+def test_crashes_of_a_function_are_reported(own: SimpleNamespace, prediction: str, error: str) -> None:
     verdict = own.grade(prediction)
     assert (verdict.reward, verdict.reason, verdict.failed) == (0.0, "crash", True)
     assert error in str(verdict.error) and "\n" not in str(verdict.error)
@@ -182,7 +182,7 @@ def test_other_ways_to_name_a_function(tmp_path: Path, text: str) -> None:
         ("reward = 1\n", "not a function"),
     ],
 )
-def test_a_file_that_does_not_load_is_said_by_the_self_test(tmp_path: Path, text: str, message: str) -> None:
+def test_the_self_test_reports_a_file_that_does_not_load(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "r.py").write_text(text)
     spec, code = pin(f"python:{tmp_path / 'r.py'}")
     with Grader(workers=1, code=code) as grader, pytest.raises(GraderUnusable, match=message) as caught:
@@ -190,7 +190,7 @@ def test_a_file_that_does_not_load_is_said_by_the_self_test(tmp_path: Path, text
     assert caught.value.exit_code == 69
 
 
-def test_a_file_that_never_loads_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_never_loads_is_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("empg_lite.rewards.worker.pool._START_SECONDS", 2.0)
     (tmp_path / "r.py").write_text("while True: pass\nreward = 1\n")
     spec, code = pin(f"python:{tmp_path / 'r.py'}")

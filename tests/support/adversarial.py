@@ -1,6 +1,6 @@
-r"""Predictions written to hang, crash, fool or run code in a grader of mathematics.
+r"""Predictions that try to hang, crash, fool or run code in a grader of mathematics.
 
-Each is hostile by kind and has a name of its own. ``GOLD`` in a text becomes the gold answer it is graded
+Each has a kind and a unique name. ``GOLD`` in a text becomes the gold answer it is graded
 against, ``CANARY`` the path of a file that only code run from the text could create.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-#: No text below means one of these.
+#: No text below is equal to one of these.
 GOLDS = {"algebraic": r"3x\sqrt{5}-x^3", "numeric": "-7331", "set": r"\{-31, 17, \sqrt{29}\}"}
 
 
@@ -47,11 +47,11 @@ def _nested(opening: str, closing: str, depth: int, core: str = "x") -> str:
 
 
 def _filled(unit: str, length: int) -> str:
-    """``unit`` again and again, exactly ``length`` characters."""
+    """``unit`` repeated to exactly ``length`` characters."""
     return (unit * (length // len(unit) + 1))[:length]
 
 
-#: The values of these cost too much, or have none; each stands in a box.
+#: Their values are too expensive or do not exist; each is put in a box.
 EXPRESSIONS = {
     "tower": {
         "bare tower": "10^10^10",
