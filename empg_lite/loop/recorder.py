@@ -27,7 +27,6 @@ from empg_lite.loop.metrics import (
     sampling_metrics,
 )
 from empg_lite.policy.adapter import WEIGHTS, adapter_files
-from empg_lite.policy.integrity import fingerprint, resolve_model
 from empg_lite.run import store
 from empg_lite.run.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from empg_lite.run.journal import Journal, read_metrics
@@ -93,6 +92,8 @@ class Recorder:
         self._recent: deque[Mapping[str, Any]] = deque(past, SILENCE)
 
     def _restore(self, opened: Opened, source: Path | None, data: str | None, command: str) -> None:
+        from empg_lite.policy.integrity import fingerprint, resolve_model
+
         learner, journal, m = self.learner, self.journal, self.recipe.model
         inputs = {"base model": fingerprint(resolve_model(m.name, m.revision)[0])}
         inputs |= {"training data": data} if data else {}

@@ -15,7 +15,6 @@ from empg_lite.core.errors import GraderUnusable
 from empg_lite.core.rationale import FAILURES
 from empg_lite.rewards.kind import ALGEBRA, MAX_TEXT, Case, Outcome, Verdict, WorkerRequest
 from empg_lite.rewards.kinds.python import UserCode, python_ref, refuse_code
-from empg_lite.rewards.math import extract
 from empg_lite.rewards.spec import Part, Spec, parse_spec
 from empg_lite.rewards.worker.pool import Reply, WorkerPool
 
@@ -195,5 +194,7 @@ def _shaping(part: Part, case: Case, outcome: Outcome) -> float:
         return min(1.0, int(part.argument) / max(1, len(case.prediction)))
     answer = outcome.answer
     if answer is None or answer.rule == "pattern":
+        from empg_lite.rewards.math import extract
+
         answer = extract(case.prediction)
     return 1.0 if answer and answer.rule in _BOXED_RULES else 0.5

@@ -18,7 +18,6 @@ from typing import Any
 
 from empg_lite.core.errors import DataError, EmpgError, MissingInput
 from empg_lite.rewards.kind import Ask, Case, GradeMany, Kind, Outcome, WorkerRequest, expect
-from empg_lite.rewards.math import extract
 from empg_lite.rewards.spec import Part, Spec, parse_spec
 
 _REFERENCE = re.compile(
@@ -36,6 +35,8 @@ class Python(Kind):
         return None if _REFERENCE.fullmatch(argument) else f" needs {self.needs}"
 
     def grade(self, case: Case, argument: str) -> WorkerRequest:
+        from empg_lite.rewards.math import extract  # only when something is graded
+
         answer = extract(case.prediction)
 
         def read(result: Mapping[str, Any]) -> Outcome:
