@@ -86,7 +86,7 @@ class Setting:
             f"em.passes={self.passes}",
             f"sampler.problems_per_step={self.problems}",
             f"sampler.samples_per_problem={self.samples}",
-            # what fits this kind of model into a core's cache; neither changes the maths
+            # what fits this kind of model into a core's cache; neither changes the math
             "optim.micro_batch_tokens=1024",
             "sampler.batch_rows=256",
             *EM_ARMS.get(self.arm, ()),

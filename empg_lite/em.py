@@ -1,10 +1,10 @@
 """The EM policy gradient: the weights of the E-step and the loss of the M-step. Tensors in, tensors out.
 
 For a problem x the policy draws K rationales z_k ~ pi_old(z|x) and a verifier gives R_k in [0, 1].
-Maximise log J(x) = log E_{z~pi}[R], with z latent:
+Maximize log J(x) = log E_{z~pi}[R], with z latent:
 
     E-step   q(z|x) ∝ pi_old(z|x) R(z)        on K samples:  w_k = R_k / mean_j R_j   (K times the posterior)
-    M-step   maximise  (1/Z) sum_k w_k sum_t log pi_theta(z_kt | x, z_k,<t)
+    M-step   maximize  (1/Z) sum_k w_k sum_t log pi_theta(z_kt | x, z_k,<t)
 
 The gradient of the M-step, E_{pi_old}[w grad log pi_theta], is the EM policy gradient. At theta = old it
 is the gradient of log J (Fisher's identity); elsewhere it is the gradient of a lower bound of log J.
@@ -89,7 +89,7 @@ def em_weights(
 
 
 def denominator(lengths: Sequence[int], *, normalization: str = "tokens", max_new_tokens: int) -> float:
-    """The one Z of an optimiser step, counted before its first micro-batch.
+    """The one Z of an optimizer step, counted before its first micro-batch.
 
     Args:
         lengths: trained tokens of every row sampled for the step; rows of weight 0 count too.
@@ -113,8 +113,8 @@ def m_step_loss(logprobs: Tensor, mask: Tensor, weights: Tensor, denominator: fl
     """M-step: the weighted negative log-likelihood of one micro-batch.
 
     Losses of micro-batches add up to the loss of the step, as every one is divided by the same Z.
-    Nothing outside ``mask`` and nothing in a row of weight 0 reaches value or gradient, be it infinite or
-    NaN. A trained token with a non-finite log-probability makes the loss non-finite: the caller checks.
+    Entries outside ``mask`` or in rows of weight 0 affect neither value nor gradient, even if they are
+    infinite or NaN. A trained token with a non-finite log-probability makes the loss non-finite: the caller checks.
 
     Args:
         logprobs: ``(B, T)`` log pi_theta of the tokens, nats, float32 or float64.
@@ -276,6 +276,6 @@ def _posterior(rewards: Tensor, valid: Tensor, baseline: float) -> Tensor:
 
 def _centered(rewards: Tensor, valid: Tensor) -> Tensor:
     # From the largest reward down: equal ones become exactly 0, which R - Rbar misses by rounding
-    # (three rewards of 0.1 have a mean of 0.10000000000000002, and a standardised weight of -1).
+    # (three rewards of 0.1 have a mean of 0.10000000000000002, and a standardized weight of -1).
     gap = rewards - rewards.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)  # (P, K)
     return gap - _mean(gap, valid)

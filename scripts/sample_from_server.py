@@ -6,7 +6,7 @@
 
 Asks POST SERVER/v1/completions for K completions of each problem of the recipe's training split, with the
 recipe's prompt template and stop strings, at temperature 1. What comes back is stored as text: `fit`
-tokenises it. Problems follow each other as in `empg-lite sample`, as long as no prompt is longer than
+tokenizes it. Problems follow each other as in `empg-lite sample`, as long as no prompt is longer than
 `data.max_prompt_tokens`. Rows are appended problem by problem: a killed command is repeated, completes the
 file and then changes nothing.
 

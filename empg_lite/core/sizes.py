@@ -8,7 +8,7 @@ LOGIT_CHUNK = {"cpu": 3 << 19, "cuda": 1 << 26}
 #: Tokens (padding included) of the prompts in one prefill batch.
 PREFILL_TOKENS = {"cpu": 4096, "cuda": 16_384}
 #: Fewest rows decoded at once. Matrix products over one or two rows use other CPU kernels and differ by 1e-6
-#: from wider ones; a batch that never gets narrower keeps a sample's numbers independent of its neighbours.
+#: from wider ones; a batch that never gets narrower keeps a sample's numbers independent of its neighbors.
 MIN_ROWS = 8
 #: The sampler compacts its slots, or admits waiting prompts, when this share of them is idle.
 IDLE = 1 / 8

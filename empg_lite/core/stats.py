@@ -13,9 +13,9 @@ def wilson(successes: int, n: int, z: float = Z_95) -> tuple[float, float]:
     """Wilson score interval of a proportion (JASA 1927): reliable near 0 and 1."""
     assert n > 0 and 0 <= successes <= n
     p = successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    center = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:

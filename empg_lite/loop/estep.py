@@ -104,7 +104,8 @@ class Drawn:
     Attributes:
         groups: one per problem, with rewards, and weights after ``weigh``.
         nats: -sum log pi over all sampled tokens.
-        sample_seconds, score_seconds: wall time; scoring overlaps sampling, so this is the remainder.
+        sample_seconds: wall time of sampling.
+        score_seconds: wall time still spent scoring afterwards; the rest overlaps sampling.
         grader_error: message of the last grader failure.
     """
 
@@ -143,7 +144,7 @@ def draw_and_score(
 ) -> Drawn:
     """Draw K = ``samples`` rationales for each problem; each is graded as soon as it ends.
 
-    Training, preflight and evaluation all sample here. The processes of a launch share the problems.
+    Training, preflight and evaluation all sample here. The problems are divided among the processes of a launch.
 
     Args:
         decoding: None samples as training does.
@@ -229,17 +230,17 @@ def weigh(
     Args:
         current_step: optimizer steps of the policy about to be fitted; None for fresh samples.
         max_age: groups with a rationale older than this many optimizer steps get weight 0; None: no limit.
-            External text has no age.
+            External text is never too old.
     """
     if not groups:
         return ()
     rewards, valid = reward_matrix(groups)
     weights = em_weights(rewards, valid, weighting=weighting, baseline=baseline)  # (P, K)
-    fresh_only = em_weights(rewards, valid, weighting=weighting, baseline=baseline, drop_negative=True)
+    clamped = em_weights(rewards, valid, weighting=weighting, baseline=baseline, drop_negative=True)
     weighed = []
     for p, group in enumerate(groups):
         age = 0 if current_step is None else max(abs(current_step - r.policy_step) for r in group.rationales)
-        row = (fresh_only if age else weights)[p].tolist()
+        row = (clamped if age else weights)[p].tolist()
         if max_age is not None and age > max_age and group.rationales[0].policy_step >= 0:
             row = [0.0] * len(row)
         rationales = tuple(replace(r, weight=row[k]) for k, r in enumerate(group.rationales))

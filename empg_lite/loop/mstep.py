@@ -1,4 +1,4 @@
-"""M-step: weighted maximum likelihood on the LoRA weights, one optimiser step a pass.
+"""M-step: weighted maximum likelihood on the LoRA weights, one optimizer step per pass.
 
 The denominator is counted over all rows before the first micro-batch, rows of weight 0 included, so the
 micro-batch size only affects memory, never the math.
@@ -152,7 +152,11 @@ class _Fitter:
         self.started = time.perf_counter()
 
     def gradient(self, weights: Sequence[float]) -> tuple[float, float]:
-        """The whole step's gradient, unscaled and clipped, in the parameters; the loss, the norm before."""
+        """Compute the whole step's gradient, unscaled and clipped, into the parameters' ``.grad``.
+
+        Returns:
+            The loss, and the gradient norm before clipping.
+        """
         done = False
         while not done:
             with self._smaller_if_it_does_not_fit() as attempt:
@@ -287,7 +291,7 @@ class _Fitter:
     def _smaller_if_it_does_not_fit(self) -> Iterator[_Attempt]:
         """If memory runs out in the block, halve the micro-batch; the caller runs the block again.
 
-        The result does not depend on it. All processes halve together if one runs out of memory.
+        The result does not depend on the micro-batch. All processes halve together if one runs out of memory.
 
         Raises:
             OutOfMemory: every micro-batch was already a single row.

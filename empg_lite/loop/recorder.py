@@ -147,7 +147,7 @@ class Recorder:
         """Advance the state past the step just fitted; returns its metrics, not yet logged.
 
         Args:
-            drawn: what the E-step took; None where it was another command's.
+            drawn: the E-step's result, with its timings; None if another command ran the E-step.
         """
         learner, state, rows = self.learner, self.learner.state, flatten(groups)
         rate, step = learner.learning_rate(), state.step + 1

@@ -54,13 +54,13 @@ def train(
     view: View | None = None,
     world: World = SINGLE,
 ) -> dict[str, Any]:
-    """Train by a recipe, into a run directory; every process of ``world`` calls this alike.
+    """Train a recipe in a run directory; every process of ``world`` calls this with the same arguments.
 
     Returns:
         ``recorder.summarize``: steps, seconds, accuracy before and after.
 
     Raises:
-        EmpgError: anything expected; its class says what, its ``exit_code`` how the command ends.
+        EmpgError: any anticipated failure; its class says which, its ``exit_code`` is the command's.
     """
     from empg_lite.loop.begin import begin, check_sampling  # loads data, model, evaluation
 
@@ -102,7 +102,7 @@ def train(
 def e_step(sampler: Sampler, grader: Grader, stream: ProblemStream, recorder: Recorder) -> Drawn:
     """Sample, score and weigh one step's rationales.
 
-    P problems; where fewer than P of them carry a gradient, up to ``sampler.refill`` more.
+    Draw P problems; while fewer than P carry a gradient, draw up to ``sampler.refill`` more in all.
     """
     recipe, state, before = recorder.recipe, recorder.learner.state, sampler.work
     p = recipe.sampler.problems_per_step
@@ -118,7 +118,7 @@ def e_step(sampler: Sampler, grader: Grader, stream: ProblemStream, recorder: Re
 
 
 def _draw(sampler: Sampler, grader: Grader, recorder: Recorder, problems: Sequence[Problem]) -> Drawn:
-    """K weighed rationales for each of some problems."""
+    """Draw, score and weigh K rationales for each problem."""
     learner, recipe, step = recorder.learner, recorder.recipe, recorder.learner.state.step + 1
     k = recipe.sampler.samples_per_problem
     with recorder.view.phase("sampling", len(problems) * k) as on_done:

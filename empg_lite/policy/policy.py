@@ -1,7 +1,7 @@
 """The policy: one base, one adapter, one tokenizer, one template.
 
-Sampling and scoring must agree on prompt, padding and adapter state. A silent mismatch is this field's most
-common bug, so one object does both. With the adapter on it is the policy, with the adapter off the reference:
+Sampling and fitting must agree on prompt, padding and adapter state. A silent mismatch is the most common
+bug in this area of research, so one object does both. With the adapter on it is the policy, with the adapter off the reference:
 there is never a second copy of the weights.
 """
 

@@ -266,7 +266,7 @@ def verify_dir(path: Path) -> str | None:
     """What is wrong with a directory made by ``write_dir``, in words; None if it is intact.
 
     The directory is not trusted: no link is followed, and reads are bounded by the manifest and by the limits
-    below.
+    above.
     """
     try:
         manifest = json.loads(read_regular(path / "manifest.json", MAX_MANIFEST))

@@ -42,7 +42,7 @@ def lognormal_cdf(x: float, mean: float, sigma: float) -> float:
 
 @pytest.mark.parametrize(("mean", "sigma", "fits"), [(36, 0.5, True), (36, 0.45, False), (38, 0.5, False)])
 def test_lengths_are_lognormal(mean: float, sigma: float, fits: bool) -> None:
-    """Against the distribution function, by Kolmogorov's distance; two neighbours are told apart."""
+    """Against the distribution function, by Kolmogorov's distance; two neighbors are told apart."""
     n = 20_000
     lengths = torch.tensor(forced.draw_lengths(n, cap=10**6))
     off = max(

@@ -85,7 +85,7 @@ def test_micro_batches_and_row_order_change_nothing() -> None:  # item 9
     assert caught > 35  # the others have one micro-batch, or nothing to fit
 
 
-def test_zero_weight_rows_are_skipped_at_no_cost_to_the_maths() -> None:  # item 9
+def test_zero_weight_rows_are_skipped_at_no_cost_to_the_math() -> None:  # item 9
     caught = 0
     for seed in SEEDS:
         step = random_step(seed)

@@ -58,7 +58,7 @@ EM = each(oracles.test_em_never_lowers_log_success, BINARY, GRADED)
 TABULAR = [oracles.test_tabular_m_step]
 ALL_RIGHT = each(oracles.test_all_right_under_posterior_weighs_k_times_one_minus_beta, (3, 0.5), (3, 1.0))
 MICRO = [properties.test_micro_batches_and_row_order_change_nothing]
-SKIP = [properties.test_zero_weight_rows_are_skipped_at_no_cost_to_the_maths]
+SKIP = [properties.test_zero_weight_rows_are_skipped_at_no_cost_to_the_math]
 PADDING = [properties.test_garbage_outside_the_mask_stays_outside]
 SCALE = each(oracles.test_weights_scale_and_shift, 2, 5)
 FLOW = [oracles.test_fixed_data_limit_is_water_filling]
@@ -115,7 +115,7 @@ IN_THE_PACKAGE: list[Row] = [
     (5, "sample std", STD, SAMPLE_STD, SPREAD),
     (5, "a floor under the std", "weights / std, 0.0", "weights / (std + 1e-4), 0.0", SPREAD + SCALE),
     (5, "negatives kept", CLAMP, "weights", SPREAD),
-    (6, "normalisations swapped", 'if normalization == "tokens"', 'if normalization != "tokens"', LENGTHS),
+    (6, "normalizations swapped", 'if normalization == "tokens"', 'if normalization != "tokens"', LENGTHS),
     (6, "a mean per response", SUM, PER_ROW, LENGTHS),
     (6, "rows without a length", "len(lengths) * max_new_tokens", "len(lengths)", LENGTHS),
     (7, "the likelihood lowered", "return -(weights", "return (weights", EM),
@@ -156,14 +156,14 @@ POSITIVES = "w = Fraction(eta) * (r - mean) if r > mean else r - mean"
 PULL = "weights - tau * (logp - np.log(mu))"
 TAPERED = "w if w >= 0 else w * min(1.0, math.exp(sequence))"
 
-#: What only the reference offers: neighbouring estimators, limits, closed forms.
+#: What only the reference offers: neighboring estimators, limits, closed forms.
 IN_THE_REFERENCE: list[Row] = [
     (1, "scores without their mean", "phi[token] - mean_phi", "phi[token]", POLICY),
     (4, "all-right groups kept", MIXED, "if mean > 0 else", MIXTURE),
     (5, "positives scaled", NEGATIVES, POSITIVES, SPREAD),
     (5, "variance for std", "math.sqrt(s / k * (1 - s / k))", "(s / k * (1 - s / k))", SPREAD),
     (6, "no mean per response", "/ (len(STRINGS[i]) if sequence_mean else 1)", "", LENGTHS),
-    (11, "no normaliser", "pull - np.exp(logp) * pull.sum(-1, keepdims=True)", "pull", FLOW),
+    (11, "no normalizer", "pull - np.exp(logp) * pull.sum(-1, keepdims=True)", "pull", FLOW),
     (11, "no water level", "np.maximum(pull - low, 0)", "np.maximum(pull, 0)", FLOW),
     (12, "half the penalty", PULL, "weights - tau / 2 * (logp - np.log(mu))", KIMI),
     (12, "a pull to the uniform", PULL, "weights - tau * logp", KIMI),

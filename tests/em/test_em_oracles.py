@@ -63,7 +63,7 @@ def test_fisher_identity(rewards: np.ndarray) -> None:  # item 2
     j, grad_j = ref.success(THETA, rewards)
     posterior = ref.probabilities(THETA) * rewards / j
     close(ascent(posterior), grad_j / j)
-    rejects(ascent(posterior * j), grad_j / j)  # unnormalised: grad J, not grad log J
+    rejects(ascent(posterior * j), grad_j / j)  # unnormalized: grad J, not grad log J
 
 
 @both
@@ -184,7 +184,7 @@ def test_tabular_m_step_on_the_strings(rewards: np.ndarray) -> None:  # item 7
     squares = ref.success(THETA, rewards**2)[0]
     close((pi * rewards / j) @ rewards, squares / j)
     assert squares / j > j  # it improves
-    rejects((pi * rewards) @ rewards, squares / j)  # not normalised
+    rejects((pi * rewards) @ rewards, squares / j)  # not normalized
 
 
 @pytest.mark.parametrize("weighting", em.WEIGHTINGS)

@@ -80,7 +80,7 @@ def test_m_step_is_the_weighted_likelihood(model_dir: Path) -> None:
     assert torch.linalg.norm(movement + wrong_z) > 0.1 * gradient.norm()  # negative control
 
 
-def test_max_length_normalises_by_a_constant(model_dir: Path) -> None:
+def test_max_length_normalizes_by_a_constant(model_dir: Path) -> None:
     gradient, _ = naive_gradient(model_dir, rows(), 6 * 9)
     movement, _ = step_of(model_dir, rows(), dataclasses.replace(SETTINGS, normalization="max_length"))
     assert torch.linalg.norm(movement + gradient) <= 1e-5 * gradient.norm()

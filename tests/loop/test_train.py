@@ -452,7 +452,7 @@ def test_verdicts_are_not_asked_for_twice(
     assert ended(1) > 4 and len(asked) == ended(2) + ended(3)
 
 
-def test_the_optimiser_is_stored_by_name(straight: Path) -> None:
+def test_the_optimizer_is_stored_by_name(straight: Path) -> None:
     from safetensors import safe_open
 
     with safe_open(list_checkpoints(straight / "run")[-1] / "optimizer.safetensors", "pt") as tensors:

@@ -1,4 +1,4 @@
-"""Extraction and equivalence: properties and labelled data.
+"""Extraction and equivalence: properties and labeled data.
 
 The conventions are in test_conventions.py, properties of the real gold answers in test_gold_properties.py.
 """
@@ -208,7 +208,7 @@ CONTRADICTED = {
 
 
 @pytest.mark.shared
-def test_labelled_pairs(grader: Grader, shared: Path) -> None:
+def test_labeled_pairs(grader: Grader, shared: Path) -> None:
     rows = _load(shared / "grader_cases_dev.jsonl")
     labels: dict[tuple[str, str], set] = {}
     for row in rows:

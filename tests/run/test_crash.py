@@ -152,7 +152,7 @@ def test_killed_while_resuming(plant: Plant, straight_child: tuple[Ended, str], 
     assert wrong == []
 
 
-def forget_optimiser() -> None:
+def forget_optimizer() -> None:
     checkpoint._load_optimizer = lambda *_: None
 
 
@@ -180,14 +180,14 @@ def keep_logs() -> None:
 @pytest.mark.parametrize(
     "defect",
     [
-        forget_optimiser,
+        forget_optimizer,
         lambda: forget(position=0),
         lambda: forget(policy_step=0),
         lambda: forget(num_tokens=0),
         other_random_numbers,
         keep_logs,
     ],
-    ids=["optimiser", "data position", "counters", "token count", "random numbers", "logs"],
+    ids=["optimizer", "data position", "counters", "token count", "random numbers", "logs"],
 )
 def test_control_what_is_not_restored_is_noticed(
     plant: Plant, straight_child: tuple[Ended, str], defect

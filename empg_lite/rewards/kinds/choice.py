@@ -20,7 +20,7 @@ _WRAPPER = re.compile(r"\\(?:text|textbf|textit|mathbf|mathrm|textrm|mathsf|oper
 _CALLED = r"(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|letter|answer)\s*:?\s*)?"
 _LETTER = r"[(\[]?([A-Ja-j])[)\]]?"
 _ALONE = re.compile(rf"{_CALLED}{_LETTER}[.:]?", re.IGNORECASE)
-_LABELLED = re.compile(
+_LABELED = re.compile(
     rf"{_CALLED}(?:[(\[]([A-J])[)\]]|([A-J])\s*[).:])[.:]?\s*(.*)", re.IGNORECASE | re.DOTALL
 )
 _SEVERAL = re.compile(
@@ -63,9 +63,9 @@ def read_letter(text: str, options: dict[str, str]) -> str | None:
     if _SEVERAL.fullmatch(text):
         letters = {letter.upper() for letter in re.findall(r"(?<![A-Za-z])[A-Ja-j](?![A-Za-z])", text)}
         return letters.pop() if len(letters) == 1 else None
-    labelled = _LABELLED.fullmatch(text)
-    if labelled:
-        letter, rest = (labelled[1] or labelled[2]).upper(), labelled[3].strip()
+    labeled = _LABELED.fullmatch(text)
+    if labeled:
+        letter, rest = (labeled[1] or labeled[2]).upper(), labeled[3].strip()
         others = {(m[1] or m[2]).upper() for m in _LABEL.finditer(rest + " ")} - {letter}
         alone = _ALONE.fullmatch(re.sub(r"^(?:or|and|,|/|&)\s*", "", rest, flags=re.IGNORECASE))
         if rest == options.get(letter) or not (others or (alone and alone[1].upper() != letter)):

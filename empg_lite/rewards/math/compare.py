@@ -211,7 +211,7 @@ def _named(shape: Shape) -> dict[str, Shape] | None:
 
 
 def _bags(gold: Shape, prediction: Shape, leaf: Leaf) -> bool | None:
-    """Labelled items (``x = 1, y = 2``) pair by label, or in order with unlabelled ones."""
+    """Labeled items (``x = 1, y = 2``) pair by label, or in order with unlabeled ones."""
     one, other = _named(gold), _named(prediction)
     if one is not None and other is not None and set(one) == set(other):
         return _ordered(list(one.values()), [other[label] for label in one], leaf)
@@ -219,8 +219,8 @@ def _bags(gold: Shape, prediction: Shape, leaf: Leaf) -> bool | None:
         return False
     if gold.kind == "tuple":
         return gold.text == prediction.text and _ordered(gold.items, prediction.items, leaf)
-    labelled = [any(item.label for item in shape.items) for shape in (gold, prediction)]
-    if (one is not None and not labelled[1]) or (other is not None and not labelled[0]):
+    labeled = [any(item.label for item in shape.items) for shape in (gold, prediction)]
+    if (one is not None and not labeled[1]) or (other is not None and not labeled[0]):
         return _ordered(gold.items, prediction.items, leaf)
     return _unordered(gold.items, prediction.items, leaf)
 
