@@ -114,7 +114,8 @@ def m_step_loss(logprobs: Tensor, mask: Tensor, weights: Tensor, denominator: fl
 
     Losses of micro-batches add up to the loss of the step, as every one is divided by the same Z.
     Entries outside ``mask`` or in rows of weight 0 affect neither value nor gradient, even if they are
-    infinite or NaN. A trained token with a non-finite log-probability makes the loss non-finite: the caller checks.
+    infinite or NaN. A trained token with a non-finite log-probability makes the loss non-finite: the caller
+    checks.
 
     Args:
         logprobs: ``(B, T)`` log pi_theta of the tokens, nats, float32 or float64.

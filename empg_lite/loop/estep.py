@@ -144,7 +144,7 @@ def draw_and_score(
 ) -> Drawn:
     """Draw K = ``samples`` rationales for each problem; each is graded as soon as it ends.
 
-    Training, preflight and evaluation all sample here. The problems are divided among the processes of a launch.
+    Training, preflight and evaluation all sample here. The processes of a launch divide the problems.
 
     Args:
         decoding: None samples as training does.

@@ -1,8 +1,8 @@
 """The policy: one base, one adapter, one tokenizer, one template.
 
 Sampling and fitting must agree on prompt, padding and adapter state. A silent mismatch is the most common
-bug in this area of research, so one object does both. With the adapter on it is the policy, with the adapter off the reference:
-there is never a second copy of the weights.
+bug in this area of research, so one object does both. With the adapter on it is the policy, with the adapter
+off the reference: there is never a second copy of the weights.
 """
 
 from __future__ import annotations
