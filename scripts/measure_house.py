@@ -145,9 +145,9 @@ def python(code: str, cwd: Path = ROOT) -> str:
     return done.stdout
 
 
-def modules_of_train() -> list[str]:
-    """Our modules that ``import empg_lite.loop.train`` loads."""
-    code = "import json, sys, empg_lite.loop.train; print(json.dumps(sorted(sys.modules)))"
+def modules_of(module: str) -> list[str]:
+    """Our modules that importing one loads."""
+    code = f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))"
     return [name for name in json.loads(python(code)) if name.split(".")[0] == "empg_lite"]
 
 
@@ -221,9 +221,11 @@ def from_source() -> list[Measure]:
 
 def from_runs() -> list[Measure]:
     """Measures that start processes: some ten seconds."""
-    modules, frames = modules_of_train(), frames_to_loss()
+    modules, frames = modules_of("empg_lite.loop.train"), frames_to_loss()
+    begun = len(modules_of("empg_lite.loop.begin"))
     return [
         Measure("our modules that loop.train imports", "80", len(modules), 45, ", ".join(modules)),
+        Measure("the same with what train() imports when it begins", "80", begun),
         Measure("frames from train() to m_step_loss", "14", len(frames), 6, " > ".join(frames)),
     ]
 

@@ -103,7 +103,7 @@ def _translated(error: BaseException) -> EmpgError:
     """Any exception as an ``EmpgError``; typer's are usage errors."""
     if isinstance(error, typer.BadParameter | typer.Abort) or type(error).__module__.startswith("typer."):
         message = getattr(error, "format_message", lambda: str(error) or type(error).__name__)()
-        return UsageError(message.rstrip("."), _usage_context(error), "see --help")
+        return UsageError(message.rstrip(".") or "no command given", _usage_context(error), "see --help")
     return explained(error)
 
 

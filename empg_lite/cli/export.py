@@ -76,12 +76,12 @@ def _export_text(result: dict[str, Any]) -> str:
     if "argmax_agreement" not in result:
         return str(result["export"])
     text = (
-        f"{result['export']}: {result['bytes'] / 1e6:,.1f} MB; its first choice is the adapter's at "
-        f"{result['argmax_agreement']:.2%} of {result['compared_tokens']} tokens"
+        f"{result['export']}: {result['bytes'] / 1e6:,.1f} MB; agrees with the adapter on the top token at "
+        f"{result['argmax_agreement']:.2%} of {result['compared_tokens']} positions"
     )
     if "greedy_agreement" in result:
         text += (
-            f", {result['greedy_agreement']:.0%} of {result['compared_prompts']} greedy answers the same, "
+            f" and on {result['greedy_agreement']:.0%} of {result['compared_prompts']} greedy answers; "
             f"reward {result['reward']:.1%} (adapter {result['reward_adapter']:.1%})"
         )
     return text

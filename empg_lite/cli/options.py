@@ -54,7 +54,9 @@ ForceOption = Annotated[
         help="Skip the safety checks: refused sampling settings, memory plan, preflight, dead signal.",
     ),
 ]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in --output-dir.")]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Continue the run in --output-dir; start it if there is none.")
+]
 OutputDirOption = Annotated[
     Path | None,
     typer.Option("--output-dir", "-o", help="Run directory; default runs/<recipe>-NNN.", show_default=False),

@@ -23,7 +23,7 @@ JsonOption = Annotated[
     bool,
     typer.Option("--json", help="Print only JSON on stdout, the result last; progress goes to stderr."),
 ]
-#: ``main`` reads it from the arguments: an error while parsing them has a traceback, too.
+#: Read from argv by ``main``, so that parsing errors print a traceback too.
 DebugOption = Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")]
 
 

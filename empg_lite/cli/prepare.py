@@ -224,15 +224,16 @@ _REASONS = {
     "parse": "an answer was found but could not be parsed",
     "too_long": "the text is too long to grade",
     "truncated": "the text was cut off before a stop",
-    "timeout": "the grader timed out: no verdict, the row is left out of training",
-    "memory": "the grader ran out of memory: no verdict, the row is left out of training",
-    "crash": "the grader crashed: no verdict, the row is left out of training",
+    "timeout": "the grader timed out; such a row is left out of training",
+    "memory": "the grader ran out of memory; such a row is left out of training",
+    "crash": "the grader could not reach a verdict; such a row is left out of training",
 }
 
 
 def _print_verdict(out: Output, v: Verdict, reward: str, steps: list[str]) -> None:
     """The headline, the facts, then how the verdict came about."""
-    out.say(f"reward {v.reward:g} · {v.reason}: {_REASONS[v.reason]}", style="bold")
+    reward_text = "no reward" if v.failed else f"reward {v.reward:g}"
+    out.say(f"{reward_text} · {v.reason}: {_REASONS[v.reason]}", style="bold")
     out.say("read    " + ("nothing" if v.extracted is None else f"{v.extracted} (rule: {v.rule})"))
     if v.terms:
         out.say("terms   " + " · ".join(f"{name} {value:.3g}" for name, value in v.terms.items()))

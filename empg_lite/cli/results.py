@@ -95,7 +95,7 @@ def inspect(
         out.raw({"file": str(path), "shown": len(shown), "matching": len(chosen), "rationales": len(rows)})
         return
     out.show(*map(stored_panel, shown))
-    out.say(f"{len(shown)} of {len(chosen)} matching, {len(rows)} in {path}", style="dim")
+    out.say(f"showing {len(shown)} of {len(chosen)} matches; {path} has {len(rows)} rationales", style="dim")
 
 
 def report(

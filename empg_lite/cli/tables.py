@@ -114,7 +114,7 @@ def show_plan(out: Output, model: str, plan: Plan, change: Sequence[str] | None)
     out.say(f"for {sizes}")
     phase, term = plan.largest
     out.say(f"peak: {_gb(plan.peak)} GB in the {phase}; the largest term is {term}")
-    room = f"{_gb(SHARE * free)} GB ({SHARE:.0%} of the {_gb(free)} GB free beside the libraries)"
+    room = f"{_gb(SHARE * free)} GB ({SHARE:.0%} of the {_gb(free)} GB left once the libraries are loaded)"
     if plan.fits:
         out.say(f"fits in {room}", style="bold green")
         return
@@ -128,11 +128,11 @@ def show_plan(out: Output, model: str, plan: Plan, change: Sequence[str] | None)
 def _terms(plan: Plan) -> Table:
     table = Table("phase", "term")
     table.add_column("GB", justify="right")
-    for phase, terms in [("both", plan.stays), *plan.phases.items()]:
+    for phase, terms in [("all", plan.stays), *plan.phases.items()]:
         for i, (term, size) in enumerate((t, n) for t, n in terms.items() if n):
             table.add_row(phase if i == 0 else "", term, _gb(size))
         if phase in plan.totals:
-            table.add_row("", "with both", _gb(plan.totals[phase]), style="bold")
+            table.add_row("", "in all", _gb(plan.totals[phase]), style="bold")
         table.add_section()
     return table
 

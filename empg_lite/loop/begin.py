@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from empg_lite.run.parallel import World
     from empg_lite.sampler import Sampler
 
-#: Of a run on disk: bytes of a metrics record, of a block, and characters of text that a token stands for.
+#: Disk estimate: bytes per metrics record, bytes per file-system block, characters per token.
 METRICS_BYTES, BLOCK, CHARACTERS = 4000, 4096, 5
 
 
@@ -126,7 +126,8 @@ def check_disk_space(recorder: Recorder, problems: Sequence[Problem], evaluated:
 
     Args:
         problems: those that are sampled for.
-        evaluated: how many problems are answered, each greedily and once more.
+        evaluated: problems evaluated, counted before and after training; each stores a greedy and a sampled
+            answer.
 
     Raises:
         StorageError: it does not fit, or nothing can be written there.

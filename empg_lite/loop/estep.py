@@ -26,18 +26,20 @@ if TYPE_CHECKING:
     from empg_lite.loop.learner import Learner
     from empg_lite.policy.policy import Policy
     from empg_lite.rewards import Grader
+    from empg_lite.run.parallel import World
+    from empg_lite.sampler import SampleWork
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Sampled groups without rewards, and their tokens' entropy.
+    """Sampled groups without rewards, and their surprise.
 
-    ``entropy`` (nats per token) is -mean log pi of the sampled tokens: at temperature 1 an unbiased estimate
-    of the policy's token entropy.
+    ``nats`` is -sum log pi of the sampled tokens; per token, at temperature 1, an unbiased estimate of the
+    policy's token entropy.
     """
 
     groups: tuple[Group, ...]
-    entropy: float
+    nats: float
 
 
 def sample_rationales(
@@ -93,8 +95,7 @@ def sample_rationales(
         Group(problem.id, step, tuple(rationales[i, k] for k in range(samples)))
         for i, problem in enumerate(problems)
     )
-    logprobs = [x for completions in drawn for c in completions for x in c.logprobs]
-    return Draw(groups, -sum(logprobs) / max(len(logprobs), 1))
+    return Draw(groups, -sum(x for completions in drawn for c in completions for x in c.logprobs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,7 @@ class Drawn:
         sample_seconds: wall time of sampling.
         score_seconds: wall time still spent scoring afterwards; the rest overlaps sampling.
         grader_error: message of the last grader failure.
+        own_work, work: what this process's sampler and those of all computed; set by ``with_work``.
     """
 
     groups: tuple[Group, ...]
@@ -114,10 +116,17 @@ class Drawn:
     sample_seconds: float
     score_seconds: float
     grader_error: str | None = None
+    own_work: SampleWork | None = None
+    work: SampleWork | None = None
 
     def with_groups(self, groups: tuple[Group, ...]) -> Drawn:
         """The same draw, its groups weighed."""
         return replace(self, groups=groups)
+
+    def with_work(self, own: SampleWork, world: World) -> Drawn:
+        """The same draw, with what the samplers of all processes computed for it."""
+        first, *others = world.gather(own)
+        return replace(self, own_work=own, work=sum(others, first))
 
     def __add__(self, more: Drawn) -> Drawn:
         return Drawn(
@@ -169,7 +178,7 @@ def draw_and_score(
             on_rationale=scorer.submit,
         )
         sampled = time.perf_counter()
-        nats = draw.entropy * sum(len(r.completion_ids) for r in flatten(draw.groups))
+        nats = draw.nats
         scored = iter(scorer.scored(flatten(draw.groups)))
         return [[next(scored) for _ in group.rationales] for group in draw.groups]
 

@@ -1,7 +1,7 @@
 """Diagnose whether samples carry a training signal, and name the one change that would help.
 
 Pure functions of each step's metrics; preflight calls them before step 1, the loop after each step.
-Thresholds follow the field's guides where they exist.
+The truncation threshold is that of common guides to GRPO runs; the others are this project's.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class Learner:
             raise DataError(
                 f"question and answer may need {tokens:,} tokens; the model's context is {context:,}",
                 "the question",
-                "ask something shorter, or lower --max-new-tokens",
+                "ask something shorter, or lower sampler.max_new_tokens (--max-new-tokens)",
             )
 
     def is_finite(self) -> bool:

@@ -1,6 +1,6 @@
 """The metrics of a step: its samples, its fit, its cost.
 
-The names are listed in ``docs/files.md``; they follow TRL where the quantity is the same, EM's own are under
+``docs/files.md`` explains each name; names follow TRL where the quantity is the same, EM's own are under
 ``em/``.
 """
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from empg_lite.loop.mstep import FitStats
     from empg_lite.recipe.schema import Recipe
     from empg_lite.run.checkpoint import TrainState
-    from empg_lite.sampler import SampleWork
 
 
 def estep_metrics(groups: Sequence[Group]) -> dict[str, float]:
@@ -82,13 +81,10 @@ def mixture_metrics(rows: Sequence[Rationale], policy_step: int) -> dict[str, fl
     }
 
 
-def sampling_metrics(drawn: Drawn, work: tuple[SampleWork, SampleWork], recipe: Recipe) -> dict[str, Any]:
-    """What sampling a step took.
-
-    Args:
-        work: of this process's sampler, and of all processes.
-    """
-    rows, (own, total) = flatten(drawn.groups), work
+def sampling_metrics(drawn: Drawn, recipe: Recipe) -> dict[str, Any]:
+    """What sampling a step took."""
+    rows, own, total = flatten(drawn.groups), drawn.own_work, drawn.work
+    assert own is not None and total is not None, "with_work comes first"
     tokens = sum(len(r.completion_ids) for r in rows)
     return {
         "entropy": drawn.nats / max(tokens, 1),
@@ -155,7 +151,7 @@ def _drift_metrics(drift: Drift | None) -> dict[str, float]:
 
 
 def memory_metrics(predicted: int) -> dict[str, float]:
-    """Peak memory so far in MB, of the process and of a GPU; the plan's prediction of the latter, if any."""
+    """Peak memory so far in MiB, of the process and of a GPU; and the plan's figure for it."""
     import resource
 
     peak = {

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from empg_lite.core.errors import OutOfMemory
+from empg_lite.core.sizes import MIN_ROWS
 from empg_lite.policy.adapter import read_adapter_config
 from empg_lite.policy.memory.terms import FP32, Settings, held_by_sampler, phases, stays
 from empg_lite.recipe.schema import Recipe, choose_engine
@@ -27,7 +28,7 @@ SHARE = 0.9
 LARGE, ROOM = 10**9, 2
 #: Tokens of a micro-batch. More than the maximum gains nothing, and costs time on a CPU (docs/LOG.md).
 MIN_TOKENS, MAX_TOKENS = 256, {"cpu": 1024, "cuda": 16_384}
-MIN_ROWS, MAX_ROWS = 8, 512
+MAX_ROWS = 512
 #: Smaller micro-batches unpack the NF4 weights too often; gradient checkpointing is cheaper.
 ENOUGH_TOKENS = 4096
 
@@ -65,7 +66,7 @@ class Plan:
 
     Attributes:
         settings: every ``auto`` decided.
-        stays: terms common to both phases.
+        stays: terms common to all phases.
         phases: phase -> its own terms at its peak.
     """
 
@@ -156,7 +157,7 @@ def plan_recipe(recipe: Recipe, shape: Shape, machine: Machine) -> Plan:
     def fits(**changes: Any) -> bool:
         return predict(shape, replace(s, **changes), machine).fits
 
-    def stays(**changes: Any) -> bool:
+    def can_stay(**changes: Any) -> bool:
         """Whether the sampler could stay allocated, with large enough micro-batches."""
         return predict(shape, replace(s, **{"micro_batch_tokens": enough} | changes), machine).keeps_sampler
 
@@ -167,9 +168,9 @@ def plan_recipe(recipe: Recipe, shape: Shape, machine: Machine) -> Plan:
 
     def rows_and_rule(merged: bool) -> tuple[int, Able]:
         """The most rows decoded at once, and the rule for all later choices."""
-        staying, fitting = rows(stays, merged=merged), rows(fits, merged=merged)
-        if stays(batch_rows=staying, merged=merged) and 2 * staying >= fitting:
-            return staying, stays
+        staying, fitting = rows(can_stay, merged=merged), rows(fits, merged=merged)
+        if can_stay(batch_rows=staying, merged=merged) and 2 * staying >= fitting:
+            return staying, can_stay
         return fitting, fits
 
     needed = _power_of_two(s.problems * s.samples)  # rows beyond a step's samples only speed up evaluation

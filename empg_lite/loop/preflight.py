@@ -45,8 +45,8 @@ class Preflight:
         signal, mixed: share of problems with any reward, and with both right and wrong answers.
         mean_length: tokens, stop included.
         tokens_per_second: sampled, grading included.
-        seconds_a_step: sampling and fitting, scaled to the recipe's step; sampling alone if nothing was
-            right.
+        seconds_a_step: sampling and fitting, scaled to the recipe's step; sampling alone if every weight
+            is 0.
         minutes: for all of the recipe's steps, without evaluation.
         findings: what to change, worst first; empty if all is well.
         groups: the rationales themselves, graded and weighed.

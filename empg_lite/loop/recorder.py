@@ -1,7 +1,7 @@
 """Records a training run: events, metrics, rollouts, checkpoints; stops a run that cannot learn.
 
-The order within a step makes resuming exact: rollouts, fit, validation, metrics line, checkpoint. Whatever
-happened after the newest checkpoint happens again, identically.
+The order within a step makes resuming exact: rollouts, fit, validation, metrics line, checkpoint. Steps
+after the newest checkpoint are repeated, on a CPU to the same bytes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from empg_lite.loop.mstep import FitStats
     from empg_lite.recipe.schema import Recipe
     from empg_lite.run.checkpoint import TrainState
-    from empg_lite.sampler import Sampler, SampleWork
+    from empg_lite.sampler import Sampler
 
 #: Consecutive steps without signal, or with a non-finite gradient, after which a run stops.
 DEAD_STEPS = 10
@@ -163,7 +163,7 @@ class Recorder:
             "step": step,
             **estep_metrics(groups),
             **mixture_metrics(rows, state.policy_step - stats.updates),
-            **(sampling_metrics(drawn, self._work, self.recipe) if drawn else {}),
+            **(sampling_metrics(drawn, self.recipe) if drawn else {}),
             **fit_metrics(stats, rate, state, len(rows)),
             "step_time": sum(times.values()),
             **{f"time/{name}": seconds for name, seconds in times.items()},
@@ -286,23 +286,17 @@ class Recorder:
             wait = max(SURELY_STUCK, STUCK * times[len(times) // 2])
             faulthandler.dump_traceback_later(wait, file=2)
 
-    def note_sampler(self, sampler: Sampler, own: SampleWork) -> None:
-        """Events for whatever sampling a step had to work around.
-
-        Args:
-            own: what this process's sampler did in the step.
-        """
-        state, world = self.learner.state, self.learner.world
+    def note_sampler(self, sampler: Sampler) -> None:
+        """Log the sampler's back-offs, and keep a reduced batch size for the rest of the run."""
+        state = self.learner.state
         before, rows = state.batch_rows or self.recipe.sampler.batch_rows, sampler.batch_rows
         if rows is not None and rows < int(before):
             self.journal.event("sampler_rows_shrunk", step=state.step + 1, old=before, new=rows)
             state.batch_rows = rows
         failure = sampler.graph_failure
-        if failure is not None and failure != self._graph_failure:  # once per run
+        if failure is not None and failure != self._graph_failure:  # once per cause
             self._graph_failure = failure
             self.journal.event("graphs_not_captured", step=state.step + 1, why=failure)
-        first, *others = world.gather(own)
-        self._work = own, sum(others, first)
 
     def end_step(self, stop: Sequence[int], clock: Clock, *, force: bool, profile: bool = False) -> bool:
         """After a step is recorded: checkpoint if due, and stop the run if it should stop.

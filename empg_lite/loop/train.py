@@ -62,7 +62,7 @@ def train(
     Raises:
         EmpgError: any anticipated failure; its class says which, its ``exit_code`` is the command's.
     """
-    from empg_lite.loop.begin import begin, check_sampling  # loads data, model, evaluation
+    from empg_lite.loop.begin import begin, check_sampling  # pulls in data, policy and evaluation
 
     clock, view = Clock(options.max_minutes), view or View()
     check_sampling(recipe, force=options.force)
@@ -113,8 +113,8 @@ def e_step(sampler: Sampler, grader: Grader, stream: ProblemStream, recorder: Re
         done = len(drawn.groups)
         more = stream.take(state.position, done + min(lacking, spare))[done:]
         drawn, spare = drawn + _draw(sampler, grader, recorder, more), spare - len(more)
-    recorder.note_sampler(sampler, sampler.work.since(before))
-    return drawn
+    recorder.note_sampler(sampler)
+    return drawn.with_work(sampler.work.since(before), recorder.learner.world)
 
 
 def _draw(sampler: Sampler, grader: Grader, recorder: Recorder, problems: Sequence[Problem]) -> Drawn:

@@ -27,7 +27,7 @@ class Validation:
         self.evaluation = subset(splits.evaluation, recorder.recipe.run.eval_limit)
 
     def due(self, step: int) -> bool:
-        """Whether the policy is evaluated after this step."""
+        """Whether ``step`` is a multiple of ``run.eval_every``; the last step is validated regardless."""
         return bool(self.every) and step % self.every == 0
 
     def before(self) -> None:

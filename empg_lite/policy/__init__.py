@@ -57,7 +57,6 @@ def quiet() -> None:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def import_libraries(backend: str) -> None:
@@ -68,6 +67,7 @@ def import_libraries(backend: str) -> None:
     """
     from empg_lite.policy import backends
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs while it is imported
     if backends.choose_backend(backend) == "unsloth":
         backends.import_unsloth()
     from peft import get_peft_model  # noqa: F401

@@ -67,7 +67,7 @@ def find_recipe(name_or_file: str) -> Path:
         raise MissingInput("no such recipe file", name_or_file, "check the path, or see `empg-lite recipes`")
     close = get_close_matches(name_or_file, known, 1)
     hint = f"did you mean {close[0]}?" if close else f"built-in: {', '.join(known)}"
-    raise MissingInput(f"no recipe named {name_or_file!r}", "--recipe", hint)
+    raise MissingInput(f"no recipe named {name_or_file!r}", "recipe", hint)
 
 
 # --- reading --------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from empg_lite.rewards.kind import Kind
 
-#: What decides whether an answer is right, as a recipe spells it. The text before the colon is the name of
-#: the reward and of its file in ``kinds/``.
+#: Rewards as written in a recipe; capitals mark the user's part. The text before the colon is the name of the
+#: reward and of its file in ``kinds/``.
 REWARDS = (
     "gsm8k",
     "math",

@@ -87,6 +87,8 @@ def find_rollouts(source: Path | None, step: int | None) -> tuple[Path, list[Rat
     """
     source = source or newest_run()
     if source.is_dir():
+        if not is_run(source) and not (source / "rollouts").is_dir():
+            raise MissingInput("not a run directory", str(source), "empg-lite train makes one under runs/")
         found = sorted((source / "rollouts").glob("step-*.jsonl"))
         wanted = rollout_path(source, step) if step is not None else found[-1] if found else None
         if wanted is None or not wanted.is_file():

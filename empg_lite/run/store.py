@@ -2,9 +2,10 @@
 
 A reader of a run directory must find the old state or the new one, no matter when the process or the machine
 died. So a file is written under a temporary name, synced, and published with one rename; a whole directory is
-published the same way. All persistent output goes through this module, and every change to the disk is one of
-the eight calls below: the crash tests replace them to die or fail at each one. Files are private to the user
-(0600, directories 0700), and nothing is written through a symbolic link.
+published the same way. All of the package's own output goes through this module (libraries write only into
+staged folders and those of trackers), and every change to the disk is one of the eight calls below: the crash
+tests replace them to die or fail at each one. Files are private to the user (0600, directories 0700), and
+nothing is written through a symbolic link.
 """
 
 from __future__ import annotations

@@ -9,20 +9,23 @@ from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from random import Random
+from typing import TYPE_CHECKING
 
 from empg_lite.core.errors import DataError
-from empg_lite.core.rationale import Problem, Rationale
 from empg_lite.core.safe_text import encodable
 from empg_lite.data.sources import load_problems
 from empg_lite.loop.estep import sample_rationales
 from empg_lite.loop.learner import Learner, build_learner
-from empg_lite.rewards import Grader
 from empg_lite.rewards.math import ballot
 from empg_lite.rewards.scorer import score
 from empg_lite.run import store
 from empg_lite.run.rollouts import encode_rollouts
-from empg_lite.run.target import Target
 from empg_lite.sampler import Decoding, TextStream
+
+if TYPE_CHECKING:
+    from empg_lite.core.rationale import Problem, Rationale
+    from empg_lite.rewards import Grader
+    from empg_lite.run.target import Target
 
 #: E-step number of chat samples.
 CHAT_STEP = -2

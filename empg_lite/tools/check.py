@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from empg_lite.core.errors import EmpgError
-from empg_lite.core.rationale import Problem
 from empg_lite.core.view import View
 from empg_lite.data.sources import find_overlap, load_splits
 from empg_lite.policy import Template, load_template, load_tokenizer
 from empg_lite.policy.integrity import check_config, resolve_model
-from empg_lite.recipe.schema import Recipe
 from empg_lite.rewards import Case, Grader
 from empg_lite.rewards.spec import parse_spec
+
+if TYPE_CHECKING:
+    from empg_lite.core.rationale import Problem
+    from empg_lite.recipe.schema import Recipe
 
 #: Rows graded per progress update.
 _CHUNK = 256

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -20,9 +20,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from empg_lite.core import control
-from empg_lite.core.rationale import Rationale
 from empg_lite.core.safe_text import safe
 from empg_lite.core.view import Advance, View
+
+if TYPE_CHECKING:
+    from empg_lite.core.rationale import Rationale
 
 
 class ConsoleView(View):
@@ -140,7 +142,7 @@ class Status:
             held_out = f"{self._held_out[0]:.1%} (step {self._held_out[1]})"
         return (
             f"held-out {held_out} · reward {r['reward']:.1%} {sparkline(self._rewards)} · "
-            f"signal in {r['em/frac_mixed']:.0%} of the problems · {r['completions/mean_length']:.0f} tokens"
+            f"mixed in {r['em/frac_mixed']:.0%} of the problems · {r['completions/mean_length']:.0f} tokens"
         )
 
     def _cost(self) -> str:
@@ -150,7 +152,7 @@ class Status:
         shares = ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in parts.items())
         # As in the memory plan: the card's peak on a GPU, the process's on a CPU.
         memory = r.get("memory/peak_gpu_mb") or r.get("memory/peak_rss_mb")
-        peak = "" if memory is None else f" · peak {memory / 1000:.1f} GB"
+        peak = "" if memory is None else f" · peak {memory * 2**20 / 1e9:.1f} GB"
         return f"{r.get('time/tokens_per_second', 0.0):,.0f} tokens/s · {shares}{peak}"
 
 

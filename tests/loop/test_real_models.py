@@ -226,7 +226,7 @@ def test_what_is_another_row(
 @pytest.mark.parametrize(
     ("more", "code", "said"),
     [
-        (["--recipe", "gsm8k-9b", "--cpu"], 66, "error: no recipe named 'gsm8k-9b' · --recipe · "),
+        (["--recipe", "gsm8k-9b", "--cpu"], 66, "error: no recipe named 'gsm8k-9b' · recipe · "),
         (["--recipe", "tiny", "--set", "run.stepz=3"], 65, "error: no key named run.stepz"),
         (["--recipe", "tiny", "--limit", "0"], 2, "error: --limit 0 leaves no problem"),
         (["--recipe", "gsm8k-0.5b"], 2, "error: torch finds no GPU · --recipe gsm8k-0.5b · say --cpu"),

@@ -279,7 +279,7 @@ def test_sampling_leaves_rewards_open_and_records_who_sampled(policy) -> None:  
             assert (r.reward, r.reason, r.weight) == (None, None, None)
             assert r.prompt == f"Question: {problem.question}\nAnswer:"
             assert r.prompt_ids == tuple(policy.tokenizer.encode(r.prompt))
-    assert draw.entropy > 0
+    assert draw.nats > 0
 
 
 class CountingGrader(Grader):

@@ -486,3 +486,19 @@ def test_the_sampler_lets_go_before_the_fit_where_the_plan_has_no_room(
     kept, released = orders
     assert kept.count("fit") == released.count("fit") == 3
     assert released.count("release") == kept.count("release") + 4  # before each fit and the preflight's
+
+
+def test_every_metric_is_explained(straight: Path) -> None:
+    """Each name of a real record is in docs/files.md; so a new metric needs a line there."""
+    page = (Path(__file__).parents[2] / "docs" / "files.md").read_text("utf-8")
+    patterns = {"reasons": "reasons/REASON", "eval/behavior": "eval/behavior/NAME"}
+    names = {
+        name
+        for record in read_metrics(straight / "run" / "metrics.jsonl")
+        if record["step"]
+        for name in record
+    }
+    assert len(names) > 40
+    missing = sorted(n for n in names if f"`{patterns.get(n.rpartition('/')[0], n)}`" not in page)
+    assert not missing, missing
+    assert "`em/no_such_metric`" not in page

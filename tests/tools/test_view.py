@@ -59,7 +59,7 @@ def test_status_shows_what_was_recorded() -> None:
         "about 0:40 left"
     )  # 20 steps of 2 s
     assert "held-out 40.0% (step 4)" in learning and "reward 37.5% ▄▄▄▄▄" in learning
-    assert "signal in 75% of the problems" in learning
+    assert "mixed in 75% of the problems" in learning
     assert cost == "50 tokens/s · sample 57%, score 14%, fit 29% · peak 0.9 GB"
     with status.phase("sampling", 128) as outer:
         outer(100)
@@ -73,9 +73,9 @@ def test_status_shows_the_peak_that_the_memory_plan_predicts() -> None:
     """The card's peak on a GPU, although the process's is recorded too; the process's on a CPU."""
     status, measured = Status(), {**record(1, step_rows(1)), "memory/peak_rss_mb": 5200.0}
     status.step(measured, 25)
-    assert status.lines()[2].endswith("peak 5.2 GB")
+    assert status.lines()[2].endswith("peak 5.5 GB")
     status.step({**measured, "memory/peak_gpu_mb": 3100.0}, 25)
-    assert status.lines()[2].endswith("peak 3.1 GB")
+    assert status.lines()[2].endswith("peak 3.3 GB")
 
 
 @pytest.mark.parametrize(("width", "height"), [(120, 40), (80, 24), (60, 20)])

@@ -46,7 +46,9 @@ def card(text: str) -> Machine:
         raise UsageError(f"{text!r} is not a memory size", "--gpu-memory", "write it like 8GB")
     size = int(float(found[1]) * unit)
     if size <= LIBRARIES:
-        raise UsageError(f"{text} is less than the CUDA context takes", "--gpu-memory", "write it like 8GB")
+        raise UsageError(
+            f"{text} is less than CUDA itself needs", "--gpu-memory", "give the card's full memory, like 8GB"
+        )
     return Machine("cuda", size - LIBRARIES)
 
 

@@ -48,8 +48,15 @@ class Gym(Kind):
         return WorkerRequest(request, read, answer, setup)
 
     def explain(self, case: Case, argument: str) -> list[str]:
-        steps = reading_steps(case.prediction, extract(case.prediction))
-        return [*steps[1:], "asked the task's own scorer about it"]
+        answer = extract(case.prediction)
+        steps = reading_steps(case.prediction, answer)[1:]
+        if answer is None:
+            return steps
+        carried = (case.meta or {}).get("gym")
+        asked = (
+            "asked the task's own scorer about it" if carried else "not scored: the problem's meta is missing"
+        )
+        return [*steps, asked]
 
     def self_test(self, grade_many: GradeMany, ask: Ask) -> None:
         made = ask(_KNOWN, {"op": "entry", "index": 0})

@@ -67,7 +67,7 @@ FORMATS: dict[str, Format] = {
                 "type of the weights; auto: the run's", "auto", ("auto", "float32", "bfloat16", "float16")
             ),
             "onto": Option(
-                "NF4 runs: merge onto the base as it was trained over, or onto the original weights",
+                "NF4 runs: merge into the dequantized base used in training, or into the original weights",
                 "dequantized",
                 ("dequantized", "original"),
             ),

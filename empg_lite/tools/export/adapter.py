@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from empg_lite.core.view import View
 from empg_lite.policy.adapter import adapter_files
 from empg_lite.policy.card import adapter_card, tokenizer_files
-from empg_lite.rewards import Grader
 from empg_lite.run import store
-from empg_lite.run.target import Target
 from empg_lite.tools.export.compare import THRESHOLD, begin, write_files
+
+if TYPE_CHECKING:
+    from empg_lite.core.view import View
+    from empg_lite.rewards import Grader
+    from empg_lite.run.target import Target
 
 
 def export(target: Target, out: Path, grader: Grader, view: View | None = None) -> dict[str, Any]:

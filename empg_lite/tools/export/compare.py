@@ -6,7 +6,7 @@ import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,13 +19,15 @@ from empg_lite.loop.learner import Learner, build_learner
 from empg_lite.loop.recorder import read_figures
 from empg_lite.policy import load_policy
 from empg_lite.policy.card import Provenance
-from empg_lite.policy.policy import Policy
-from empg_lite.rewards import Grader
 from empg_lite.rewards.scorer import score
 from empg_lite.run import store
 from empg_lite.run.rollouts import read_rollouts
-from empg_lite.run.target import Target
 from empg_lite.sampler import Decoding, make_sampler
+
+if TYPE_CHECKING:
+    from empg_lite.policy.policy import Policy
+    from empg_lite.rewards import Grader
+    from empg_lite.run.target import Target
 
 #: Share of the positions at which an export must choose the adapter's token.
 THRESHOLD = 0.99

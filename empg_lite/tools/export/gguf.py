@@ -6,20 +6,22 @@ import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from empg_lite.core.errors import CheckFailed, DataError, UsageError
-from empg_lite.core.view import View
 from empg_lite.policy.card import merged_card, tokenizer_files
 from empg_lite.policy.merged import merged_bytes, merged_tensors
-from empg_lite.policy.policy import Policy
-from empg_lite.rewards import Grader
 from empg_lite.run import store
-from empg_lite.run.target import Target
 from empg_lite.tools.export.compare import begin
+
+if TYPE_CHECKING:
+    from empg_lite.core.view import View
+    from empg_lite.policy.policy import Policy
+    from empg_lite.rewards import Grader
+    from empg_lite.run.target import Target
 
 #: Share of the positions at which llama.cpp must choose the adapter's token.
 THRESHOLD = 0.95

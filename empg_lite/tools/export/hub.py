@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from empg_lite.core.errors import MissingInput
-from empg_lite.core.view import View
-from empg_lite.rewards import Grader
-from empg_lite.run.target import Target
 from empg_lite.tools.export import adapter
+
+if TYPE_CHECKING:
+    from empg_lite.core.view import View
+    from empg_lite.rewards import Grader
+    from empg_lite.run.target import Target
 
 
 def export(

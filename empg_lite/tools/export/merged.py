@@ -6,12 +6,11 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from empg_lite.core.view import View
 from empg_lite.policy.card import merged_card, tokenizer_files
 from empg_lite.policy.integrity import resolve_model
 from empg_lite.policy.merged import (
@@ -21,10 +20,13 @@ from empg_lite.policy.merged import (
     merged_tensors,
     put_on_original,
 )
-from empg_lite.rewards import Grader
 from empg_lite.run import store
-from empg_lite.run.target import Target
 from empg_lite.tools.export.compare import THRESHOLD, Export, begin, write_files
+
+if TYPE_CHECKING:
+    from empg_lite.core.view import View
+    from empg_lite.rewards import Grader
+    from empg_lite.run.target import Target
 
 #: Bytes per weights file.
 SHARD = 2_000_000_000

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from empg_lite.core.errors import MissingInput
-from empg_lite.core.rationale import Rationale
-from empg_lite.core.view import View
 from empg_lite.run import store
 from empg_lite.run.rollouts import read_rollouts
-from empg_lite.run.target import Target
+
+if TYPE_CHECKING:
+    from empg_lite.core.rationale import Rationale
+    from empg_lite.core.view import View
+    from empg_lite.run.target import Target
 
 
 def export(target: Target, out: Path, grader: None = None, view: View | None = None) -> dict[str, Any]:

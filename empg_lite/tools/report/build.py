@@ -8,10 +8,9 @@ import json
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from empg_lite.core.behaviors import BEHAVIORS
-from empg_lite.core.rationale import Rationale
 from empg_lite.core.safe_text import safe
 from empg_lite.core.view import View
 from empg_lite.loop.eval_summary import paired
@@ -21,6 +20,9 @@ from empg_lite.tools.report.charts import Chart, Line, all_charts
 from empg_lite.tools.report.drawing import inline_svg, picture
 from empg_lite.tools.report.reading import Arm, StoredRun, arms_of, differences, read_run
 from empg_lite.tools.report.samples import Questions, answer_entries, choose, rationale_entry
+
+if TYPE_CHECKING:
+    from empg_lite.core.rationale import Rationale
 
 #: Characters of rationales, and of evaluation answers, on a page; the figures take about 0.3 MB.
 ROOM_SAMPLES, ROOM_ANSWERS = 900_000, 500_000

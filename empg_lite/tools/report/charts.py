@@ -12,12 +12,14 @@ from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from random import Random
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from empg_lite.core.behaviors import BEHAVIORS, behavior_rates
-from empg_lite.core.rationale import Rationale
 from empg_lite.core.stats import wilson
-from empg_lite.tools.report.reading import Arm, StoredRun
+
+if TYPE_CHECKING:
+    from empg_lite.core.rationale import Rationale
+    from empg_lite.tools.report.reading import Arm, StoredRun
 
 #: Rationales per step that are searched for behaviors (as the caption says): enough for a share, and fast.
 BEHAVIOR_ROWS = 64

@@ -6,9 +6,10 @@ import re
 from collections.abc import Sequence
 from html import escape
 from io import BytesIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from empg_lite.tools.report.charts import Chart, Line
+if TYPE_CHECKING:
+    from empg_lite.tools.report.charts import Chart, Line
 
 #: Okabe and Ito's palette, distinguishable with color blindness.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d3b", "#666666")

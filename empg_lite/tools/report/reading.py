@@ -6,15 +6,17 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from empg_lite.core.errors import DataError
-from empg_lite.core.rationale import Rationale
 from empg_lite.recipe.file import load_recipe
-from empg_lite.recipe.schema import Recipe
 from empg_lite.run.journal import read_metrics
 from empg_lite.run.layout import ENVIRONMENT, EVENTS, METRICS, RECIPE
 from empg_lite.run.rollouts import read_rollouts
+
+if TYPE_CHECKING:
+    from empg_lite.core.rationale import Rationale
+    from empg_lite.recipe.schema import Recipe
 
 #: Recipe keys that are not part of the method: the seed, and settings for the machine and the disk.
 _NOT_METHOD = {

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from empg_lite.core.behaviors import BEHAVIORS, spans
 from empg_lite.core.rationale import Rationale
 from empg_lite.core.safe_text import safe
-from empg_lite.tools.report.reading import StoredRun
+
+if TYPE_CHECKING:
+    from empg_lite.tools.report.reading import StoredRun
 
 #: Characters shown of one rationale, counted from its end, where the answer is.
 LONGEST = 6000
