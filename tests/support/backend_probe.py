@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from typing import Any
 
 
 def digest(tensors) -> str:  # type: ignore[no-untyped-def]
@@ -18,6 +19,20 @@ def digest(tensors) -> str:  # type: ignore[no-untyped-def]
         state.update(name.encode())
         state.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
     return state.hexdigest()
+
+
+def gaps(policy: Any, rows: list, sampled: list, batched: Any, mask: Any) -> tuple[float, float]:  # type: ignore[type-arg]
+    """Largest difference between sampled and recomputed log-probs: rows in one batch, and each alone."""
+    import torch
+
+    from empg_lite.policy.policy import collate
+
+    in_batch = by_itself = 0.0
+    for i, (row, logprobs) in enumerate(zip(rows, map(torch.tensor, sampled), strict=True)):
+        in_batch = max(in_batch, float((batched[i][mask[i]] - logprobs).abs().max()))
+        alone, alone_mask = policy.token_logprobs(collate([row], policy.pad_id))
+        by_itself = max(by_itself, float((alone[alone_mask] - logprobs).abs().max()))
+    return in_batch, by_itself
 
 
 def probe(backend: str, model: str, four_bit: bool, n_problems: int, samples: int, new_tokens: int) -> dict:  # type: ignore[type-arg]
@@ -55,14 +70,9 @@ def probe(backend: str, model: str, four_bit: bool, n_problems: int, samples: in
     reference = make_sampler(policy, "generate").sample(prompts, Decoding(new_tokens))
     completions = [c for row in native for c in row]
     rows = [(p.ids, c.ids) for p, row in zip(prompts, native, strict=True) for c in row]
-    gap_batch = gap_alone = 0.0
     with torch.no_grad():
         batched, mask = policy.token_logprobs(collate(rows, policy.pad_id))
-        for i, (row, c) in enumerate(zip(rows, completions, strict=True)):
-            sampled = torch.tensor(c.logprobs)
-            gap_batch = max(gap_batch, float((batched[i][mask[i]] - sampled).abs().max()))
-            alone, alone_mask = policy.token_logprobs(collate([row], policy.pad_id))
-            gap_alone = max(gap_alone, float((alone[alone_mask] - sampled).abs().max()))
+        gap_batch, gap_alone = gaps(policy, rows, [c.logprobs for c in completions], batched, mask)
         with policy.reference():
             off, _ = policy.token_logprobs(collate(rows, policy.pad_id))
 
