@@ -1,6 +1,6 @@
 """Everything that wants a GPU in one command: does it run, on which kernels, how fast, does it learn.
 
-    python benchmarks/gpu.py [--out FOLDER] [--parts runs,profile,...] [--minutes 9]
+    python benchmarks/gpu.py [--out FOLDER] [--parts runs,profile,...] [--rivals empg,...] [--minutes 9]
     python benchmarks/gpu.py --rehearse      the same code on a CPU, with small models
 
 Nine minutes at most, offline, the most valuable parts first. Every job has a process and a time limit of its
@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from gpu_parts import PARTS, TOTAL, Job, chosen
+from gpu_parts import PARTS, RIVALS, TOTAL, Job, chosen
 from gpu_report import checks, report
 from machine import import_from
 
@@ -292,6 +292,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder of the results ($OUT, else gpu-results)")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--rivals", default=",".join(RIVALS), help=f"some of {','.join(RIVALS)}")
     parser.add_argument("--minutes", type=float, help="time for all limits together (9)")
     parser.add_argument("--rehearse", action="store_true", help="small models and few rows, on a CPU")
     parser.add_argument("--job", nargs=3, help=argparse.SUPPRESS)
@@ -299,11 +300,11 @@ def main() -> int:
     if arguments.job:
         child(*arguments.job)
         return 0
-    parts = arguments.parts.split(",")
-    if odd := [name for name in parts if name not in PARTS]:
-        parser.error(f"unknown: {', '.join(odd)} (there are {', '.join(PARTS)})")
+    parts, rivals = arguments.parts.split(","), arguments.rivals.split(",")
+    if odd := [name for name in (*parts, *rivals) if name not in (*PARTS, *RIVALS)]:
+        parser.error(f"unknown: {', '.join(odd)} (there are {', '.join((*PARTS, *RIVALS))})")
     minutes = arguments.minutes or TOTAL / 60
-    jobs = chosen(parts, minutes, arguments.rehearse)
+    jobs = chosen(parts, rivals, minutes, arguments.rehearse)
     print(plan_text(jobs), flush=True)
     results = Results(arguments.out or Path(os.environ.get("OUT") or "gpu-results"))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: children are killed

@@ -97,12 +97,14 @@ def _jobs() -> list[Job]:
 
 JOBS = tuple(_jobs())
 PARTS = tuple(dict.fromkeys(job.part for job in JOBS))
+RIVALS = tuple(dict.fromkeys(job.rival for job in JOBS))
 SHAPES_USED = tuple(dict.fromkeys(job.shape for job in JOBS if job.rival not in ("learn", "pytest")))
 
 
-def chosen(parts: Sequence[str], minutes: float, small: bool) -> list[Job]:
-    """The jobs of some parts, their limits scaled from nine minutes to ``minutes``."""
-    jobs = [replace(job, limit=job.limit * 60 * minutes / TOTAL) for job in JOBS if job.part in parts]
+def chosen(parts: Sequence[str], rivals: Sequence[str], minutes: float, small: bool) -> list[Job]:
+    """The jobs of some parts and rivals, their limits scaled from nine minutes to ``minutes``."""
+    jobs = [job for job in JOBS if job.part in parts and job.rival in rivals]
+    jobs = [replace(job, limit=job.limit * 60 * minutes / TOTAL) for job in jobs]
     return [cut(job) for job in jobs] if small else jobs
 
 

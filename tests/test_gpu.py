@@ -6,6 +6,7 @@ error is simulated; on a GPU it is real.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import math
@@ -241,13 +242,16 @@ def test_logprobs_are_those_of_a_cpu(loaded: Any, device: str) -> None:
 @pytest.mark.gpu
 @needs_gpu
 def test_nf4_in_16_bits_stays_near_float32(tmp_path: Path) -> None:
-    """The kernels that training uses on a card, against the same weights in float32."""
+    """The kernels that training uses on a card, against the same weights in float32.
+
+    Random weights make rounding loud: a CPU in bfloat16 is 0.78 nats away, an H200 0.79.
+    """
     folder = build_model(tmp_path / "model", hidden=256, layers=4)
     dtype = "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
     exact = gpu_checks.logprob_ways(load(folder, "cuda", four_bit=True), PAIRS)
     found = gpu_checks.logprob_ways(load(folder, "cuda", dtype, four_bit=True), PAIRS)
     apart = [gpu_checks.farthest(found[way], exact["alone"]) for way in found]
-    assert max(apart) < 0.5 and max(apart) < 3 * gpu_checks.farthest(found["alone"], exact["alone"]) + 0.02
+    assert max(apart) < 1.5 and max(apart) < 2 * gpu_checks.farthest(found["alone"], exact["alone"]) + 0.02
 
 
 # --- Unsloth ------------------------------------------------------------------------------------------
@@ -323,11 +327,11 @@ def test_float16_trains(tmp_path: Path, model_dir: Path, device: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def larger(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Policy]:
+def larger(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Policy]:
     """A model whose work takes memory worth counting, on a card; on a CPU the fixture model's size."""
 
-    def get(device: str) -> Policy:
-        sizes = {"hidden": 512, "layers": 6, "vocab": 8192} if device == "cuda" else {}
+    def get(device: str, vocab: int) -> Policy:
+        sizes = {"hidden": 512, "layers": 6, "vocab": vocab} if device == "cuda" else {}
         return load(build_model(tmp_path_factory.mktemp("larger"), **sizes), device)
 
     return get
@@ -339,6 +343,7 @@ def peak_of(work: Callable[[], Any]) -> Iterator[tuple[int, Any]]:
     if not torch.cuda.is_available():
         yield 0, work()
         return
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     result = work()
@@ -379,7 +384,7 @@ def gradient(policy: Policy, rows: list[Rationale], budget: int) -> tuple[torch.
 def test_a_fit_out_of_memory_is_split_and_gives_the_same(
     larger: Any, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy, rows = larger(device), long_rows(device)
+    policy, rows = larger(device, vocab=8192), long_rows(device)
     whole = sum(r.tokens for r in rows)
     with peak_of(lambda: gradient(policy, rows, whole)) as (most, (expected, stats)):
         assert stats.micro_batch_tokens == whole
@@ -402,7 +407,8 @@ def test_a_fit_out_of_memory_is_split_and_gives_the_same(
 def test_samples_out_of_memory_are_drawn_in_parts_and_are_the_same(
     larger: Any, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy, decoding = larger(device), Decoding(256 if device == "cuda" else 16)
+    # With few tokens to choose from, rounding seldom lies between a sample's number and an edge.
+    policy, decoding = larger(device, vocab=259), Decoding(256 if device == "cuda" else 16)
     prompts = prompts_of(policy, 16, 16 if device == "cuda" else 4)
 
     def drawn(rows: int | None) -> tuple[Any, NativeSampler]:
@@ -411,10 +417,10 @@ def test_samples_out_of_memory_are_drawn_in_parts_and_are_the_same(
         assert isinstance(sampler, NativeSampler)
         return found, sampler
 
-    with peak_of(lambda: drawn(None)) as (most, (expected, _)):
-        pass
-    with peak_of(lambda: drawn(16)) as (least, _):
-        pass
+    with peak_of(lambda: drawn(None)) as (most, (expected, sampler)):
+        sampler.release()  # what its graphs keep must not count in the next peak
+    with peak_of(lambda: drawn(16)) as (least, (_, sampler)):
+        sampler.release()
     room: AbstractContextManager[None]
     if device == "cuda":
         assert most > 1.2 * least, "fewer rows must save memory, or nothing is tested"
@@ -435,6 +441,8 @@ def test_samples_out_of_memory_are_drawn_in_parts_and_are_the_same(
 @needs_gpu
 def test_a_cap_is_a_cap() -> None:
     """Else the two tests above prove nothing; and it is taken off again."""
+    gc.collect()
+    torch.cuda.empty_cache()  # what it frees would be room under the cap
     with gpu_checks.capped(torch.cuda.memory_reserved() + (64 << 20)), pytest.raises(torch.OutOfMemoryError):
         torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     torch.empty(1 << 30, dtype=torch.uint8, device="cuda")

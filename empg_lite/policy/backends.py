@@ -8,6 +8,7 @@ first: a process uses one backend.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
 import tempfile
@@ -120,15 +121,16 @@ def load_transformers(folder: Path, how: Loading) -> Loaded:
 def load_unsloth(folder: Path, how: Loading) -> Loaded:
     """Load base, NF4 and LoRA with Unsloth, with its mode switches and gradient checkpointing."""
     FastLanguageModel = import_unsloth().FastLanguageModel
+    kind = "unsloth" if how.checkpointing else False
     base, _ = FastLanguageModel.from_pretrained(
         str(folder),
         dtype=how.dtype,
         load_in_4bit=how.load_in_4bit,
-        max_seq_length=None,
+        max_seq_length=context_length(folder),
+        use_gradient_checkpointing=kind,
         use_exact_model_name=True,
     )
     keep_nf4_unpacked(base)
-    kind = "unsloth" if how.checkpointing else False
     torch.manual_seed(how.seed)
     model = FastLanguageModel.get_peft_model(
         base,
@@ -148,6 +150,12 @@ def load_unsloth(folder: Path, how: Loading) -> Loaded:
             FastLanguageModel.for_inference(m)
 
     return Loaded(model, set_mode, partial(free_decode_buffers, model))
+
+
+def context_length(folder: Path) -> int:
+    """Tokens that a model was made for. On a GPU Unsloth compares its ``max_seq_length``, None included."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    return int(config["max_position_embeddings"])
 
 
 def free_decode_buffers(model: Any) -> None:

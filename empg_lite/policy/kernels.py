@@ -48,8 +48,8 @@ def head_dim(config: Any) -> int:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm of ``(..., D)``, computed in float32 or better."""
-    return weight * F.rms_norm(wide(x), weight.shape, None, eps).to(x.dtype)
+    """RMSNorm of ``(..., D)``, computed in float32 or better; the weight is broadcast to that shape."""
+    return weight * F.rms_norm(wide(x), x.shape[-1:], None, eps).to(x.dtype)
 
 
 def add_norm(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -131,8 +131,9 @@ def unsloth_kernels() -> Kernels:
         return x, fast_add_rms_layernorm_inference(update, x, weight, eps)
 
     def angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # The kernel looks angles up by position; here each token has its own row.
-        return cos, sin, torch.arange(len(cos), dtype=torch.int32, device=cos.device)
+        # The kernel looks angles up by position; here each token has its own row. It takes two rows or more.
+        at = torch.arange(len(cos), dtype=torch.int32, device=cos.device)
+        return (cos, sin, at) if len(cos) > 1 else (cos.expand(2, -1), sin.expand(2, -1), at)
 
     def rotate(turning: Tensor, turns: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         queries, keys = turning[:, :-1, None], turning[:, -1:, None]  # any split will do

@@ -25,7 +25,8 @@ def test_the_parts_are_in_order_of_worth_and_end_within_nine_minutes() -> None:
     assert gpu_parts.PARTS == ("runs", "profile", "tests", "rates", "learn", "rivals", "caps")
     assert sum(job.limit for job in gpu_parts.JOBS) <= 540
     for small in (False, True):  # what a rehearsal prints is what a card gets
-        *parts, whole = gpu.plan_text(gpu_parts.chosen(gpu_parts.PARTS, 9.0, small)).splitlines()
+        jobs = gpu_parts.chosen(gpu_parts.PARTS, gpu_parts.RIVALS, 9.0, small)
+        *parts, whole = gpu.plan_text(jobs).splitlines()
         assert [line.split()[0] for line in parts] == list(gpu_parts.PARTS)
         assert whole.split() == ["all", "540", "s"]
     order = [gpu_parts.PARTS.index(job.part) for job in gpu_parts.JOBS]
@@ -40,11 +41,13 @@ def test_the_parts_are_in_order_of_worth_and_end_within_nine_minutes() -> None:
 
 
 def test_limits_scale_and_parts_are_picked() -> None:
-    jobs = gpu_parts.chosen(["runs", "caps"], 4.5, False)
+    jobs = gpu_parts.chosen(["runs", "caps"], gpu_parts.RIVALS, 4.5, False)
     whole = [j for j in gpu_parts.JOBS if j.part in ("runs", "caps")]
     assert [j.limit for j in jobs] == [j.limit / 2 for j in whole]
     assert [j.shape for j in jobs] == [j.shape for j in whole] and not any(j.small for j in jobs)
-    assert all(j.small and j.cap <= 16 for j in gpu_parts.chosen(gpu_parts.PARTS, 9, True))
+    (only,) = gpu_parts.chosen(["profile"], ["empg-unsloth"], 9, False)
+    assert (only.part, only.rival) == ("profile", "empg-unsloth")
+    assert all(j.small and j.cap <= 16 for j in gpu_parts.chosen(gpu_parts.PARTS, gpu_parts.RIVALS, 9, True))
 
 
 def test_what_earlier_jobs_saved_is_for_later_ones_but_no_limit_is_taken_from() -> None:
