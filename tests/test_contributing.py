@@ -120,17 +120,18 @@ def test_a_train_flag(copy: Copy) -> None:
 ENGINES = """
 import sys, torch
 from pathlib import Path
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 from fixture_model import build_model, load_fixture_policy
 from sampling import ids_of, prompts_of
 from empg_lite.policy.memory.shape import read_shape
 from empg_lite.sampler import Decoding, make_sampler
 folder = build_model(Path("model"))
+AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
 torch.manual_seed(0)
 sizes = dict(vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
 heads = dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)
 ends = dict(eos_token_id=256, bos_token_id=256, tie_word_embeddings=True, initializer_range=0.05)
-LlamaForCausalLM(LlamaConfig(**sizes, **heads, **ends)).save_pretrained(folder)
+MistralForCausalLM(MistralConfig(**sizes, **heads, **ends, sliding_window=None)).save_pretrained(folder)
 policy = load_fixture_policy(folder)
 prompts = prompts_of(policy, 4, 2)
 greedy = Decoding(12, 0.0)
@@ -145,11 +146,9 @@ print("the engines agree")
 
 @pytest.mark.parametrize("copy", ["an architecture"], indirect=True)
 def test_an_architecture(copy: Copy) -> None:
-    """Llama, which is Qwen2 without biases: both engines draw the same from random weights."""
+    """Mistral, which is built like Llama: both engines draw the same from random weights."""
     assert len(copy.allowed) <= 4
-    copy.edit("policy/integrity.py", 'SUPPORTED = ("qwen2",)', 'SUPPORTED = ("qwen2", "llama")')
-    missing = "None if heads[0].base_layer.bias is None else torch.cat("
-    copy.edit("policy/merged.py", "bias=torch.cat(", f"bias={missing}")
+    copy.before("policy/families.py", '    "qwen3": Family(', '    "mistral": Family("Mistral 7B v0.3"),')
     assert "the engines agree" in copy.python("-c", ENGINES)
 
 

@@ -16,11 +16,8 @@ from typing import Any
 
 from empg_lite.core.bundled import BUNDLED, model_path
 from empg_lite.core.errors import MissingInput, ModelUnusable
+from empg_lite.policy.families import FAMILIES, unsupported
 
-#: Architectures (``model_type``) with tests. Another one takes up to four files, most of them unchanged where
-#: it is built like Qwen2: this entry; its forward pass, ``network.py``; its fused matrices, ``merged.py``;
-#: its sizes, ``memory/shape.py``.
-SUPPORTED = ("qwen2",)
 _PROBES = (
     "What is 17 + 25?\nStep 1: 17 + 25 = 42. #### 42",
     "Zoë paid €3.50 — half of 7½ · \\boxed{\\frac{1}{2}}",
@@ -85,18 +82,17 @@ def check_config(folder: Path) -> dict[str, Any]:
         model_type = config.get("model_type")
     except (ValueError, AttributeError, RecursionError) as error:
         raise ModelUnusable(f"config.json is not JSON ({error})", str(path)) from error
-    if model_type not in SUPPORTED:
-        raise ModelUnusable(
-            f"model type {model_type!r} is not supported",
-            str(path),
-            "tested: Qwen2.5 base and Instruct (qwen2)",
-        )
+    tested = "tested: " + ", ".join(f"{family.models} ({name})" for name, family in FAMILIES.items())
+    if model_type not in FAMILIES:
+        raise ModelUnusable(f"model type {model_type!r} is not supported", str(path), tested)
     if config.get("auto_map"):
         raise ModelUnusable(
             "the model needs remote code (auto_map), which is never run",
             str(path),
             "use a model without remote code",
         )
+    if (beyond := unsupported(config)) is not None:
+        raise ModelUnusable(f"{model_type} with {beyond} is not supported", str(path), tested)
     return config
 
 

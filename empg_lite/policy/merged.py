@@ -51,12 +51,13 @@ class _Fused:
     """One layer's matrices: A = H d queries, K = G d keys, D hidden, I intermediate.
 
     Attributes:
-        qkv, bias: ``(A + 2 K, D)``, ``(A + 2 K,)``.
+        qkv: ``(A + 2 K, D)``.
+        bias: ``(A + 2 K,)``, or None (only Qwen2 has biases).
         out, gate_up, down: ``(D, A)``, ``(2 I, D)``, ``(D, I)``.
     """
 
     qkv: Tensor
-    bias: Tensor
+    bias: Tensor | None
     out: Tensor
     gate_up: Tensor
     down: Tensor
@@ -115,10 +116,10 @@ def _buffers(layer: Any, dtype: torch.dtype) -> _Fused:
         rows = sum(linear.out_features for linear in linears)
         return torch.empty(rows, linears[0].in_features, dtype=dtype, device=device)
 
-    mlp = layer.mlp
+    biases, mlp = [linear.base_layer.bias for linear in heads], layer.mlp
     return _Fused(
         qkv=empty(*heads),
-        bias=torch.cat([linear.base_layer.bias.detach() for linear in heads]).to(dtype),
+        bias=None if biases[0] is None else torch.cat(biases).detach().to(dtype),
         out=empty(layer.self_attn.o_proj),
         gate_up=empty(mlp.gate_proj, mlp.up_proj),
         down=empty(mlp.down_proj),

@@ -1,4 +1,4 @@
-"""The Qwen2 forward pass, layer by layer, over the policy's own modules.
+"""The forward pass of Llama, Qwen2 and Qwen3, layer by layer, over the policy's own modules.
 
 Sampling from a static KV cache and fitting K completions behind one prompt replace attention, which
 ``transformers`` does not allow. Everything around attention is here, once: a layer turns tokens into queries,
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from empg_lite.policy.kernels import PLAIN, Kernels, head_dim
+from empg_lite.policy.kernels import PLAIN, Kernels, head_dim, rms_norm
 
 #: (N, in) -> (N, out)
 Map = Callable[[Tensor], Tensor]
@@ -34,6 +34,7 @@ class Layer:
         qkv: ``(N, D) -> (N, (H + 2 G) d)``, queries, keys and values side by side.
         out: ``(N, H d) -> (N, D)``.
         mlp: ``(N, D) -> (N, D)``.
+        qk_norm: ``(H + G, d)`` RMSNorm weights of each head's queries and keys, or None (Qwen3 has them).
     """
 
     norm: Tensor
@@ -41,6 +42,7 @@ class Layer:
     out: Map
     mlp_norm: Tensor
     mlp: Map
+    qk_norm: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +73,10 @@ class Network:
     def qkv_heads(self, layer: Layer, normed: Tensor, angles: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries ``(N, H, d)`` and keys ``(N, G, d)``, and values ``(N, G, d)``, of ``(N, D)``."""
         mixed = layer.qkv(normed).view(len(normed), -1, self.head_dim)  # (N, H + 2 G, d)
-        rotated, values = mixed.split((self.heads + self.kv_heads, self.kv_heads), 1)
-        queries, keys = self.kernels.rotate(rotated, angles).split((self.heads, self.kv_heads), 1)
+        turning, values = mixed.split((self.heads + self.kv_heads, self.kv_heads), 1)
+        if layer.qk_norm is not None:
+            turning = rms_norm(turning, layer.qk_norm, self.eps)
+        queries, keys = self.kernels.rotate(turning, angles).split((self.heads, self.kv_heads), 1)
         return queries, keys, values
 
     def after_attention(self, layer: Layer, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +93,7 @@ def live_network(causal: Any, kernels: Kernels = PLAIN) -> Network:
     """The network over the modules of a LoRA-adapted causal LM: gradients reach the adapter.
 
     Args:
-        causal: a ``Qwen2ForCausalLM`` with PEFT layers in it.
+        causal: a model of one of ``families.FAMILIES`` with PEFT layers in it.
         kernels: anything but plain torch gives no gradients.
     """
     config, model = causal.config, causal.model
@@ -111,6 +115,7 @@ def live_network(causal: Any, kernels: Kernels = PLAIN) -> Network:
                 out=partial(adapted, layer.self_attn.o_proj),
                 mlp_norm=layer.post_attention_layernorm.weight,
                 mlp=partial(mlp, layer.mlp),
+                qk_norm=_qk_norm(layer.self_attn, config),
             )
             for layer in model.layers
         ),
@@ -124,29 +129,41 @@ def live_network(causal: Any, kernels: Kernels = PLAIN) -> Network:
     )
 
 
+def _qk_norm(attention: Any, config: Any) -> Tensor | None:
+    """``(H + G, d)``: the weight of all query heads and that of all key heads, for one product."""
+    if getattr(attention, "q_norm", None) is None:
+        return None
+    queries = attention.q_norm.weight.expand(config.num_attention_heads, -1)
+    keys = attention.k_norm.weight.expand(config.num_key_value_heads, -1)
+    return torch.cat((queries, keys)).detach()
+
+
 def _rotary(causal: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """Positions ``(N,)`` -> cosines and sines ``(N, d)``; see ``Network``.
 
     Computed here because Unsloth replaces the model's own module on a GPU by one that takes no positions.
-    Scaled angles, which Unsloth does not offer for Qwen2, come from the model's module.
     """
-    config, model = causal.config, causal.model
-    if config.rope_parameters["rope_type"] != "default":
-
-        def by_module(positions: Tensor) -> tuple[Tensor, Tensor]:
-            cos, sin = model.rotary_emb(model.norm.weight, positions[None])
-            return cos[0], sin[0]
-
-        return by_module
-    weight, width = model.norm.weight, head_dim(config)
-    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=weight.device) / width
-    speeds = 1 / config.rope_parameters["rope_theta"] ** exponents  # (d/2,) radians per token
+    weight = causal.model.norm.weight
+    speeds, scale = _rotary_speeds(causal.config, weight.device)
 
     def rotary(positions: Tensor) -> tuple[Tensor, Tensor]:
         angles = (positions[:, None] * speeds).repeat(1, 2)
-        return angles.cos().to(weight.dtype), angles.sin().to(weight.dtype)
+        return (angles.cos() * scale).to(weight.dtype), (angles.sin() * scale).to(weight.dtype)
 
     return rotary
+
+
+def _rotary_speeds(config: Any, device: torch.device) -> tuple[Tensor, float]:
+    """Radians per token ``(d/2,)``, and a factor on cosines and sines (only YaRN's is not 1)."""
+    kind = config.rope_parameters["rope_type"]
+    if kind == "default":
+        width = head_dim(config)
+        exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
+        return 1 / config.rope_parameters["rope_theta"] ** exponents, 1.0
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    speeds, scale = ROPE_INIT_FUNCTIONS[kind](config, device)
+    return speeds, float(scale)
 
 
 def adapted(linear: Any, x: Tensor) -> Tensor:

@@ -413,6 +413,7 @@ def test_sizes_of_memory() -> None:
 
 def test_shapes_from_configs() -> None:
     config = {
+        "model_type": "qwen2",
         "num_hidden_layers": 2,
         "hidden_size": 64,
         "intermediate_size": 128,

@@ -385,7 +385,7 @@ def wrong_tokenizer_json(folder: Path) -> None:
         (lambda f: (f / "model.safetensors").unlink(), MissingInput, "no \\*.safetensors"),
         (lambda f: (f / "config.json").unlink(), MissingInput, "not a model folder"),
         (lambda f: (f / "config.json").write_text("["), ModelUnusable, "not JSON"),
-        (set_config(model_type="llama"), ModelUnusable, "'llama' is not supported"),
+        (set_config(model_type="gemma2"), ModelUnusable, "'gemma2' is not supported"),
         (set_config(auto_map={"AutoModel": "x.y"}), ModelUnusable, "remote code"),
         (set_config(vocab_size=100), ModelUnusable, "tokenizer has|shape"),
         (drop_tokenizer, ModelUnusable, "tokenizer"),

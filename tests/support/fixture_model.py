@@ -31,7 +31,7 @@ def build_model(
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     folder.mkdir(parents=True, exist_ok=True)
-    _write_tokenizer(folder)
+    write_tokenizer(folder)
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=vocab,
@@ -53,7 +53,8 @@ def build_model(
     return folder
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
+    """The byte-level tokenizer of the fixture models, in Qwen2's class."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     vocab = {char: i for i, char in enumerate(sorted(ByteLevel.alphabet()))}

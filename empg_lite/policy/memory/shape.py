@@ -15,12 +15,13 @@ from typing import Any
 
 from empg_lite.core.bundled import BUNDLED
 from empg_lite.core.errors import DataError, MissingInput
+from empg_lite.policy.families import FAMILIES, Family
 from empg_lite.policy.integrity import check_config, resolve_model
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A Qwen2 decoder: L layers, D hidden, I intermediate, H query and G key/value heads of d, V tokens."""
+    """A decoder: L layers, D hidden, I intermediate, H query and G key/value heads of d, V tokens."""
 
     layers: int
     hidden: int
@@ -30,6 +31,7 @@ class Shape:
     head_dim: int
     vocab: int
     tied: bool
+    family: Family = FAMILIES["qwen2"]
 
     @property
     def queries(self) -> int:
@@ -60,8 +62,14 @@ class Shape:
 
     @property
     def small_params(self) -> int:
-        """RMSNorm weights and the biases of q, k and v."""
-        return self.layers * (2 * self.hidden + self.queries + 2 * self.keys) + self.hidden
+        """RMSNorm weights, and the biases of q, k and v."""
+        norms = 2 * self.hidden + (2 * self.head_dim if self.family.qk_norm else 0)
+        return self.layers * (norms + self.biases) + self.hidden
+
+    @property
+    def biases(self) -> int:
+        """Biases of one layer's q, k and v."""
+        return self.queries + 2 * self.keys if self.family.qkv_bias else 0
 
 
 #: Qwen2.5, base and Instruct alike (their published config.json).
@@ -96,6 +104,7 @@ def shape_of(config: Mapping[str, Any], where: str) -> Shape:
         head_dim=config.get("head_dim") or number("hidden_size") // heads,
         vocab=number("vocab_size"),
         tied=bool(config.get("tie_word_embeddings", False)),
+        family=FAMILIES[config["model_type"]],
     )
 
 

@@ -205,8 +205,7 @@ def moments(shape: Shape, s: Settings) -> int:
 
 def sampler_copy(shape: Shape, s: Settings) -> int:
     """The merged linears and their biases: allocated once, rewritten for every E-step."""
-    biases = shape.layers * (shape.queries + 2 * shape.keys)
-    return (shape.linear_params + biases) * s.itemsize if s.merged else 0
+    return (shape.linear_params + shape.layers * shape.biases) * s.itemsize if s.merged else 0
 
 
 def merged_linear(shape: Shape, s: Settings) -> int:
