@@ -34,12 +34,13 @@ def resolve_dtype(name: str) -> Any:
     return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The model's tokenizer, checked against its files."""
+def load_tokenizer(folder: Path) -> tuple[Any, tuple[str, ...]]:
+    """The model's tokenizer, checked against its files, and notes on what was mended in it."""
     from transformers import AutoConfig, AutoTokenizer
 
     from empg_lite.core.errors import ModelUnusable
     from empg_lite.policy.integrity import check_tokenizer
+    from empg_lite.policy.tokens import mend_end
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -48,7 +49,7 @@ def load_tokenizer(folder: Path) -> Any:
             f"tokenizer cannot be loaded ({' '.join(str(error).split())[:200]})", str(folder)
         ) from error
     check_tokenizer(tokenizer, folder, AutoConfig.from_pretrained(folder).vocab_size)
-    return tokenizer
+    return tokenizer, mend_end(tokenizer)
 
 
 def quiet() -> None:
@@ -91,19 +92,21 @@ def load_policy(model: Any, prompt: str, *, seed: int, gradient_checkpointing: b
     """
     from empg_lite.policy import backends
 
-    template = load_template(prompt)
+    template = load_template(prompt)  # before anything slow: its name may be misspelt
     backend = backends.choose_backend(model.backend)
     import_libraries(backend)
     from empg_lite.policy.adapter import load_adapter
     from empg_lite.policy.attention import avoid_cudnn
     from empg_lite.policy.integrity import check_config, check_weights, resolve_model
     from empg_lite.policy.policy import Policy
+    from empg_lite.policy.tokens import fit_template
 
     quiet()
     folder, revision = resolve_model(model.name, model.revision)
     check_config(folder)
     check_weights(folder)
-    tokenizer = load_tokenizer(folder)
+    tokenizer, mended = load_tokenizer(folder)
+    template, fitted = fit_template(template, tokenizer)
     how = _loading(model, seed, gradient_checkpointing)
     avoid_cudnn()
     loaded = (backends.load_unsloth if backend == "unsloth" else backends.load_transformers)(folder, how)
@@ -118,6 +121,7 @@ def load_policy(model: Any, prompt: str, *, seed: int, gradient_checkpointing: b
         checkpointing=how.checkpointing,
         set_mode=loaded.set_mode,
         free_buffers=loaded.free_buffers,
+        notes=(*mended, *fitted),
     )
     if model.adapter:
         load_adapter(policy, Path(model.adapter))

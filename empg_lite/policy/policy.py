@@ -24,6 +24,7 @@ from empg_lite.policy.network import Network, live_network
 from empg_lite.policy.packing import Ids, pack, packed_hidden
 from empg_lite.policy.shared_prefix import disagreement, forget_masks, shared_prefix_hidden
 from empg_lite.policy.templates import Template
+from empg_lite.policy.tokens import stop_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ class Policy:
         kernels: the pointwise operations of sampling.
         shared_prefix: whether fits use Unsloth's own forward pass instead of the packed one; None: available
             but not verified yet (``prepare_fit``).
-        notes: which parts of the backend are not used, and why.
+        notes: which parts of the backend are not used, and what was mended, and why.
     """
 
     def __init__(
@@ -87,16 +88,17 @@ class Policy:
         checkpointing: bool = False,
         set_mode: Callable[[Any, bool], None] | None = None,
         free_buffers: Callable[[], None] | None = None,
+        notes: tuple[str, ...] = (),
     ) -> None:
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.dtype, self.backend, self.name, self.revision = dtype, backend, name, revision
         self.checkpointing = checkpointing
         self.device = next(model.parameters()).device
-        self.stop_ids = _stop_ids(model, tokenizer, template)
+        self.stop_ids = stop_ids(model, tokenizer, template)
         self.pad_id = int(
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self.stop_ids)
         )
-        self.kernels, self.notes = PLAIN, tuple[str, ...]()
+        self.kernels, self.notes = PLAIN, notes
         self.shared_prefix: bool | None = False
         self._set_mode = set_mode or (lambda model, training: model.train(training))
         self._free_buffers = free_buffers
@@ -302,15 +304,3 @@ class Policy:
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
             digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
-
-
-def _stop_ids(model: Any, tokenizer: Any, template: Template) -> frozenset[int]:
-    """Qwen2.5 base ends with <|endoftext|>, Instruct with <|im_end|>; each may emit the other's."""
-    ids: set[int] = set()
-    for source in (model.config, getattr(model, "generation_config", None), tokenizer):
-        value = getattr(source, "eos_token_id", None)
-        if value is not None:
-            ids.update(value if isinstance(value, (list, tuple)) else [value])
-    vocab = tokenizer.get_vocab()
-    ids.update(vocab[t] for t in (template.end, "<|im_end|>", "<|endoftext|>") if t in vocab)
-    return frozenset(ids)

@@ -21,6 +21,40 @@ from pathlib import Path
 
 from empg_lite.core.errors import MissingInput, RecipeError
 
+
+@dataclass(frozen=True, slots=True)
+class Markers:
+    """How chat models of one kind are told who speaks.
+
+    Attributes:
+        begin: what precedes the first turn.
+        start: the token that begins a turn.
+        head: what follows it, with ``{role}`` in it.
+        end: the token that ends a turn.
+        gap: what stands between turns.
+    """
+
+    begin: str
+    start: str
+    head: str
+    end: str
+    gap: str
+
+    def chat(self, system: str) -> str:
+        """A system message, the user's ``{question}``, and the assistant's turn begun."""
+
+        def turn(role: str) -> str:
+            return self.start + self.head.replace("{role}", role)
+
+        after = self.end + self.gap
+        said = (self.begin, turn("system"), system, after, turn("user"), "{question}", after)
+        return "".join((*said, turn("assistant")))
+
+
+CHATML = Markers("", "<|im_start|>", "{role}\n", "<|im_end|>", "\n")  # Qwen, SmolLM2
+LLAMA3 = Markers("<|begin_of_text|>", "<|start_header_id|>", "{role}<|end_header_id|>\n\n", "<|eot_id|>", "")
+MARKERS = (CHATML, LLAMA3)
+
 _BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
@@ -32,12 +66,18 @@ class Template:
         text: contains ``{question}`` once.
         stop: strings that end a completion, and are not part of its text.
         end: token appended to completions that come as text (``fit`` on written solutions).
+        system: the system message of a built-in chat; see ``in_markers``.
     """
 
     name: str
     text: str
     stop: tuple[str, ...] = ()
     end: str = "<|endoftext|>"
+    system: str | None = None
+
+    def in_markers(self, markers: Markers) -> Template:
+        """A built-in chat in these markers; any other prompt as it is."""
+        return self if self.system is None else _chat(self.name, self.system, markers)
 
     def render(self, question: str) -> str:
         """The prompt as the model sees it."""
@@ -49,15 +89,14 @@ class Template:
         return hashlib.sha256("\0".join((self.text, *self.stop, self.end)).encode()).hexdigest()
 
 
-def _chatml(system: str) -> str:
-    user = "<|im_start|>user\n{question}<|im_end|>\n"
-    return f"<|im_start|>system\n{system}<|im_end|>\n{user}<|im_start|>assistant\n"
+def _chat(name: str, system: str, markers: Markers = CHATML) -> Template:
+    return Template(name, markers.chat(system), stop=(markers.start,), end=markers.end, system=system)
 
 
 TEMPLATES = {
     t.name: t
     for t in (
-        Template("qwen-boxed", _chatml(_BOXED), stop=("<|im_start|>",), end="<|im_end|>"),
+        _chat("qwen-boxed", _BOXED),
         Template(
             "gsm8k",
             "Solve the problem step by step. On the last line write #### and then the final number.\n\n"

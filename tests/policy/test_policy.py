@@ -279,14 +279,14 @@ def test_qwen_stops_on_both_of_its_end_tokens(shared: Path, tmp_path: Path, fold
 
     from transformers import AutoTokenizer
 
-    from empg_lite.policy.policy import _stop_ids
+    from empg_lite.policy.tokens import stop_ids
 
     for name in ("vocab.json", "merges.txt", "tokenizer.json"):
         (tmp_path / name).symlink_to(shared / "tokenizer-qwen2.5" / name)
     (tmp_path / "tokenizer_config.json").symlink_to(shared / folder / "tokenizer_config.json")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     model = SimpleNamespace(config=SimpleNamespace(eos_token_id=tokenizer.eos_token_id))
-    assert _stop_ids(model, tokenizer, TEMPLATES["qwen-boxed"]) == {151643, 151645}
+    assert stop_ids(model, tokenizer, TEMPLATES["qwen-boxed"]) == {151643, 151645}
 
 
 def test_a_template_file_brings_its_stops(tmp_path: Path) -> None:

@@ -1,0 +1,155 @@
+"""Prompts in the model's own markers, and what ends an answer, over tokenizers of each family."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fixture_model import load_fixture_policy
+
+from empg_lite.policy import load_tokenizer
+from empg_lite.policy.templates import CHATML, TEMPLATES, Template
+from empg_lite.policy.tokens import fit_template, mend_end, stop_ids
+
+#: Control tokens of each family's tokenizer, as published, from id 256 on: (all, begin, end, pad).
+QWEN = (("<|endoftext|>", "<|im_start|>", "<|im_end|>"), None, "<|im_end|>", "<|endoftext|>")
+SMOLLM2 = (QWEN[0], "<|im_start|>", "<|im_end|>", "<|im_end|>")
+LLAMA3 = (
+    ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>",
+     "<|eot_id|>"),
+    "<|begin_of_text|>", "<|eot_id|>", None,
+)  # fmt: skip
+BARE = (("<s>", "</s>"), "<s>", "</s>", None)
+
+
+def tokenizer_of(family: tuple[Any, ...], *, prepends: bool = False) -> Any:
+    """A byte-level tokenizer with these control tokens; ``prepends``: every text begins with the first."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special, begin, end, pad = family
+    vocab = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    if prepends:
+        ids = [(begin, tokenizer.token_to_id(begin))]
+        tokenizer.post_processor = processors.TemplateProcessing(f"{begin} $A", special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=begin, eos_token=end, pad_token=pad)
+
+
+def ends_of(tokenizer: Any, template: Template, eos: int | list[int]) -> set[str]:
+    """The tokens that end an answer, by name, of a model whose config names ``eos``."""
+    model = SimpleNamespace(config=SimpleNamespace(eos_token_id=eos))
+    return set(tokenizer.convert_ids_to_tokens(sorted(stop_ids(model, tokenizer, template))))
+
+
+CHAT = TEMPLATES["qwen-boxed"]
+BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+
+
+def test_chatml_models_get_the_prompt_to_the_byte() -> None:
+    """Qwen and SmolLM2: no character and no hash of the prompt depends on the tokenizer."""
+    expected = (
+        f"<|im_start|>system\n{BOXED}<|im_end|>\n<|im_start|>user\n{{question}}<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    for family in (QWEN, SMOLLM2):
+        for template in TEMPLATES.values():
+            assert fit_template(template, tokenizer_of(family)) == (template, ())
+    assert (CHAT.text, CHAT.stop, CHAT.end) == (expected, ("<|im_start|>",), "<|im_end|>")
+    sha = "ef149309be2b16cd4891ad1d236586715a24dd31a5686218febd0c0251063008"  # as of the first recorded runs
+    assert CHAT.sha256 == sha
+
+
+def test_llama_3_gets_its_headers() -> None:
+    """What its published chat template makes of the two messages, without the lines about dates."""
+    tokenizer = tokenizer_of(LLAMA3, prepends=True)
+    template, notes = fit_template(CHAT, tokenizer)
+    assert template.render("2 + 2?") == (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+        f"{BOXED}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+        "2 + 2?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    assert (template.name, template.stop, template.end) == (CHAT.name, ("<|start_header_id|>",), "<|eot_id|>")
+    assert len(notes) == 1 and "own markers" in notes[0]
+    ids = tokenizer.encode(template.render("2"), add_special_tokens=False)
+    special = set(tokenizer.get_added_vocab().values())
+    assert sum(i in special for i in ids) == 9, "every marker is one token"
+    assert sum(i in special for i in tokenizer.encode(CHAT.render("2"), add_special_tokens=False)) == 0
+
+
+def test_a_plain_prompt_begins_as_the_tokenizer_begins_a_text() -> None:
+    """Llama 3 was trained behind <|begin_of_text|>; SmolLM2's begin token is a turn's, and not put first."""
+    plain = TEMPLATES["plain"]
+    template, notes = fit_template(plain, tokenizer_of(LLAMA3, prepends=True))
+    assert template.text == "<|begin_of_text|>" + plain.text and template.stop == plain.stop
+    assert template.end == "<|eot_id|>" and notes == (
+        "prompt: no token <|endoftext|>; <|eot_id|> ends written solutions",
+    )
+    assert fit_template(template, tokenizer_of(LLAMA3, prepends=True))[0] == template, "once only"
+    assert fit_template(plain, tokenizer_of(LLAMA3))[0].text == plain.text
+    assert fit_template(plain, tokenizer_of(SMOLLM2, prepends=True))[0].text == plain.text
+
+
+def test_a_model_without_markers_is_told() -> None:
+    template, notes = fit_template(CHAT, tokenizer_of(BARE))
+    assert template.text == CHAT.text and template.end == "</s>"
+    assert "no chat markers" in notes[0] and "`plain`" in notes[0]
+
+
+def test_a_prompt_of_ones_own_is_left_alone() -> None:
+    own = Template("mine", "Q: {question}\nA:", ("\nQ:",), "<|eot_id|>")
+    assert fit_template(own, tokenizer_of(LLAMA3)) == (own, ())
+    assert own.in_markers(CHATML) is own
+
+
+@pytest.mark.parametrize(
+    ("family", "eos", "expected"),
+    [
+        (QWEN, 258, {"<|im_end|>", "<|endoftext|>"}),
+        (SMOLLM2, 258, {"<|im_end|>", "<|endoftext|>"}),
+        (SMOLLM2, 257, {"<|im_end|>", "<|endoftext|>"}),  # a config that names the wrong one as well
+        (LLAMA3, 257, {"<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"}),
+        (LLAMA3, [257, 260, 261], {"<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"}),
+        (BARE, 257, {"</s>"}),
+    ],
+)
+def test_what_ends_an_answer(family: tuple[Any, ...], eos: int | list[int], expected: set[str]) -> None:
+    """In the base model and the tuned one alike; never a token that begins a turn."""
+    tokenizer = tokenizer_of(family)
+    for template in TEMPLATES.values():
+        assert ends_of(tokenizer, fit_template(template, tokenizer)[0], eos) == expected
+
+
+def test_an_end_token_that_begins_a_turn_is_mended() -> None:
+    """As in SmolLM2's tokenizer read from GGUF: 1, <|im_start|>, where 2, <|im_end|>, is right."""
+    wrong = tokenizer_of((SMOLLM2[0], "<|im_start|>", "<|im_start|>", None))
+    (note,) = mend_end(wrong)
+    assert note == "tokenizer: its end token <|im_start|> begins a turn; <|im_end|> is used"
+    assert (wrong.eos_token, wrong.eos_token_id) == ("<|im_end|>", 258)
+    for right in (wrong, tokenizer_of(QWEN), tokenizer_of(LLAMA3), tokenizer_of(BARE)):
+        before = right.eos_token
+        assert mend_end(right) == () and right.eos_token == before
+
+
+def test_a_policy_records_what_was_mended(model_dir: Path, tmp_path: Path) -> None:
+    """From the folder to ``environment.json``'s facts; the end token that it saves is the right one."""
+    import shutil
+
+    from empg_lite.policy.card import tokenizer_files
+
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<|im_start|>"}))
+    policy = load_fixture_policy(folder)
+    assert policy.stop_ids == {256, 258} and policy.tokenizer.eos_token == "<|im_end|>"
+    assert policy.facts()["notes"] == [
+        "tokenizer: its end token <|im_start|> begins a turn; <|im_end|> is used"
+    ]
+    saved = json.loads(tokenizer_files(policy)["tokenizer_config.json"])
+    assert saved["eos_token"] == "<|im_end|>"
+    assert load_tokenizer(model_dir)[1] == () == load_fixture_policy(model_dir).notes
