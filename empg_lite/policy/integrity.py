@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from empg_lite.core.bundled import BUNDLED, model_path
+from empg_lite.core.bundled import BUNDLED, PACKAGED, model_path, unpacked_model
 from empg_lite.core.errors import MissingInput, ModelUnusable
 from empg_lite.policy.families import FAMILIES, unsupported
 
@@ -31,6 +31,8 @@ PATIENCE = 8
 def resolve_model(name: str, revision: str | None, *, weights: bool = True) -> tuple[Path, str | None]:
     """The folder of a model, downloaded from the hub once if it is not local.
 
+    A packaged model is local once ``run/unpack.py`` has unpacked it.
+
     Args:
         weights: False fetches configuration and tokenizer only.
 
@@ -42,6 +44,11 @@ def resolve_model(name: str, revision: str | None, *, weights: bool = True) -> t
     """
     if name in BUNDLED:
         return model_path(name), None
+    todo = f"check the name; with a network run `hf download {name}`; or give a local folder"
+    if (packaged := PACKAGED.get(name)) is not None:
+        if not revision and (unpacked := unpacked_model(name)) is not None:
+            return unpacked, None
+        name, todo = packaged.hub, packaged.todo
     if Path(name).is_dir():
         return Path(name), None
     from httpx import HTTPError
@@ -49,7 +56,6 @@ def resolve_model(name: str, revision: str | None, *, weights: bool = True) -> t
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     patterns = ["*.json", "merges.txt", "*.jinja"] + (["*.safetensors"] if weights else [])
-    todo = f"check the name; with a network run `hf download {name}`; or give a local folder"
     try:
         try:  # snapshot_download has no timeout of its own for a network that never answers
             revision, cached = HfApi().model_info(name, revision=revision, timeout=PATIENCE).sha, False

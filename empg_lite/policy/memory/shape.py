@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from empg_lite.core.bundled import BUNDLED
+from empg_lite.core.bundled import BUNDLED, PACKAGED
 from empg_lite.core.errors import DataError, MissingInput
 from empg_lite.policy.families import FAMILIES, Family
 from empg_lite.policy.integrity import check_config, resolve_model
@@ -81,6 +81,10 @@ KNOWN = {
 }
 
 
+#: Packaged models; a plan does not unpack them.
+_PACKAGED = {"smollm2-135m": Shape(30, 576, 1536, 9, 3, 64, 49_152, True, FAMILIES["llama"])}
+
+
 def shape_of(config: Mapping[str, Any], where: str) -> Shape:
     """The shape that a ``config.json`` describes.
 
@@ -109,7 +113,7 @@ def shape_of(config: Mapping[str, Any], where: str) -> Shape:
 
 
 def read_shape(name: str, revision: str | None = None) -> Shape:
-    """The shape of ``model.name``: a folder, a bundled model, or a hub id. Nothing is downloaded.
+    """The shape of ``model.name``: a folder, a bundled or packaged model, or a hub id; nothing is downloaded.
 
     Raises:
         MissingInput: a hub id that is neither cached nor in the table.
@@ -118,6 +122,8 @@ def read_shape(name: str, revision: str | None = None) -> Shape:
     if name in BUNDLED or os.path.isdir(name):
         folder = resolve_model(name, revision)[0]
         return shape_of(check_config(folder), str(folder))
+    if name in PACKAGED:
+        return _PACKAGED[name]
     cached = _cached_config(name, revision)
     if cached is not None:
         return shape_of(check_config(cached), str(cached))
