@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from empg_lite.core.errors import EmpgError
 from empg_lite.core.view import View
 from empg_lite.data.sources import find_overlap, load_splits
 from empg_lite.policy import Template, load_template, load_tokenizer
 from empg_lite.policy.integrity import check_config, resolve_model
+from empg_lite.policy.tokens import fit_template
 from empg_lite.rewards import Case, Grader
 from empg_lite.rewards.spec import parse_spec
 from empg_lite.run.unpack import unpack_model
@@ -96,7 +97,10 @@ def check(recipe: Recipe, grader: Grader, view: View | None = None) -> CheckRepo
     if failures is None:
         notes.append("gold answers not checked: only the reward knows how a right answer is written")
     try:
-        lengths = _prompt_lengths(recipe, template, parts)
+        tokenizer, context, mended = _open_tokenizer(recipe)
+        template, fitted = fit_template(template, tokenizer)
+        notes += [*mended, *fitted]
+        lengths = _prompt_lengths(recipe, template, parts, tokenizer, context)
     except EmpgError as error:
         lengths = dict.fromkeys(("too_long", "over_context", "context", "longest"))
         notes.append(f"prompt lengths not checked: {error.what}")
@@ -112,10 +116,8 @@ def check(recipe: Recipe, grader: Grader, view: View | None = None) -> CheckRepo
     )
 
 
-def _prompt_lengths(
-    recipe: Recipe, template: Template, parts: Mapping[str, Sequence[Problem]]
-) -> dict[str, int | None]:
-    """The token counts of a ``CheckReport``; loads the tokenizer, not the weights.
+def _open_tokenizer(recipe: Recipe) -> tuple[Any, int, tuple[str, ...]]:
+    """The model's tokenizer, its context in tokens, and notes; loads no weights.
 
     Raises:
         MissingInput, DataError: the tokenizer is missing or broken.
@@ -123,7 +125,18 @@ def _prompt_lengths(
     unpack_model(recipe.model.name)
     folder, _ = resolve_model(recipe.model.name, recipe.model.revision, weights=False)
     context = int(check_config(folder).get("max_position_embeddings", _DEFAULT_CONTEXT))
-    tokenizer = load_tokenizer(folder)
+    tokenizer, mended = load_tokenizer(folder)
+    return tokenizer, context, mended
+
+
+def _prompt_lengths(
+    recipe: Recipe,
+    template: Template,
+    parts: Mapping[str, Sequence[Problem]],
+    tokenizer: Any,
+    context: int,
+) -> dict[str, int | None]:
+    """The token counts of a ``CheckReport``."""
 
     def lengths(problems: Sequence[Problem]) -> list[int]:
         prompts = [template.render(p.question) for p in problems]
