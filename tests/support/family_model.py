@@ -32,14 +32,14 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         hidden_size=1024, intermediate_size=3072, num_attention_heads=16, num_key_value_heads=8, head_dim=128,
         rms_norm_eps=1e-6, rope_theta=1e6, max_position_embeddings=40_960, tie_word_embeddings=True)),
 }  # fmt: skip
-#: The same cut down for quick tests: what tells the families apart stays.
+#: The same in small, with the proportions of the published ones.
 SMALL: dict[str, dict[str, Any]] = {
-    "Qwen2.5-0.5B": dict(hidden_size=56, intermediate_size=96, num_attention_heads=14),
-    "SmolLM2-135M": dict(hidden_size=72, intermediate_size=96),
+    "Qwen2.5-0.5B": dict(hidden_size=56, intermediate_size=304, num_attention_heads=14),
+    "SmolLM2-135M": dict(hidden_size=144, intermediate_size=384),
     "Llama-3.2-1B": dict(
-        hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        hidden_size=64, intermediate_size=256, num_attention_heads=4, num_key_value_heads=1, head_dim=16,
         rope_parameters=LLAMA3_ROPE | {"rope_theta": 1e4, "original_max_position_embeddings": 32}),
-    "Qwen3-0.6B": dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2,
+    "Qwen3-0.6B": dict(hidden_size=64, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2,
         head_dim=32),
 }  # fmt: skip
 

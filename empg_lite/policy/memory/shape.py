@@ -85,6 +85,21 @@ KNOWN = {
 _PACKAGED = {"smollm2-135m": Shape(30, 576, 1536, 9, 3, 64, 49_152, True, FAMILIES["llama"])}
 
 
+#: The other tested families (their published config.json), by the name without owner, -Instruct and -Base.
+_LLAMA, _QWEN3 = FAMILIES["llama"], FAMILIES["qwen3"]
+FURTHER = {
+    "SmolLM2-135M": Shape(30, 576, 1536, 9, 3, 64, 49_152, True, _LLAMA),
+    "SmolLM2-360M": Shape(32, 960, 2560, 15, 5, 64, 49_152, True, _LLAMA),
+    "SmolLM2-1.7B": Shape(24, 2048, 8192, 32, 32, 64, 49_152, True, _LLAMA),
+    "Llama-3.2-1B": Shape(16, 2048, 8192, 32, 8, 64, 128_256, True, _LLAMA),
+    "Llama-3.2-3B": Shape(28, 3072, 8192, 24, 8, 128, 128_256, True, _LLAMA),
+    "Qwen3-0.6B": Shape(28, 1024, 3072, 16, 8, 128, 151_936, True, _QWEN3),
+    "Qwen3-1.7B": Shape(28, 2048, 6144, 16, 8, 128, 151_936, True, _QWEN3),
+    "Qwen3-4B": Shape(36, 2560, 9728, 32, 8, 128, 151_936, True, _QWEN3),
+    "Qwen3-8B": Shape(36, 4096, 12_288, 32, 8, 128, 151_936, False, _QWEN3),
+}
+
+
 def shape_of(config: Mapping[str, Any], where: str) -> Shape:
     """The shape that a ``config.json`` describes.
 
@@ -130,6 +145,9 @@ def read_shape(name: str, revision: str | None = None) -> Shape:
     found = re.fullmatch(r"Qwen/Qwen2\.5-([\d.]+B)(-Instruct)?", name)
     if found and found[1] in KNOWN:
         return KNOWN[found[1]]
+    found = re.fullmatch(r"(?:Qwen|HuggingFaceTB|meta-llama|unsloth)/([\w.-]+?)(-Instruct|-Base)?", name)
+    if found and found[1] in FURTHER:
+        return FURTHER[found[1]]
     raise MissingInput(
         f"the sizes of {name!r} are not known", "model.name", "give a folder that contains its config.json"
     )

@@ -11,6 +11,7 @@ In the forward pass of training, one block keeps for every packed token (D hidde
 
     residual before attention, normed    2 D    the norm's input, the LoRA input of q, k, v
     attention's output, packed again     A      the LoRA input of o
+    queries and keys before their norm   A + K  Qwen3 only; in fp32 the values with them
     residual before the MLP, normed      2 D
     gate, silu(gate), up, product        4 I
     LoRA's inner vectors                 7 r
@@ -176,8 +177,10 @@ def linear_weights(shape: Shape, s: Settings) -> int:
 
 
 def embeddings(shape: Shape, s: Settings) -> int:
-    """Embedding, head (once where they are tied), norms and biases, in the compute type."""
-    return (shape.embedding_params + shape.small_params) * s.itemsize
+    """Embedding, head (once where they are tied), norms and biases, in the compute type; and the weights of
+    Qwen3's norms of queries and keys once more, side by side for all heads."""
+    spread = shape.layers * (shape.queries + shape.keys) if shape.family.qk_norm else 0
+    return (shape.embedding_params + shape.small_params + spread) * s.itemsize
 
 
 def adapter_params(shape: Shape, s: Settings) -> int:
@@ -356,7 +359,16 @@ def block_bytes_per_token(shape: Shape, s: Settings) -> int:
     file). In 16 bit the norms' inputs are fp32."""
     norms = 2 * (shape.hidden + 1)  # inputs and scales
     products = 2 * shape.hidden + shape.queries + 4 * shape.intermediate + 7 * s.lora_r
-    return FP32 * norms + s.itemsize * products
+    return FP32 * (norms + _kept_by_qk_norm(shape, s)) + s.itemsize * products
+
+
+def _kept_by_qk_norm(shape: Shape, s: Settings) -> int:
+    """Numbers per token that Qwen3's norms of queries and keys keep: inputs and scales. In fp32 the input is
+    the product itself, values included."""
+    if not shape.family.qk_norm:
+        return 0
+    values = 0 if _narrow(s) else shape.keys
+    return shape.queries + shape.keys + values + shape.heads + shape.kv_heads
 
 
 def kept_attention(shape: Shape, s: Settings) -> int:
@@ -406,9 +418,13 @@ def recomputed_block(shape: Shape, s: Settings) -> int:
 
 
 def backward_block(shape: Shape, s: Settings) -> int:
-    """The backward pass of the MLP: the gradients of silu(gate) and up, and the residual's. No moment has
-    more where I is five times D, as in Qwen2.5."""
-    return s.fitted_tokens * s.itemsize * (2 * shape.intermediate + shape.hidden)
+    """Beside what is kept, the larger of two moments of the MLP. Going forward: the heads' vectors, before
+    and after they are rotated, the residual and its update (more in Qwen3-0.6B, where A is twice and K is D).
+    Going back: the gradients of silu(gate) and up, and the residual's."""
+    forward = 2 * shape.queries + 3 * shape.keys + 2 * shape.hidden
+    if shape.family.qk_norm and not _narrow(s):
+        forward -= shape.queries + 2 * shape.keys  # kept: see ``_kept_by_qk_norm``
+    return s.fitted_tokens * s.itemsize * max(forward, 2 * shape.intermediate + shape.hidden)
 
 
 def head_chunk(shape: Shape, s: Settings) -> int:
