@@ -28,10 +28,12 @@ from empg_lite.loop.batching import packed_batches
 from empg_lite.loop.estep import reward_matrix, sample_rationales, weigh
 from empg_lite.loop.evaluate import Evaluator
 from empg_lite.loop.learner import Learner, build_learner
+from empg_lite.loop.turns import Asking
 from empg_lite.policy.policy import Policy
 from empg_lite.recipe.file import load_recipe
 from empg_lite.rewards import Grader
-from empg_lite.rewards.scorer import score
+from empg_lite.rewards.scorer import Scorer, score
+from empg_lite.sampler import Sampler
 
 #: Arms of EM: name -> what they set in the recipe. Everything else is a baseline of ``baselines.py``.
 EM_ARMS = {
@@ -42,6 +44,8 @@ EM_ARMS = {
 #: Training rows kept out of training, on which rates are chosen and the curves are measured.
 VALIDATION = 300
 CURVE = 100
+#: Arms whose groups without signal are drawn again -> the method that fits the rest.
+FILTERED = {"dr_grpo-dynamic": "dr_grpo", "grpo-dynamic": "grpo"}
 #: Test problems that are also sampled, eight times each.
 SAMPLED, SAMPLES = 128, 8
 
@@ -55,6 +59,7 @@ class Setting:
         noise: share of wrong answers that the verifier lets pass.
         pool: train on so many problems only, other ones for every seed; None: all.
         pool_steps: of those, take problems of so many arithmetic steps; None: any.
+        tries: ask a problem until it is right, at most so often, in ``problems`` slots; None: fixed groups.
         memory: right rationales kept of each problem; ``memory_weight``: each weighs ``one``, or all of a
             problem as much as those of a solved one (``group``).
         kl_stop: of the EM arms, nats a token; None leaves the package's default.
@@ -77,6 +82,7 @@ class Setting:
     memory: int = 0
     memory_weight: str = "group"
     test: bool = True
+    tries: int | None = None
 
     def overrides(self) -> list[str]:
         """What differs from the task's recipe."""
@@ -86,6 +92,7 @@ class Setting:
             f"em.passes={self.passes}",
             f"sampler.problems_per_step={self.problems}",
             f"sampler.samples_per_problem={self.samples}",
+            f"sampler.tries={'null' if self.tries is None else self.tries}",
             # what fits this kind of model into a core's cache; neither changes the math
             "optim.micro_batch_tokens=1024",
             "sampler.batch_rows=256",
@@ -108,38 +115,121 @@ def train_arm(setting: Setting) -> dict[str, Any]:
         steps = setting.pool_steps
         fitting = [p for p in train if steps is None or p.meta["steps"] == str(steps)]
         train = random.Random(setting.seed).sample(fitting, setting.pool)
-    stream, sampler = ProblemStream(train, setting.seed), learner.sampler()
+    sampler = learner.sampler()
     worn: deque[list[Tensor]] = deque(maxlen=setting.stale + 1)  # the adapters of the last E-steps
     memory, curve, seconds = SuccessMemory(setting.memory), [], 0.0
     with Grader() as grader:
         evaluator = Evaluator(learner, sampler, grader, View())
+        e_step = EStep(setting, learner, sampler, grader, ProblemStream(train, setting.seed))
         for step in range(1, setting.steps + 1):
             started = time.process_time()
             worn.append(_adapter(learner.policy))
             with _wearing(learner.policy, worn[0]):
-                draw = sample_rationales(
-                    learner.policy,
-                    sampler,
-                    stream.take((step - 1) * setting.problems, setting.problems),
-                    learner.decoding,
-                    samples=setting.samples,
-                    seed=setting.seed,
-                    step=step,
-                    policy_step=step - len(worn),
-                )
-                rows = score(flatten(draw.groups), grader, "gsm8k")
+                groups = e_step.draw(step, policy_step=step - len(worn))
+                if groups is None:  # the samples are used up
+                    break
                 old = None
                 if setting.arm not in EM_ARMS and (setting.passes > 1 or setting.stale):
-                    old = _logprobs(learner, rows)
-            updates = _fit(learner, setting, group_rationales(_deceived(rows, setting)), old, memory, step)
+                    old = _logprobs(learner, flatten(groups))
+            updates = _fit(learner, setting, groups, old, memory, step)
             seconds += time.process_time() - started
-            curve.append(_record(step, rows, seconds, updates))
+            curve.append(_record(step, e_step.drawn, seconds, updates))
             if step % 10 == 0:
                 curve[-1]["greedy"] = evaluator.evaluate(validation[:CURVE]).summary()["pass@1"]
         figures = _examine(evaluator, test if setting.test else validation, setting.test)
+        figures |= {"samples": e_step.samples, "seen": len(e_step.seen)}
         if setting.pool:
             figures["hardest"] = _hardest(learner, evaluator, train)
     return {"setting": asdict(setting), "seconds": seconds, **figures, "curve": curve}
+
+
+class EStep:
+    """The samples of an arm, step by step, with the verdicts of its verifier.
+
+    Attributes:
+        drawn: all rows of the last step with their true verdicts, those thrown away included.
+        samples: rows drawn so far.
+        seen: problems drawn for so far.
+    """
+
+    def __init__(
+        self, setting: Setting, learner: Learner, sampler: Sampler, grader: Grader, stream: ProblemStream
+    ) -> None:
+        self.setting, self.learner, self.sampler = setting, learner, sampler
+        self.grader, self.stream = grader, stream
+        self.drawn: list[Rationale] = []
+        self.samples, self.position, self.seen = 0, 0, set[str]()
+        self.slots = learner.recipe.tries.opened(0) if learner.recipe.tries else ()
+
+    def draw(self, step: int, policy_step: int) -> list[Group] | None:
+        """The groups of a step; None where a filtered step cannot be filled from the samples left."""
+        if self.setting.tries:
+            groups = self._in_turns(step)
+        elif self.setting.arm in FILTERED:
+            return self._filtered(step, policy_step)
+        else:
+            groups = self._groups(step, policy_step)
+        self._note(self.drawn)
+        return groups
+
+    def _note(self, rows: Sequence[Rationale]) -> None:
+        self.samples += len(rows)
+        self.seen.update(r.problem_id for r in rows)
+
+    def _groups(self, step: int, policy_step: int) -> list[Group]:
+        draw = sample_rationales(
+            self.learner.policy,
+            self.sampler,
+            self.stream.take(self.position, self.setting.problems),
+            self.learner.decoding,
+            samples=self.setting.samples,
+            seed=self.setting.seed,
+            step=step,
+            policy_step=policy_step,
+        )
+        self.position += self.setting.problems
+        self.drawn = score(flatten(draw.groups), self.grader, "gsm8k")
+        return group_rationales(_deceived(self.drawn, self.setting))
+
+    def _in_turns(self, step: int) -> list[Group]:
+        rule, scorer = self.learner.recipe.tries, Deceived(self.grader, self.setting)
+        assert rule is not None
+        asking = Asking(self.learner, self.stream, scorer, range(len(self.slots)), self.slots, step)
+        self.sampler.take_turns(asking, self.learner.decoding)
+        rows = [r for drawn in asking.graded() for r in drawn]
+        self.slots, _ = rule.after_step(self.slots, rows)
+        self.drawn = scorer.true
+        return group_rationales(rows)
+
+    def _filtered(self, step: int, policy_step: int) -> list[Group] | None:
+        """Dynamic sampling (arXiv 2503.14476, 3.2): groups without signal are drawn again, until P have one.
+
+        What is thrown away counts: a run has as many samples as one without the filter.
+        """
+        budget = self.setting.steps * self.setting.problems * self.setting.samples
+        kept, all_rows = list[Group](), list[Rationale]()
+        while len(kept) < self.setting.problems:
+            if self.samples >= budget:
+                return None
+            groups = self._groups(step, policy_step)
+            self._note(self.drawn)
+            all_rows += self.drawn
+            kept += [g for g in groups if len({r.reward for r in g.rationales}) > 1]
+        self.drawn = all_rows
+        return kept[: self.setting.problems]
+
+
+class Deceived(Scorer):
+    """A scorer that lets a share of the wrong answers pass; ``true``: the rows as they are."""
+
+    def __init__(self, grader: Grader, setting: Setting) -> None:
+        super().__init__(grader, "gsm8k")
+        self.setting, self.true = setting, list[Rationale]()
+
+    def scored(self, rationales: Sequence[Rationale]) -> list[Rationale]:
+        rows = super().scored(rationales)
+        self.true += rows
+        return _deceived(rows, self.setting)
 
 
 def _learner(setting: Setting) -> Learner:
@@ -180,7 +270,7 @@ def _fit(
         rows = flatten(weigh(groups, weighting=em.weighting, baseline=em.baseline, current_step=now))
         updates = learner.fit([*rows, *_recalled(memory, groups, setting)]).updates
     else:
-        updates = baseline_step(learner, setting.arm, groups, old)
+        updates = baseline_step(learner, FILTERED.get(setting.arm, setting.arm), groups, old)
     learner.state.step = step
     return updates
 

@@ -1,4 +1,4 @@
-"""The methods EMPG is compared with, as pure functions: GRPO, Dr.GRPO, RLOO, RAFT. Tensors in, tensors out.
+"""The methods EMPG is compared with, as pure functions: GRPO, Dr.GRPO, RLOO, RAFT, REINFORCE. No state.
 
 The package offers none of them. ``tests/benchmarks/test_baselines.py`` compares advantages, losses and
 gradients with TRL's. Every loss is a sum over rows divided by constants of the whole step, so micro-batches
@@ -17,26 +17,29 @@ CLIP = 0.2
 #: Added to a standard deviation, as in TRL.
 STD_FLOOR = 1e-4
 
-METHODS = ("grpo", "dr_grpo", "rloo", "raft")
+METHODS = ("grpo", "dr_grpo", "rloo", "raft", "reinforce")
 
 
 def advantages(method: str, rewards: Tensor) -> Tensor:
-    """What each rationale counts; statistics never cross problems.
+    """What each rationale counts.
 
-    ===========  ===============================  ==========================================================
-    ``grpo``     (R - mean) / (std + 1e-4)        std with n - 1 (arXiv 2402.03300, as TRL has it)
-    ``dr_grpo``  R - mean                         arXiv 2503.20783
-    ``rloo``     R - mean of the others           arXiv 2402.14740
-    ``raft``     1 for the best of a problem      where it earned anything; ties all count (arXiv 2304.06767)
-    ===========  ===============================  ==========================================================
+    =============  ===============================  =======================================================
+    ``grpo``       (R - mean) / (std + 1e-4)        std with n - 1 (arXiv 2402.03300, as TRL has it)
+    ``dr_grpo``    R - mean                         arXiv 2503.20783
+    ``rloo``       R - mean of the others           arXiv 2402.14740
+    ``raft``       1 for the best of a problem      if it earned anything; ties all count (arXiv 2304.06767)
+    ``reinforce``  R - mean of the whole step       the one whose statistics cross problems; any K
+    =============  ===============================  =======================================================
 
     Args:
-        rewards: ``(P, K)`` in [0, 1], K > 1.
+        rewards: ``(P, K)`` in [0, 1], K > 1 but for ``reinforce``.
 
     Returns:
         ``(P, K)``, detached.
     """
     rewards = rewards.detach()
+    if method == "reinforce":
+        return rewards - rewards.mean()
     k = rewards.shape[1]
     centered = rewards - rewards.mean(1, keepdim=True)  # (P, K)
     if method == "grpo":
@@ -68,11 +71,12 @@ def policy_loss(
         mask: ``(B, T)`` bool.
         advantages: ``(B,)``.
         rows: rows of the whole step, those of advantage 0 too.
-        max_new_tokens: the constant of ``dr_grpo``.
+        max_new_tokens: the constant of ``dr_grpo`` and ``reinforce``.
 
     Returns:
         Scalar; over all micro-batches the mean over rows of the token mean (``grpo``), of the token sum over
-        ``max_new_tokens`` (``dr_grpo``, ``raft``), or of the whole sequence's clipped ratio (``rloo``).
+        ``max_new_tokens`` (``dr_grpo``, ``reinforce``, ``raft``), or of the whole sequence's clipped ratio
+        (``rloo``).
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")

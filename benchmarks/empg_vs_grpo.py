@@ -44,6 +44,40 @@ CLOSE = ("empg", "dr_grpo", "grpo")
 #: Where an all-wrong group is common: the longest problems, four samples each.
 SCARCE = {"samples": 4, "pool_steps": 5}
 
+#: How methods may spend 64 samples a step: label -> arm, problems, samples of each, tries.
+SHAPES: dict[str, dict[str, Any]] = {
+    **{
+        f"empg tries {m} {p}x{k}": {"arm": "empg", "problems": p, "samples": k, "tries": m}
+        for m in (8, 16)
+        for p, k in ((32, 2), (64, 1), (16, 4))
+    },
+    **{
+        f"{arm} {p}x{k}": {"arm": arm, "problems": p, "samples": k}
+        for arm, shapes in (
+            ("dr_grpo", ((8, 8), (16, 4), (32, 2))),
+            ("grpo", ((8, 8), (16, 4), (32, 2))),
+            ("dr_grpo-dynamic", ((8, 8), (16, 4))),
+            ("reinforce", ((64, 1),)),
+            ("empg", ((8, 8), (16, 4), (32, 2), (64, 1))),
+        )
+        for p, k in shapes
+    },
+}
+#: The methods whose best shape and rate are compared: label -> the shapes to choose from.
+METHODS: dict[str, tuple[str, ...]] = {
+    "EMPG, tries": tuple(label for label, s in SHAPES.items() if s.get("tries")),
+    **{
+        name: tuple(label for label, s in SHAPES.items() if s["arm"] == arm and not s.get("tries"))
+        for name, arm in (
+            ("EMPG, fixed groups", "empg"),
+            ("Dr.GRPO", "dr_grpo"),
+            ("GRPO", "grpo"),
+            ("Dr.GRPO, dynamic sampling", "dr_grpo-dynamic"),
+            ("REINFORCE, batch baseline", "reinforce"),
+        )
+    },
+}
+
 Results = dict[Setting, dict[str, Any]]
 
 
@@ -88,6 +122,32 @@ def chosen(
     ]
 
 
+def shape_sweep(labels: Iterable[str] = SHAPES) -> list[Setting]:
+    """Every rate for every shape, on seeds that no result uses."""
+    return [
+        Setting(HARD, rate=rate, seed=seed, steps=STEPS[HARD], test=False, **SHAPES[label])
+        for seed in SWEEP_SEEDS
+        for rate in RATES[HARD]
+        for label in labels
+    ]
+
+
+def best_shape(results: Results, method: str) -> tuple[str, float]:
+    """The shape and rate with the best mean greedy accuracy on validation rows; KeyError before the sweep."""
+    score: dict[tuple[str, float], list[float]] = {}
+    for label in METHODS[method]:
+        for s in shape_sweep([label]):
+            score.setdefault((label, s.rate), []).append(results[s]["pass@1"])
+    return max(score, key=lambda key: mean(score[key]))
+
+
+def best_of(results: Results, method: str, **changes: Any) -> list[Setting]:
+    """A method at its best shape and rate, on the seeds of the results."""
+    label, rate = best_shape(results, method)
+    plain = Setting(HARD, rate=rate, seed=0, steps=STEPS[HARD], **SHAPES[label])
+    return [replace(plain, seed=seed, **changes) for seed in SEEDS]
+
+
 def remembering(
     results: Results, size: int, weights: Sequence[str] = ("group", "one"), **changes: Any
 ) -> list[Setting]:
@@ -124,6 +184,12 @@ STAGES: dict[str, Callable[[Results], list[Setting]]] = {
     ),
     # No larger value: at the default 0.005 the passes already end early in one step of a hundred.
     "kl-stop": lambda r: chosen(r, HARD, ("empg",), passes=4, kl_stop=0.001),
+    "sweep-shapes": lambda _: shape_sweep(),
+    "shapes": lambda r: _each(tuple(METHODS), lambda m: best_of(r, m)),
+    "shapes-noise": lambda r: _each(
+        (0.05, 0.02), lambda share: _each(tuple(METHODS), lambda m: best_of(r, m, noise=share))
+    ),
+    "shapes-stale": lambda r: _each(tuple(METHODS), lambda m: best_of(r, m, stale=4)),
     "sweep-relatives": lambda _: sweep(HARD, arms=("rloo", "raft")),
     "relatives": lambda r: chosen(r, HARD, ("rloo", "raft")),
 }
@@ -179,10 +245,11 @@ def main() -> None:
     runner = commands.add_parser("run", help="train what is missing")
     runner.add_argument("--stages", nargs="*", choices=STAGES, default=[], help="default: all, in order")
     runner.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    runner.add_argument("--into", type=Path, default=RESULTS, help="file of the results")
     commands.add_parser("report", help="tables and figures of what is there")
     args = parser.parse_args()
     if args.command == "run":
-        run(args.stages, args.workers)
+        run(args.stages, args.workers, args.into)
     else:
         from empg_vs_grpo_figures import draw
         from empg_vs_grpo_report import report

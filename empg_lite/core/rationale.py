@@ -67,6 +67,8 @@ class Rationale:
         terms: parts of a combined reward by name, each in [0, 1], including ``correct``; else empty.
         meta: the problem's.
         origin: one of ``ORIGINS``; ``text`` ids were tokenized here and not sampled by a policy.
+        position, tries: under ``sampler.tries`` the problem's place in the stream, and which of its tries
+            this is, from 1 on; else None and 0. ``sample_index`` is then slot x K + draw.
     """
 
     problem_id: str
@@ -88,6 +90,8 @@ class Rationale:
     terms: Mapping[str, float] = field(default_factory=dict)
     meta: Mapping[str, Any] = field(default_factory=dict)
     origin: str = "sampled"
+    position: int | None = None
+    tries: int = 0
 
     @property
     def tokens(self) -> int:

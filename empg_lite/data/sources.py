@@ -135,12 +135,13 @@ class ProblemStream:
             raise DataError(what, "sampler.problems_per_step", "lower it, or add rows")
         taken: dict[str, Problem] = {}
         while len(taken) < n:
-            problem = self._at(position)
+            problem = self.at(position)
             taken.setdefault(problem.id, problem)
             position += 1
         return list(taken.values())
 
-    def _at(self, position: int) -> Problem:
+    def at(self, position: int) -> Problem:
+        """The problem at a position."""
         epoch, index = divmod(position, len(self._problems))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, tuple(_shuffled(self._problems, f"{self._seed}/{epoch}"))

@@ -72,21 +72,8 @@ def sample_rationales(
     rationales: dict[tuple[int, int], Rationale] = {}
 
     def on_completion(i: int, k: int, c: Completion) -> None:
-        problem = problems[i]
-        rationales[i, k] = r = Rationale(
-            problem_id=problem.id,
-            question=problem.question,
-            gold=problem.gold,
-            prompt=texts[i],
-            prompt_ids=prompts[i].ids,
-            completion=c.text,
-            completion_ids=c.ids,
-            finish_reason=c.finish_reason,
-            step=step,
-            policy_step=policy_step,
-            sample_index=k,
-            meta=problem.meta,
-        )
+        r = rationale_of(problems[i], texts[i], prompts[i].ids, c, step, policy_step, k)
+        rationales[i, k] = r
         if on_rationale:
             on_rationale(r)
 
@@ -96,6 +83,32 @@ def sample_rationales(
         for i, problem in enumerate(problems)
     )
     return Draw(groups, -sum(x for completions in drawn for c in completions for x in c.logprobs))
+
+
+def rationale_of(
+    problem: Problem,
+    prompt: str,
+    prompt_ids: tuple[int, ...],
+    completion: Completion,
+    step: int,
+    policy_step: int,
+    sample_index: int,
+) -> Rationale:
+    """A completion with where it comes from."""
+    return Rationale(
+        problem_id=problem.id,
+        question=problem.question,
+        gold=problem.gold,
+        prompt=prompt,
+        prompt_ids=prompt_ids,
+        completion=completion.text,
+        completion_ids=completion.ids,
+        finish_reason=completion.finish_reason,
+        step=step,
+        policy_step=policy_step,
+        sample_index=sample_index,
+        meta=problem.meta,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,15 +140,6 @@ class Drawn:
         """The same draw, with what the samplers of all processes computed for it."""
         first, *others = world.gather(own)
         return replace(self, own_work=own, work=sum(others, first))
-
-    def __add__(self, more: Drawn) -> Drawn:
-        return Drawn(
-            self.groups + more.groups,
-            self.nats + more.nats,
-            self.sample_seconds + more.sample_seconds,
-            self.score_seconds + more.score_seconds,
-            more.grader_error or self.grader_error,
-        )
 
 
 def draw_and_score(
@@ -205,11 +209,6 @@ def known_verdicts(path: Path, reward: str) -> dict[VerdictKey, Rationale]:
     return {(r.problem_id, r.completion): r for r in segment.rationales if r.reward is not None}
 
 
-def has_signal(group: Group) -> bool:
-    """Whether a weighed group has a non-zero weight."""
-    return any(r.weight for r in group.rationales)
-
-
 def reward_matrix(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
     """Rewards ``(P, K)`` float64 and ``valid`` ``(P, K)`` bool.
 
@@ -236,6 +235,8 @@ def weigh(
 ) -> tuple[Group, ...]:
     """Compute every rationale's weight. Negative weights are dropped in stale groups.
 
+    Rationales drawn in turns weigh their reward: a problem's add up to 1 by the time it is answered.
+
     Args:
         current_step: optimizer steps of the policy about to be fitted; None for fresh samples.
         max_age: groups with a rationale older than this many optimizer steps get weight 0; None: no limit.
@@ -250,6 +251,8 @@ def weigh(
     for p, group in enumerate(groups):
         age = 0 if current_step is None else max(abs(current_step - r.policy_step) for r in group.rationales)
         row = (clamped if age else weights)[p].tolist()
+        if group.rationales[0].position is not None:
+            row = [0.0 if r.failed else r.reward for r in group.rationales]
         if max_age is not None and age > max_age and group.rationales[0].policy_step >= 0:
             row = [0.0] * len(row)
         rationales = tuple(replace(r, weight=row[k]) for k, r in enumerate(group.rationales))

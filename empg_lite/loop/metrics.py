@@ -18,10 +18,10 @@ from empg_lite.loop.estep import reward_matrix
 
 if TYPE_CHECKING:
     from empg_lite.core.rationale import Group, Rationale
+    from empg_lite.core.slots import Ended, Slot
     from empg_lite.em import Drift
     from empg_lite.loop.estep import Drawn
     from empg_lite.loop.mstep import FitStats
-    from empg_lite.recipe.schema import Recipe
     from empg_lite.run.checkpoint import TrainState
 
 
@@ -60,6 +60,30 @@ def _wrong_paid(groups: Sequence[Group]) -> float:
     return len(paid) / len(groups)
 
 
+def turn_metrics(
+    rows: Sequence[Rationale], ended: Sequence[Ended], slots: Sequence[Slot]
+) -> dict[str, float]:
+    """How the problems of a step's slots fared (``sampler.tries``).
+
+    ``reward`` says little here: hard problems are asked more often. ``em/right_first``, over the problems
+    that were opened, estimates the accuracy at temperature 1; it is missing where none was.
+
+    Args:
+        ended: problems that left their slots in this step.
+        slots: after it.
+    """
+    first = [r.correct for r in rows if r.tries == 1 and not r.failed]
+    solved = [e.tries for e in ended if e.solved]
+    return {
+        **({"em/right_first": sum(first) / len(first)} if first else {}),
+        "em/finished": len(ended),
+        "em/solved": len(solved),
+        "em/given_up": len(ended) - len(solved),
+        **({"em/tries_solved": sum(solved) / len(solved)} if solved else {}),
+        "em/slots_open": sum(slot.tries > 0 for slot in slots),
+    }
+
+
 def mixture_metrics(rows: Sequence[Rationale], policy_step: int) -> dict[str, float]:
     """Origin, age and effective number of the rows that a step fits.
 
@@ -81,14 +105,13 @@ def mixture_metrics(rows: Sequence[Rationale], policy_step: int) -> dict[str, fl
     }
 
 
-def sampling_metrics(drawn: Drawn, recipe: Recipe) -> dict[str, Any]:
+def sampling_metrics(drawn: Drawn) -> dict[str, Any]:
     """What sampling a step took."""
     rows, own, total = flatten(drawn.groups), drawn.own_work, drawn.work
     assert own is not None and total is not None, "with_work comes first"
     tokens = sum(len(r.completion_ids) for r in rows)
     return {
         "entropy": drawn.nats / max(tokens, 1),
-        "em/refilled": len(drawn.groups) - recipe.sampler.problems_per_step,
         "em/prompt_tokens": total.prompt_tokens,
         "time/row_steps": total.row_steps,
         "em/context_tokens": sum(context_tokens(r) for r in rows),

@@ -25,6 +25,7 @@ from empg_lite.loop.metrics import (
     memory_metrics,
     mixture_metrics,
     sampling_metrics,
+    turn_metrics,
 )
 from empg_lite.policy.adapter import WEIGHTS, adapter_files
 from empg_lite.run import store
@@ -34,6 +35,7 @@ from empg_lite.run.layout import METRICS, PROFILE, Opened, compare_environment, 
 from empg_lite.run.rollouts import encode_rollouts
 
 if TYPE_CHECKING:
+    from empg_lite.core.slots import Ended
     from empg_lite.core.view import View
     from empg_lite.loop.estep import Drawn
     from empg_lite.loop.learner import Learner
@@ -156,14 +158,15 @@ class Recorder:
         if drawn:
             times = {"sample": drawn.sample_seconds, "score": drawn.score_seconds} | times
         state.step = step
-        state.position += len(groups)
+        ended = self._advance_data(groups, rows)
         state.num_tokens += sum(len(r.completion_ids) for r in rows)
         state.seconds += sum(times.values())
         return {
             "step": step,
             **estep_metrics(groups),
+            **(turn_metrics(rows, ended, state.slots) if ended is not None else {}),
             **mixture_metrics(rows, state.policy_step - stats.updates),
-            **(sampling_metrics(drawn, self.recipe) if drawn else {}),
+            **(sampling_metrics(drawn) if drawn else {}),
             **fit_metrics(stats, rate, state, len(rows)),
             "step_time": sum(times.values()),
             **{f"time/{name}": seconds for name, seconds in times.items()},
@@ -172,6 +175,18 @@ class Recorder:
             "attention": ", ".join(f"{where} {kernel}" for where, kernel in self._facts["attention"].items()),
             **memory_metrics(learner.held + learner.planned.peak),
         }
+
+    def _advance_data(self, groups: Sequence[Group], rows: Sequence[Rationale]) -> list[Ended] | None:
+        """Move the data position, or the slots of rows drawn in turns, whose ended problems it returns."""
+        rule, state = self.recipe.tries, self.learner.state
+        last = max(r.sample_index for r in rows)
+        if rule is None or rows[0].position is None or last >= rule.slots * rule.draws:
+            state.position += len(groups)
+            return None
+        slots = state.slots if len(state.slots) == rule.slots else rule.opened(state.position)
+        state.slots, ended = rule.after_step(slots, rows)
+        state.position = 1 + max(slot.position for slot in state.slots)
+        return ended
 
     def _note_fit(self, step: int, stats: FitStats) -> None:
         """Events for whatever the fit had to work around."""

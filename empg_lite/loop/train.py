@@ -8,16 +8,15 @@ log-probability: for weights >= 0 the M-step ascends a lower bound of log E[R] w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from empg_lite.core.control import Clock, stop_request
-from empg_lite.core.rationale import Problem, flatten
+from empg_lite.core.rationale import flatten
 from empg_lite.core.view import View
-from empg_lite.loop.estep import Drawn, draw_and_score, has_signal, known_verdicts, weigh
+from empg_lite.loop.estep import Drawn, draw_and_score, known_verdicts, weigh
 from empg_lite.loop.recorder import finished, summarize
 from empg_lite.rewards import Grader
 from empg_lite.run import store
@@ -100,40 +99,33 @@ def train(
 
 
 def e_step(sampler: Sampler, grader: Grader, stream: ProblemStream, recorder: Recorder) -> Drawn:
-    """Sample, score and weigh one step's rationales.
+    """Sample, score and weigh one step's rationales: K for each of P problems, or in turns (``tries``)."""
+    learner, recipe, state, before = recorder.learner, recorder.recipe, recorder.learner.state, sampler.work
+    p, k, step = recipe.sampler.problems_per_step, recipe.sampler.samples_per_problem, state.step + 1
+    known = known_verdicts(rollout_path(recorder.run, step), str(recipe.data.reward))
+    with recorder.view.phase("sampling", p * k) as on_done:
+        if recipe.tries:
+            from empg_lite.loop.turns import draw_in_turns, slots_now
 
-    Draw P problems; while fewer than P carry a gradient, draw up to ``sampler.refill`` more in all.
-    """
-    recipe, state, before = recorder.recipe, recorder.learner.state, sampler.work
-    p = recipe.sampler.problems_per_step
-    recorder.grader_error = None
-    drawn = _draw(sampler, grader, recorder, stream.take(state.position, p))
-    spare = min(recipe.sampler.refill, len(stream) - p)
-    while spare and (lacking := p - sum(map(has_signal, drawn.groups))) > 0:
-        done = len(drawn.groups)
-        more = stream.take(state.position, done + min(lacking, spare))[done:]
-        drawn, spare = drawn + _draw(sampler, grader, recorder, more), spare - len(more)
-    recorder.note_sampler(sampler)
-    return drawn.with_work(sampler.work.since(before), recorder.learner.world)
-
-
-def _draw(sampler: Sampler, grader: Grader, recorder: Recorder, problems: Sequence[Problem]) -> Drawn:
-    """Draw, score and weigh K rationales for each problem."""
-    learner, recipe, step = recorder.learner, recorder.recipe, recorder.learner.state.step + 1
-    k = recipe.sampler.samples_per_problem
-    with recorder.view.phase("sampling", len(problems) * k) as on_done:
-        drawn = draw_and_score(
-            learner,
-            sampler,
-            grader,
-            problems,
-            samples=k,
-            step=step,
-            policy_step=learner.state.policy_step,
-            known=known_verdicts(rollout_path(recorder.run, step), str(recipe.data.reward)),
-            on_done=on_done,
-        )
-    recorder.grader_error = drawn.grader_error or recorder.grader_error
+            state.slots = slots_now(learner, stream)
+            drawn = draw_in_turns(
+                learner, sampler, grader, stream, state.slots, step=step, known=known, on_done=on_done
+            )
+        else:
+            problems = stream.take(state.position, p)
+            drawn = draw_and_score(
+                learner,
+                sampler,
+                grader,
+                problems,
+                samples=k,
+                step=step,
+                policy_step=state.policy_step,
+                known=known,
+                on_done=on_done,
+            )
+    recorder.grader_error = drawn.grader_error
     recorder.view.sampled(flatten(drawn.groups))
+    recorder.note_sampler(sampler)
     weighed = weigh(drawn.groups, weighting=recipe.em.weighting, baseline=recipe.em.baseline)
-    return drawn.with_groups(weighed)
+    return drawn.with_groups(weighed).with_work(sampler.work.since(before), learner.world)

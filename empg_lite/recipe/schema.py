@@ -21,12 +21,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from empg_lite.core.bundled import BUNDLED
+from empg_lite.core.bundled import BUNDLED, PACKAGED, PROBLEMS
 from empg_lite.core.safe_text import encodable, without_passwords
+from empg_lite.core.slots import Tries
 from empg_lite.policy.templates import TEMPLATES
 from empg_lite.rewards.registry import REWARDS
 
-SOURCES = ("gsm8k", "math", "math-hard", *BUNDLED, "local")
+SOURCES = ("gsm8k", "math", "math-hard", *PROBLEMS, "local")
 #: Prefix of a Reasoning Gym source: gym:TASK?PARAMETER=VALUE&...
 GYM = "gym:"
 #: prompt, reward and max_prompt_tokens where the recipe leaves them null.
@@ -35,6 +36,7 @@ _DEFAULTS_BY_SOURCE = {
     "math": ("qwen-boxed", "math", 1024),
     "math-hard": ("qwen-boxed", "math", 1024),
     **dict.fromkeys(BUNDLED, ("plain", "gsm8k", 128)),
+    "word-problems": ("two-shot", "gsm8k", 256),
     GYM: ("qwen-boxed", "gym", 1024),
 }
 _OTHER_DEFAULTS = ("qwen-boxed", "math", 1024)
@@ -88,7 +90,9 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The base model and the LoRA adapter trained on it."""
 
-    name: Text = key(description="hub ID or folder of the base model; `tiny` and `tiny-hard` are bundled")
+    name: Text = key(
+        description="hub ID or folder of the base model; `tiny`, `tiny-hard` bundled; `smollm2-135m` packaged"
+    )
     revision: Text | None = key(None, "branch, tag or commit of the hub repository")
     adapter: LocalPath | None = key(None, "folder of a LoRA adapter to start from")
     backend: Literal["auto", "unsloth", "transformers"] = key("auto", "auto: unsloth if installed")
@@ -173,9 +177,21 @@ class SamplerSection(Section):
     temperature: PositiveNumber = key(1.0, "training requires 1 unless --force is given")
     top_p: Annotated[float, Field(gt=0, le=1)] = key(1.0, "1 is off; training with less requires --force")
     top_k: CountOrZero = key(0, "0 is off; training with more requires --force")
-    refill: CountOrZero = key(0, "maximum extra problems per step while fewer than P give a signal")
+    tries: Count | None = key(
+        None, "ask each problem until it is right, at most this often; null: K times, right or wrong"
+    )
     batch_rows: Count | Auto = key("auto", "rows sampled at once; does not affect the samples")
     merged: bool | Auto = key("auto", "native: decode with a merged copy of the weights; auto: if it fits")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refill_is_gone(cls, values: Any) -> Any:
+        """Recipes of runs begun before ``tries`` name it; off, it meant nothing."""
+        if isinstance(values, dict) and "refill" in values:
+            if values["refill"] != 0:
+                raise refusal("sampler.refill was removed", "set sampler.tries instead")
+            values = {name: value for name, value in values.items() if name != "refill"}
+        return values
 
 
 class EmSection(Section):
@@ -241,6 +257,12 @@ class Recipe(Section):
             raise refusal(what, todo, field)
         return self
 
+    @property
+    def tries(self) -> Tries | None:
+        """The rule of ``sampler.tries``; None for fixed groups."""
+        s = self.sampler
+        return Tries(s.problems_per_step, s.samples_per_problem, s.tries) if s.tries else None
+
     def resolved(self) -> Recipe:
         """The recipe with the keys that depend on the data source filled in."""
         kind = GYM if self.data.source.startswith(GYM) else self.data.source
@@ -268,7 +290,7 @@ def absolute_path(section: str, name: str, value: Any, base: Path) -> Any:
         return with_absolute_file(value, base)
     if key == "model.name":
         explicit = value.startswith((".", "/", "~"))
-        local = value not in BUNDLED and (explicit or os.path.isdir(base / value))
+        local = value not in (*BUNDLED, *PACKAGED) and (explicit or os.path.isdir(base / value))
     elif key == "data.prompt":
         local = _is_template_file(value)
     else:
@@ -279,6 +301,9 @@ def absolute_path(section: str, name: str, value: Any, base: Path) -> Any:
 def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     """(field, what, what to do) for settings that are valid alone but contradict each other."""
     data, em = recipe.data, recipe.em
+    if recipe.sampler.tries and (em.weighting != "posterior" or em.baseline):
+        what = "tries stop at a right answer, which biases every weight that compares samples"
+        yield "sampler.tries", what, "set em.weighting to posterior and em.baseline to 0, or tries to null"
     if recipe.sampler.samples_per_problem == 1 and em.weighting in ("centered", "loo", "standardized"):
         what = f"{em.weighting} compares the samples of a problem, but there is only one"
         yield "em.weighting", what, "raise sampler.samples_per_problem"
@@ -287,7 +312,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
         yield "em.baseline", what, "set em.baseline to 0, or em.weighting to posterior"
     if data.source == "local" and not data.path:
         yield "data.path", "source local has no path", "set data.path to a file or a folder"
-    made = "bundled" if data.source in BUNDLED else "generated" if data.source.startswith(GYM) else None
+    made = "bundled" if data.source in PROBLEMS else "generated" if data.source.startswith(GYM) else None
     if made and (data.path or data.eval_path):
         field = "data.path" if data.path else "data.eval_path"
         yield field, f"{data.source} problems are {made}, not read from files", "set data.source to local"

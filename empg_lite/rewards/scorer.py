@@ -61,6 +61,11 @@ class Scorer:
         if self._on_done:
             self._on_done(1)
 
+    def ready(self, r: Rationale) -> bool:
+        """Whether the verdict on a submitted rationale is in."""
+        future = self._submitted[id(r)][1]
+        return future is None or future.done()
+
     def scored(self, rationales: Sequence[Rationale]) -> list[Rationale]:
         """The rationales with their verdicts, in order; waits for pending ones.
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from empg_lite.core.errors import CheckpointError, DataError
+from empg_lite.core.slots import Slot
 from empg_lite.policy.adapter import MAX_HEADER, WEIGHTS, adapter_files, load_adapter_bytes, read_tensors
 from empg_lite.run import store
 
@@ -40,6 +41,7 @@ class TrainState:
         step: completed steps (E-step + M-step, with or without an update).
         policy_step: completed optimizer steps.
         position: problems drawn from the stream.
+        slots: under ``sampler.tries`` the problem that each slot holds; else empty.
         first_step: the step this run started at: 0, or the step of the checkpoint given to ``fit --from``.
         num_tokens: completion tokens sampled so far.
         no_signal: consecutive steps up to now with all weights 0; ``steps_without_update`` is the total.
@@ -65,6 +67,7 @@ class TrainState:
     seconds: float = 0.0
     best_accuracy: float | None = None
     best_step: int | None = None
+    slots: tuple[Slot, ...] = ()
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -171,8 +174,8 @@ def _read_state(path: Path) -> tuple[TrainState, dict[str, Any]]:
     """
     try:
         record = json.loads(store.read_regular(path / "state.json", MAX_STATE))
-        state = TrainState(**record["state"])  # refuses unknown keys; types are checked next
-        TypeAdapter(TrainState).validate_json(json.dumps(record["state"]), strict=True)
+        TrainState(**record["state"])  # refuses unknown keys; types are checked next
+        state = TypeAdapter(TrainState).validate_json(json.dumps(record["state"]), strict=True)
         if state.step != int(path.name[5:]) or min(state.step, state.policy_step, state.position) < 0:
             raise ValueError(f"it belongs to step {state.step}")
         if not isinstance(record["logs"], dict) or not all(type(n) is int for n in record["logs"].values()):

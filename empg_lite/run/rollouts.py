@@ -62,7 +62,7 @@ _DEFAULTS: dict[str, Any] = {
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("problem_id", "question", "gold", "prompt", "completion"), (str,)),
     **dict.fromkeys(("finish_reason", "origin", "reason", "extracted", "rule"), (str,)),
-    **dict.fromkeys(("step", "policy_step", "sample_index"), (int,)),
+    **dict.fromkeys(("step", "policy_step", "sample_index", "position", "tries"), (int,)),
     **dict.fromkeys(_IDS, (list, tuple)),
     **dict.fromkeys(("reward", "weight"), (int, float)),
     **dict.fromkeys(("terms", "meta"), (dict,)),
@@ -78,7 +78,10 @@ def header_line(header: RolloutHeader) -> str:
 
 def rationale_record(rationale: Rationale) -> dict[str, Any]:
     """A rationale as plain JSON types."""
-    return {name: getattr(rationale, name) for name in _FIELDS}
+    record = {name: getattr(rationale, name) for name in _FIELDS}
+    if rationale.position is None:  # not drawn in turns
+        del record["position"], record["tries"]
+    return record
 
 
 def rationale_line(rationale: Rationale) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from empg_lite.core.errors import UsageError
 from empg_lite.recipe.schema import choose_engine
-from empg_lite.sampler.base import Completion, OnCompletion, OnToken, Prompt, Sampler, SampleWork
+from empg_lite.sampler.base import Ask, Completion, OnCompletion, OnToken, Prompt, Sampler, SampleWork, Turns
 from empg_lite.sampler.draw import Decoding, sample_key
 from empg_lite.sampler.stops import StopRule, TextStream
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from empg_lite.policy.policy import Policy
 
 __all__ = [
+    "Ask",
     "Completion",
     "Decoding",
     "OnCompletion",
@@ -23,6 +24,7 @@ __all__ = [
     "Sampler",
     "StopRule",
     "TextStream",
+    "Turns",
     "make_sampler",
     "sample_key",
 ]

@@ -6,7 +6,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -76,6 +77,40 @@ class SampleWork:
         return SampleWork(*(a - b for a, b in zip(astuple(self), astuple(before), strict=True)))
 
 
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a slot draws next: a continuation of this prompt with the random numbers of this key."""
+
+    prompt: tuple[int, ...]
+    key: int
+
+
+class Turns(Protocol):
+    """Samples drawn one after another in each of several slots: verdicts say what comes next.
+
+    Attributes:
+        longest_prompt: tokens of the longest prompt that may be asked.
+    """
+
+    @property
+    def longest_prompt(self) -> int: ...
+
+    def __len__(self) -> int:
+        """Number of slots."""
+
+    def ask(self, slot: int) -> Ask | None:
+        """What the slot draws next, until ``ended`` says that it was drawn; None: nothing more.
+
+        Waits for the verdict on its last sample.
+        """
+
+    def ready(self, slot: int) -> bool:
+        """Whether ``ask`` would not wait."""
+
+    def ended(self, slot: int, completion: Completion) -> None:
+        """The slot's sample is drawn."""
+
+
 #: Called with (prompt index, sample index, completion) as soon as a sample finishes.
 OnCompletion = Callable[[int, int, Completion], None]
 
@@ -109,6 +144,10 @@ class Sampler(ABC):
         on_token: OnToken | None,
     ) -> None:
         """Draw all samples, reporting each completion once and each token before it."""
+
+    @abstractmethod
+    def draw_turns(self, turns: Turns, decoding: Decoding) -> None:
+        """Draw until no slot asks for more."""
 
     def sample(
         self,
@@ -147,18 +186,44 @@ class Sampler(ABC):
 
         while parts:
             batch = [Prompt(prompts[p[0][0]].ids, tuple(prompts[i].keys[k] for i, k in p)) for p in parts]
-            try:
-                self.draw(batch, decoding, completed, grew if on_token else None)
-                break
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                forget_frames(failure := error)  # they hold the decoder that did not fit
             longest = max(len(prompt.ids) for prompt in batch) + decoding.max_new_tokens
-            self._shrink(failure, sum(map(len, parts)), longest)
+            if self._fits(
+                partial(self.draw, batch, decoding, completed, grew if on_token else None),
+                sum(map(len, parts)),
+                longest,
+            ):
+                break
             # Finished samples are kept, the others restart.
             parts = self._split([[index for index in row if index not in results] for row in indices])
         return [[results[index] for index in row] for row in indices]
+
+    def take_turns(self, turns: Turns, decoding: Decoding) -> None:
+        """Draw the samples of slots, each one after the verdict on the last one of its slot.
+
+        The samples are the same whatever the engine, the rows drawn at once and the order in which they end.
+
+        Raises:
+            NumericalStop, OutOfMemory: see ``sample``.
+        """
+        longest = turns.longest_prompt + decoding.max_new_tokens
+        while not self._fits(partial(self.draw_turns, turns, decoding), len(turns), longest):
+            pass  # samples that ended are kept, the others restart
+
+    def _fits(self, draw: Callable[[], None], rows: int, longest: int) -> bool:
+        """Draw; False if memory ran out, after which fewer rows are drawn at once.
+
+        Raises:
+            OutOfMemory: at the smallest batch size.
+        """
+        try:
+            draw()
+            return True
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            forget_frames(failure := error)  # they hold the decoder that did not fit
+        self._shrink(failure, rows, longest)
+        return False
 
     def _split(self, indices: Sequence[list[tuple[int, int]]]) -> list[list[tuple[int, int]]]:
         """Each prompt's samples, split where there are more than may be drawn at once."""

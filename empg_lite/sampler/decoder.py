@@ -67,23 +67,35 @@ class Decoder:
         self._starts = heads * cache_len  # (B, G) index of a row's first token among all B G S
 
     def prefill(
-        self, prompts: Sequence[Sequence[int]], owner: Sequence[int], keys: Sequence[int], first: int
+        self, prompts: Sequence[Sequence[int]], owner: Sequence[int], keys: Sequence[int], rows: Sequence[int]
     ) -> None:
-        """Start rows in the slots from ``first`` on and draw their first tokens; each prompt runs once.
+        """Start these rows and draw their first tokens; each prompt runs once.
 
         Args:
             prompts: P prompts.
             owner, keys: for each row, the prompt that it continues and the key of its random numbers.
+            rows: the rows' slots.
         """
         device, lengths = self.head.device, torch.tensor([len(p) for p in prompts])
         ends = []
         for batch in prefill_batches([len(p) for p in prompts], PREFILL_TOKENS[device.type]):
-            here = [(slot, which) for slot, which in enumerate(owner, first) if which in batch]
+            here = [(slot, which) for slot, which in zip(rows, owner, strict=True) if which in batch]
             ends.append(self._prefill_batch(prompts[batch.start : batch.stop], batch.start, here))
-        owners, slots = torch.tensor(owner), slice(first, first + len(owner))
+        owners, slots = torch.tensor(owner), torch.tensor(rows, device=device)
         self.keys[slots] = torch.tensor(keys, device=device)
         self.lengths[slots], self.drawn[slots] = lengths[owners].to(device), 0
         self._draw(torch.cat(ends)[owners.to(device)], slots)
+
+    def restart(self, rows: Sequence[int], prompts: Sequence[Sequence[int]], keys: Sequence[int]) -> None:
+        """Draw anew in rows that still hold their prompts, with other random numbers.
+
+        The next ``step`` runs a prompt's last token again and draws the first token after it.
+        """
+        device = self.head.device
+        slots = torch.tensor(rows, device=device)
+        self.tokens[slots] = torch.tensor([prompt[-1] for prompt in prompts], device=device)
+        self.lengths[slots] = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+        self.keys[slots], self.drawn[slots] = torch.tensor(keys, device=device), 0
 
     def _prefill_batch(
         self, prompts: Sequence[Sequence[int]], number: int, rows_of: Sequence[tuple[int, int]]
@@ -92,7 +104,7 @@ class Decoder:
 
         Args:
             number: index of the first of these prompts.
-            rows_of: (slot, index of its prompt) for each row; slots are consecutive.
+            rows_of: (slot, index of its prompt) for each row.
 
         Returns:
             ``(P, D)`` hidden states of the prompts' last tokens.
@@ -122,7 +134,7 @@ class Decoder:
         """From each packed prompt token ``(m,)`` to its cache indices in each of its rows ``(m, G)``."""
         device = self.head.device
         owners = torch.tensor([which - number for _, which in rows_of], device=device)
-        slots = slice(rows_of[0][0], rows_of[-1][0] + 1)
+        slots = torch.tensor([slot for slot, _ in rows_of], device=device)
         source = rows.gather[owners]  # (n, T)
         at = torch.arange(source.shape[1], device=device)
         inside = at < rows.lengths[owners][:, None]
@@ -157,7 +169,7 @@ class Decoder:
 
     def draw_next(self, n: int) -> None:
         """Draw the next tokens of the first n slots, after ``forward``."""
-        self._draw(self._hidden[:n], slice(n))
+        self._draw(self._hidden[:n], slice(0, n))
 
     def _attend(
         self, number: int, layer: Layer, normed: Tensor, angles: Any, target: Tensor, mask: Tensor
@@ -175,13 +187,13 @@ class Decoder:
         """Write ``(m, G, d)`` to the indices ``target``, ``(m, G)``, among all B G S."""
         cached.view(-1, self.network.head_dim).index_copy_(0, target.flatten(), new.flatten(0, 1))
 
-    def _draw(self, hidden: Tensor, slots: slice) -> None:
+    def _draw(self, hidden: Tensor, slots: slice | Tensor) -> None:
         """Head and draw in chunks of rows: no float32 (n, V) tensor is made."""
-        first, last, _ = slots.indices(len(self.tokens))
-        size = logit_rows(self.head.device.type, len(self.head))
-        for start in range(first, last, size):
-            chunk = slice(start, min(start + size, last))
-            logits = hidden[chunk.start - first : chunk.stop - first].to(self.head.dtype) @ self.head.T
+        size, n = logit_rows(self.head.device.type, len(self.head)), len(hidden)
+        for start in range(0, n, size):
+            stop = min(start + size, n)
+            chunk = slots[start:stop] if isinstance(slots, Tensor) else slice(start, stop)
+            logits = hidden[start:stop].to(self.head.dtype) @ self.head.T
             self.tokens[chunk], self.logprobs[chunk] = draw(
                 logits, self.keys[chunk], self.drawn[chunk], self.decoding
             )

@@ -14,7 +14,7 @@ from empg_lite.sampler.draw import Decoding, draw
 
 if TYPE_CHECKING:
     from empg_lite.core.rationale import FinishReason
-    from empg_lite.sampler.base import OnCompletion, OnToken, Prompt
+    from empg_lite.sampler.base import OnCompletion, OnToken, Prompt, Turns
     from empg_lite.sampler.stops import StopRule
 
 #: Called with (row, tokens so far).
@@ -75,6 +75,17 @@ class GenerateSampler(Sampler):
                 completions = self._generate(rows[start : start + size], decoding, on_row)
                 for index, completion in zip(here, completions, strict=True):
                     on_completion(*index, completion)
+
+    def draw_turns(self, turns: Turns, decoding: Decoding) -> None:
+        """In waves: all slots draw one sample, then the next."""
+        with self.policy.sampling():
+            while wave := [(i, ask) for i in range(len(turns)) if (ask := turns.ask(i))]:
+                size = self.batch_rows or len(wave)
+                for start in range(0, len(wave), size):
+                    part = wave[start : start + size]
+                    completions = self._generate([(ask.prompt, ask.key) for _, ask in part], decoding, None)
+                    for (slot, _), completion in zip(part, completions, strict=True):
+                        turns.ended(slot, completion)
 
     def _generate(
         self, rows: Sequence[tuple[tuple[int, ...], int]], decoding: Decoding, on_row: OnRow | None

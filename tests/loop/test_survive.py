@@ -220,10 +220,10 @@ def test_rewards_that_say_nothing(
 ) -> None:
     """Every completion ends here: the fixture's reward is replaced, and truncation switched off with it."""
     from empg_lite.loop import begin as module
-    from empg_lite.sampler.native import _Scheduler
+    from empg_lite.sampler.schedule import Schedule
 
-    ended = _Scheduler._completion
-    monkeypatch.setattr(_Scheduler, "_completion", lambda self, row, reason: ended(self, row, "stop"))
+    ended = Schedule._completion
+    monkeypatch.setattr(Schedule, "_completion", lambda self, row, reason: ended(self, row, "stop"))
     monkeypatch.setattr(module, "refuse_hopeless", lambda *_: None)  # the loop's own stop is asked about
     settings = ("run.steps=12", f"em.weighting={weighting}", f"data.reward={reward}")
     recipe, run = quick_recipe(tmp_path, model_dir, *settings, "sampler.max_new_tokens=3"), tmp_path / "run"

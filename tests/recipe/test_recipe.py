@@ -49,7 +49,7 @@ DEFAULTS = {
     "data.skip_bad_rows": False,
     "sampler.engine": "auto", "sampler.problems_per_step": 32, "sampler.samples_per_problem": 8,
     "sampler.max_new_tokens": 512, "sampler.temperature": 1.0, "sampler.top_p": 1.0, "sampler.top_k": 0,
-    "sampler.refill": 0, "sampler.batch_rows": "auto", "sampler.merged": "auto",
+    "sampler.tries": None, "sampler.batch_rows": "auto", "sampler.merged": "auto",
     "em.weighting": "posterior", "em.baseline": 0.0, "em.normalization": "tokens", "em.passes": 1,
     "em.kl_stop": 0.005, "em.max_age": None,
     "optim.learning_rate": 2e-5, "optim.warmup_steps": 5, "optim.max_grad_norm": 1.0,

@@ -46,7 +46,7 @@ def test_every_drawn_token_has_the_models_own_probability(
     rows = [list(PROMPTS[o]) for o in OWNER]
     with torch.no_grad():
         decoder = Decoder(network, policy.head_weight, torch.float32, Decoding(20), 6, 30)
-        decoder.prefill(PROMPTS, OWNER, KEYS, 0)
+        decoder.prefill(PROMPTS, OWNER, KEYS, range(len(OWNER)))
         for step in range(8):
             seen = max(map(len, rows)) + 1
             for place, row in enumerate(rows):
@@ -57,7 +57,7 @@ def test_every_drawn_token_has_the_models_own_probability(
                 decoder.compact([0, 2, 4])
                 rows = [rows[0], rows[2], rows[4]]
             if step == 5:
-                decoder.prefill([(3, 3, 3)], [0, 0], [16, 17], 3)
+                decoder.prefill([(3, 3, 3)], [0, 0], [16, 17], range(3, 5))
                 rows += [[3, 3, 3], [3, 3, 3]]
                 for row, place in zip(rows[3:], (3, 4), strict=True):
                     row.append(int(decoder.tokens[place]))
@@ -96,7 +96,7 @@ def test_sampling_follows_the_adapter_and_leaves_the_base_alone(model_dir: Path)
         for parameter in policy.trainable().values():
             parameter.div_(1.5)
         old = Decoder(stale.network, policy.head_weight, torch.float32, decoding, 8, 40)
-        old.prefill(PROMPTS, OWNER, KEYS, 0)
+        old.prefill(PROMPTS, OWNER, KEYS, range(len(OWNER)))
         expected = own_logprobs(policy, list(PROMPTS[0]))[old.tokens[0]]
         assert abs(old.logprobs[0] - expected) > 1e-3
     with policy.reference():
@@ -127,7 +127,7 @@ def test_finished_rows_stay_in_their_slot(model_dir: Path) -> None:
     policy = load_fixture_policy(model_dir)
     with torch.no_grad():
         decoder = Decoder(policy.network, policy.head_weight, torch.float32, Decoding(20), 2, 10)
-        decoder.prefill([PROMPTS[0], PROMPTS[1]], [0, 1], [1, 2], 0)
+        decoder.prefill([PROMPTS[0], PROMPTS[1]], [0, 1], [1, 2], range(2))
         row = list(PROMPTS[1])
         for _ in range(7):  # the first row has 3 tokens of room left
             expected = own_logprobs(policy, row)[decoder.tokens[1]]
@@ -168,7 +168,7 @@ def test_rounded_graph_sizes_compute_the_same_rows(policy) -> None:  # type: ign
             for _ in range(2)
         )
         for decoder in (plain, rounded):
-            decoder.prefill(PROMPTS, OWNER, KEYS, 0)
+            decoder.prefill(PROMPTS, OWNER, KEYS, range(len(OWNER)))
         for step in range(5):
             plain.step(5, len(PROMPTS[0]) + step + 1)
             rounded.step(round_up(5, GRAPH_ROWS), round_up(len(PROMPTS[0]) + step + 1, GRAPH_TOKENS))
