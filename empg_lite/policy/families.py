@@ -20,18 +20,21 @@ class Family:
         models: which of its models are tested, for messages.
         qkv_bias: queries, keys and values have biases.
         qk_norm: each head's queries and keys go through an RMSNorm before they are rotated.
+        neighbors: llama.cpp rotates neighboring numbers of a head, not its halves as transformers does.
     """
 
     models: str
     qkv_bias: bool = False
     qk_norm: bool = False
+    neighbors: bool = False
 
 
-#: By ``model_type`` of ``config.json``. A new one is an entry here if it is that network; otherwise its
-#: forward pass goes into ``network.py``, fused matrices into ``merged.py``, sizes into ``memory/shape.py``.
+#: By ``model_type`` of ``config.json``, which is llama.cpp's name of the architecture too. A new one is an
+#: entry here if it is that network; otherwise its forward pass goes into ``network.py``, fused matrices into
+#: ``merged.py``, sizes into ``memory/shape.py``.
 FAMILIES = {
     "qwen2": Family("Qwen2.5", qkv_bias=True),
-    "llama": Family("SmolLM2, Llama 3.2"),
+    "llama": Family("SmolLM2, Llama 3.2", neighbors=True),
     "qwen3": Family("Qwen3", qk_norm=True),
 }
 

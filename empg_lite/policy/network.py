@@ -144,7 +144,7 @@ def _rotary(causal: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     Computed here because Unsloth replaces the model's own module on a GPU by one that takes no positions.
     """
     weight = causal.model.norm.weight
-    speeds, scale = _rotary_speeds(causal.config, weight.device)
+    speeds, scale = rotary_speeds(causal.config, weight.device)
 
     def rotary(positions: Tensor) -> tuple[Tensor, Tensor]:
         angles = (positions[:, None] * speeds).repeat(1, 2)
@@ -153,7 +153,7 @@ def _rotary(causal: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     return rotary
 
 
-def _rotary_speeds(config: Any, device: torch.device) -> tuple[Tensor, float]:
+def rotary_speeds(config: Any, device: torch.device | str = "cpu") -> tuple[Tensor, float]:
     """Radians per token ``(d/2,)``, and a factor on cosines and sines (only YaRN's is not 1)."""
     kind = config.rope_parameters["rope_type"]
     if kind == "default":

@@ -43,7 +43,7 @@ def fit_template(template: Template, tokenizer: Any) -> tuple[Template, tuple[st
         notes += (f"prompt: {template.name} in the model's own markers, {known[0].start} and {known[0].end}",)
     elif template.system is not None and not known:
         notes += (f"prompt: the model has no chat markers, {template.name} is plain text to it; see `plain`",)
-    first = _first_token(tokenizer)
+    first = first_token(tokenizer)
     if first and not template.text.startswith(first):
         template = replace(template, text=first + template.text)
     if template.end not in vocab and tokenizer.eos_token is not None:
@@ -52,7 +52,7 @@ def fit_template(template: Template, tokenizer: Any) -> tuple[Template, tuple[st
     return template, notes
 
 
-def _first_token(tokenizer: Any) -> str | None:
+def first_token(tokenizer: Any) -> str | None:
     """What the tokenizer puts in front of every text, unless that begins a turn."""
     token = tokenizer.bos_token
     added = tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]

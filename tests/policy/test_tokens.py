@@ -8,37 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from family_tokenizer import BARE, LLAMA3, QWEN, SMOLLM2, tokenizer_of
 from fixture_model import load_fixture_policy
 
 from empg_lite.policy import load_tokenizer
 from empg_lite.policy.templates import CHATML, TEMPLATES, Template
 from empg_lite.policy.tokens import fit_template, mend_end, stop_ids
-
-#: Control tokens of each family's tokenizer, as published, from id 256 on: (all, begin, end, pad).
-QWEN = (("<|endoftext|>", "<|im_start|>", "<|im_end|>"), None, "<|im_end|>", "<|endoftext|>")
-SMOLLM2 = (QWEN[0], "<|im_start|>", "<|im_end|>", "<|im_end|>")
-LLAMA3 = (
-    ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>",
-     "<|eot_id|>"),
-    "<|begin_of_text|>", "<|eot_id|>", None,
-)  # fmt: skip
-BARE = (("<s>", "</s>"), "<s>", "</s>", None)
-
-
-def tokenizer_of(family: tuple[Any, ...], *, prepends: bool = False) -> Any:
-    """A byte-level tokenizer with these control tokens; ``prepends``: every text begins with the first."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    special, begin, end, pad = family
-    vocab = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    if prepends:
-        ids = [(begin, tokenizer.token_to_id(begin))]
-        tokenizer.post_processor = processors.TemplateProcessing(f"{begin} $A", special_tokens=ids)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=begin, eos_token=end, pad_token=pad)
 
 
 def ends_of(tokenizer: Any, template: Template, eos: int | list[int]) -> set[str]:

@@ -53,7 +53,8 @@ def build_family(folder: Path, name: str, *, small: bool = True, layers: int = 2
     write_tokenizer(folder)
     kind, sizes = PUBLISHED[name]
     ids = dict(vocab_size=259, num_hidden_layers=layers, bos_token_id=256, eos_token_id=256)
-    sizes = sizes | (SMALL[name] | {"initializer_range": 0.1} if small else {}) | ids | changes
+    sizes = sizes | (SMALL[name] if small else {}) | ids | changes
+    sizes |= {"initializer_range": 0.8 / sizes["hidden_size"] ** 0.5} if small else {}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
     with torch.no_grad():
@@ -62,6 +63,6 @@ def build_family(folder: Path, name: str, *, small: bool = True, layers: int = 2
                 parameter.add_(0.3 * torch.randn(parameter.shape))
             elif key.endswith("bias"):
                 parameter.normal_(std=0.5)
-        model.model.norm.weight.mul_(3.0)  # logits that are sure of something
+        model.model.norm.weight.mul_(2.0)  # logits that are sure of something
     model.save_pretrained(folder)
     return folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from empg_lite.core.errors import CheckFailed, DataError, UsageError
-from empg_lite.policy.card import merged_card, tokenizer_files
+from empg_lite.core.errors import CheckFailed, UsageError
+from empg_lite.policy.card import merged_card
+from empg_lite.policy.families import FAMILIES
+from empg_lite.policy.kernels import head_dim
 from empg_lite.policy.merged import merged_bytes, merged_tensors
+from empg_lite.policy.network import rotary_speeds
 from empg_lite.run import store
 from empg_lite.tools.export.compare import begin
+from empg_lite.tools.export.gguf_tokenizer import add_tokenizer, splitter_name
 
 if TYPE_CHECKING:
     from empg_lite.core.view import View
@@ -68,17 +71,17 @@ def write_gguf(policy: Policy, file: Path, kind: str, *, name: str) -> None:
     """Write base and adapter, merged, with the tokenizer: matrices in ``kind``, vectors in float32.
 
     Raises:
-        DataError: the tokenizer does not split text as Qwen2's does, the only one mapped here.
+        DataError: the tokenizer splits text as none of those that are mapped here.
     """
     import gguf
 
-    _refuse_other_tokenizer(policy.tokenizer)
-    writer = gguf.GGUFWriter(file, "qwen2", use_temp_file=True)
+    splitter = splitter_name(policy.tokenizer)  # before anything is written
+    writer = gguf.GGUFWriter(file, policy.causal.config.model_type, use_temp_file=True)
     writer.add_name(name)
     _add_shape(writer, policy.causal.config)
     prefix = "ALL" if kind == "f32" else "MOSTLY"
     writer.add_file_type(gguf.LlamaFileType[f"{prefix}_{kind.upper()}"])
-    _add_tokenizer(writer, policy)
+    add_tokenizer(writer, policy, splitter)
     _add_tensors(writer, policy, gguf.GGMLQuantizationType[kind.upper()])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -95,65 +98,52 @@ def _add_shape(writer: Any, config: Any) -> None:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if head_dim(config) * config.num_attention_heads != config.hidden_size:  # what llama.cpp assumes
+        writer.add_key_length(head_dim(config))
+        writer.add_value_length(head_dim(config))
+    _add_rope(writer, config)
+
+
+def _add_rope(writer: Any, config: Any) -> None:
+    """How angles are scaled; llama.cpp takes Llama 3's scaling as a tensor of divisors."""
+    import gguf
+
+    rope = config.rope_parameters
+    if rope["rope_type"] == "llama3":
+        speeds, _ = rotary_speeds(config)
+        plain = rope["rope_theta"] ** -(torch.arange(0, head_dim(config), 2) / head_dim(config))
+        writer.add_tensor("rope_freqs.weight", (plain / speeds).float().numpy())
+    elif rope["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType[rope["rope_type"].upper()])
+        writer.add_rope_scaling_factor(rope["factor"])
+        if "original_max_position_embeddings" in rope:
+            writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
 
 def _add_tensors(writer: Any, policy: Policy, matrix: Any) -> None:
     """A matrix whose rows are not whole blocks of the type stays in float32, as in llama.cpp."""
     import gguf
 
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, policy.causal.config.num_hidden_layers)
+    config = policy.causal.config
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[config.model_type.upper()], config.num_hidden_layers)
     block, _ = gguf.GGML_QUANT_SIZES[matrix]
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for key, tensor in merged_tensors(policy, torch.float32):
         stem, _, ending = key.rpartition(".")
         name = names.get_name(stem)
         assert name is not None, key
+        if FAMILIES[config.model_type].neighbors and (which := stem.rpartition(".")[2]) in heads:
+            tensor = _neighbors(tensor, heads[which])
         fits = tensor.ndim == 2 and tensor.shape[-1] % block == 0
         kind = matrix if fits else gguf.GGMLQuantizationType.F32
         data = gguf.quants.quantize(tensor.numpy(), kind)
         writer.add_tensor(f"{name}.{ending}", data, raw_dtype=kind)
 
 
-def _refuse_other_tokenizer(tokenizer: Any) -> None:
-    from transformers import Qwen2Tokenizer
-
-    def splitter(one: Any) -> Any:
-        return json.loads(one.backend_tokenizer.to_str())["pre_tokenizer"]
-
-    if splitter(tokenizer) != splitter(Qwen2Tokenizer()):
-        raise DataError(
-            "the tokenizer splits text differently from Qwen2's: llama.cpp would tokenize prompts wrongly",
-            "--to gguf",
-            "use --to merged",
-        )
-
-
-def _add_tokenizer(writer: Any, policy: Policy) -> None:
-    """Vocabulary with token types, merges and special tokens; rows of the head beyond it are unused."""
-    import gguf
-
-    tokenizer = policy.tokenizer
-    added = tokenizer.added_tokens_decoder
-    by_id = {i: text for text, i in tokenizer.get_vocab().items()}
-    tokens, kinds = [], []
-    for i in range(policy.head_weight.shape[0]):
-        tokens.append(by_id.get(i, f"[PAD{i}]"))
-        special = i in added and added[i].special
-        kind = gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED if i in added else None
-        kinds.append(kind or (gguf.TokenType.NORMAL if i in by_id else gguf.TokenType.UNUSED))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_token_merges([" ".join(m) if isinstance(m, list) else m for m in merges])
-    end = policy.template.end
-    eos = tokenizer.convert_tokens_to_ids(end) if end in tokenizer.get_vocab() else min(policy.stop_ids)
-    writer.add_eos_token_id(eos)
-    writer.add_pad_token_id(policy.pad_id)
-    writer.add_add_bos_token(False)
-    chat = tokenizer_files(policy).get("chat_template.jinja")
-    if chat:
-        writer.add_chat_template(chat.decode("utf-8"))
+def _neighbors(weight: Tensor, heads: int) -> Tensor:
+    """Rows of q or k ``(out, in)`` as llama.cpp rotates them: 0, d/2, 1, d/2 + 1, ... of each head of d."""
+    out, width = weight.shape
+    return weight.view(heads, 2, out // heads // 2, width).transpose(1, 2).reshape(out, width)
 
 
 def llama_choices(file: Path, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
