@@ -537,10 +537,13 @@ def sample_rationales(
     problems: int | None = None,
     append: bool = False,
     force: bool = False,
+    allow_code: bool = False,
     overrides: Overrides | None = None,
     view: View | None = None,
 ) -> dict[str, Any]:
     """E-step only, as ``empg-lite sample``: draw rationales into a file, without rewards.
+
+    With ``sampler.tries`` they are graded as they are drawn, because verdicts decide what is drawn next.
 
     Args:
         source: the run, checkpoint or adapter to sample from; None: the untrained policy.
@@ -551,7 +554,12 @@ def sample_rationales(
     settings, checkpoint = _policy_source(recipe, source, overrides)
     from empg_lite.loop.offline import SampleOptions, sample
 
-    return sample(settings, checkpoint, Path(out), SampleOptions(problems, append, force), view)
+    code = None
+    if settings.tries:
+        from empg_lite.recipe.reward import pin_reward
+
+        settings, code = pin_reward(settings, allow_code)
+    return sample(settings, checkpoint, Path(out), SampleOptions(problems, append, force, code), view)
 
 
 def score_rationales(

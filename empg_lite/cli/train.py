@@ -145,10 +145,11 @@ def sample(
         bool, typer.Option("--append", help="Add to a file that was sampled with other arguments.")
     ] = False,
     force: ForceOption = False,
+    allow_code: AllowCodeOption = False,
     overrides: SetOption = None,
     seed: SeedOption = None,
 ) -> None:
-    """E-step only: sample rationales into a file, without rewards. Repeat it to complete the file."""
+    """E-step only: sample rationales into a file (graded under sampler.tries). Repeat it to complete it."""
     result = api.sample_rationales(
         recipe,
         out_file,
@@ -156,6 +157,7 @@ def sample(
         problems=problems,
         append=append,
         force=force,
+        allow_code=allow_code,
         overrides=changes(overrides, seed),
         view=out.view(),
     )

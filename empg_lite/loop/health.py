@@ -15,6 +15,8 @@ from typing import Any
 TRUNCATED_WARN, TRUNCATED_STOP = 0.3, 0.9
 #: Share of problems with both right and wrong rationales below which to warn.
 MIXED_WARN = 0.1
+#: Under ``sampler.tries``: share of the problems given up above which to warn, among at least that many.
+GIVEN_UP_WARN, LEAST_ENDED = 0.5, 8
 #: Share of graded answers on which the grader failed, above which to warn; above the second, two steps in a
 #: row, training stops.
 FAILURES_WARN, FAILURES_STOP = 0.2, 0.5
@@ -92,6 +94,8 @@ def _signal(record: Mapping[str, Any], rows: int, said: bool) -> list[Finding]:
     if record["em/frac_all_wrong"] == 1.0:
         what = f"none of {rows} rationales earned a reward ({_reasons(record)})"
         return [Finding("all_wrong", what, _help_for_wrong(record), hopeless=True)]
+    if "em/given_up" in record:  # drawn in turns: a problem's samples need not differ
+        return _given_up(record, said)
     if record["em/frac_mixed"] < MIXED_WARN and not said:
         easy = record["em/frac_all_right"] > record["em/frac_all_wrong"]
         what = f"only {record['em/frac_mixed']:.0%} of the problems have both right and wrong rationales, "
@@ -99,6 +103,15 @@ def _signal(record: Mapping[str, Any], rows: int, said: bool) -> list[Finding]:
         todo = "use harder problems" if easy else "use easier ones, or raise sampler.samples_per_problem"
         return [Finding("few_mixed", what, todo)]
     return []
+
+
+def _given_up(record: Mapping[str, Any], said: bool) -> list[Finding]:
+    """Whether slots spend their tries on problems that are never answered."""
+    given_up, ended = record["em/given_up"], record["em/finished"]
+    if said or ended < LEAST_ENDED or given_up <= GIVEN_UP_WARN * ended:
+        return []
+    what = f"{given_up / ended:.0%} of the problems that ended were given up after sampler.tries"
+    return [Finding("given_up", what, "use easier problems, or raise sampler.tries")]
 
 
 def _help_for_wrong(record: Mapping[str, Any]) -> str:

@@ -180,6 +180,7 @@ class Learner:
                 "top_k": s.top_k,
                 "max_new_tokens": s.max_new_tokens,
                 "samples_per_problem": s.samples_per_problem,
+                **({"problems_per_step": s.problems_per_step, "tries": s.tries} if s.tries else {}),
             },
             seed=self.recipe.run.seed,
             reward_name=reward,

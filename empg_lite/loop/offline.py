@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from empg_lite.core.control import Clock, stop_request
 from empg_lite.core.errors import DataError, MissingInput, UsageError
 from empg_lite.core.rationale import Group, Rationale, flatten, group_rationales
+from empg_lite.core.sizes import round_up
 from empg_lite.core.view import View
 from empg_lite.data.sources import ProblemStream, load_splits
 from empg_lite.loop.begin import check_sampling
@@ -22,6 +23,8 @@ from empg_lite.loop.estep import sample_rationales, weigh
 from empg_lite.loop.learner import Learner, build_learner
 from empg_lite.loop.recorder import Recorder, finished, summarize
 from empg_lite.loop.train import TrainOptions
+from empg_lite.loop.turns import draw_in_turns, slots_now
+from empg_lite.rewards import Grader
 from empg_lite.run import store
 from empg_lite.run.checkpoint import load_checkpoint, newest_valid, require_valid, stored_state
 from empg_lite.run.layout import is_run, open_run, rollout_path
@@ -36,19 +39,28 @@ from empg_lite.run.rollouts import (
 )
 
 if TYPE_CHECKING:
+    from empg_lite.core.slots import Slot
     from empg_lite.policy.policy import Policy
     from empg_lite.recipe.schema import Recipe
+    from empg_lite.rewards import UserCode
 
 NO_OPTIONS = TrainOptions()
 
 
 @dataclass(frozen=True, slots=True)
 class SampleOptions:
-    """``problems``: number of problems to sample; None: ``run.steps`` x P, or one step of a RUN."""
+    """What ``sample`` is told beyond the recipe.
+
+    Attributes:
+        problems: number of problems to sample, under ``sampler.tries`` of slots filled, in whole steps; None:
+            ``run.steps`` x P, or one step of a RUN.
+        code: the user's reward function, needed under ``sampler.tries``.
+    """
 
     problems: int | None = None
     append: bool = False
     force: bool = False
+    code: UserCode | None = None
 
 
 def checkpoint_of(source: Path) -> Path:
@@ -76,7 +88,9 @@ def sample(
     options: SampleOptions = SampleOptions(),
     view: View | None = None,
 ) -> dict[str, Any]:
-    """E-step only: sample rationales into a rollout file, without rewards. Repeating it completes the file.
+    """E-step only: sample rationales into a rollout file. Repeating it completes the file.
+
+    They have no rewards yet, except under ``sampler.tries``, where verdicts decide what is sampled next.
 
     Args:
         source: run or checkpoint that sets policy, step and data position; None starts at step 0.
@@ -100,26 +114,46 @@ def sample(
 
     p, k = recipe.sampler.problems_per_step, recipe.sampler.samples_per_problem
     wanted = options.problems or (p if source is not None else p * recipe.run.steps)
+    if recipe.tries:
+        wanted = round_up(wanted, p)
+        view.note("rationales are graded as they are drawn: sampler.tries stops at a right one")
     first, done = _open_segment(out, learner, wanted, options.append)
     sampler = learner.sampler()
-    with view.phase("sampling", (wanted - done) * k) as on_done:
+    with Grader(code=options.code) as grader, view.phase("sampling", (wanted - done) * k) as on_done:
+        slots = _slots_after(out, learner, stream) if recipe.tries else ()
         for offset in range(done, wanted, p):
-            draw = sample_rationales(
-                learner.policy,
-                sampler,
-                stream.take(learner.state.position + first + offset, min(p, wanted - offset)),
-                learner.decoding,
-                samples=k,
-                seed=recipe.run.seed,
-                step=learner.state.step + 1 + -(-first // p) + offset // p,
-                policy_step=learner.state.policy_step,
-                on_rationale=lambda r: on_done(1),
-            )
-            rows = flatten(draw.groups)
-            store.append_text(out, "".join(rationale_line(r) + "\n" for r in rows))
+            step = learner.state.step + 1 + -(-first // p) + offset // p
+            if recipe.tries:
+                drawn = draw_in_turns(learner, sampler, grader, stream, slots, step=step, on_done=on_done)
+                groups = drawn.groups
+                slots, _ = recipe.tries.after_step(slots, flatten(groups))
+            else:
+                groups = sample_rationales(
+                    learner.policy,
+                    sampler,
+                    stream.take(learner.state.position + first + offset, min(p, wanted - offset)),
+                    learner.decoding,
+                    samples=k,
+                    seed=recipe.run.seed,
+                    step=step,
+                    policy_step=learner.state.policy_step,
+                    on_rationale=lambda r: on_done(1),
+                ).groups
+            store.append_text(out, "".join(rationale_line(r) + "\n" for r in flatten(groups)))
     total = sum(len(s.rationales) for s in read_rollouts(out))
     seconds = round(time.monotonic() - started, 3)
     return {"out": str(out), "rationales": total, "new": (wanted - done) * k, "seconds": seconds}
+
+
+def _slots_after(out: Path, learner: Learner, stream: ProblemStream) -> tuple[Slot, ...]:
+    """What the slots hold after the steps that the file has from this policy."""
+    rule, slots = learner.recipe.tries, slots_now(learner, stream)
+    assert rule is not None
+    adapter = learner.policy.adapter_sha256()
+    rows = [r for s in read_rollouts(out) if s.header.adapter == adapter for r in s.rationales]
+    for _, step in groupby((r for r in rows if r.position is not None), key=lambda r: r.step):
+        slots, _ = rule.after_step(slots, step)
+    return slots
 
 
 def _open_segment(out: Path, learner: Learner, wanted: int, append: bool) -> tuple[int, int]:
@@ -128,10 +162,14 @@ def _open_segment(out: Path, learner: Learner, wanted: int, append: bool) -> tup
     Partial E-steps left by a kill are cut off.
     """
     base = learner.header(None)
+    reward = str(learner.recipe.data.reward) if learner.recipe.tries else None  # graded as they are drawn
 
     def header(first: int) -> RolloutHeader:
         asked = {"problems": wanted, "first": first, "from_step": learner.state.step}
         return replace(base, sampler={**base.sampler, **asked})
+
+    def line(first: int) -> str:
+        return header_line(replace(header(first), reward_name=reward)) + "\n"
 
     other = UsageError(
         "the file was sampled with other arguments", str(out), "add --append, or name another --out"
@@ -139,9 +177,9 @@ def _open_segment(out: Path, learner: Learner, wanted: int, append: bool) -> tup
     data = out.read_bytes() if out.exists() else b""
     whole = data.rfind(b"\n") + 1  # a kill may have left a partial line
     if not whole:
-        if not header_line(header(0)).encode().startswith(data):
+        if not line(0).encode().startswith(data):
             raise other
-        store.write_file(out, header_line(header(0)) + "\n")
+        store.write_file(out, line(0))
         return 0, 0
     segments = read_rollouts(out, torn_tail=True)
     last = segments[-1]
@@ -160,7 +198,7 @@ def _open_segment(out: Path, learner: Learner, wanted: int, append: bool) -> tup
     if not append:
         return first, wanted
     first = first + wanted if same else 0
-    store.append_text(out, header_line(header(first)) + "\n")
+    store.append_text(out, line(first))
     return first, 0
 
 
@@ -191,11 +229,18 @@ def fit(
     clock = Clock(options.max_minutes)
     view = view or View()
     segments = [segment for path in files for segment in _scored_segments(path)]
-    problems = sum(len(group_rationales(segment.rationales)) for segment in segments)
+    batches = _batches(segments, recipe.sampler.problems_per_step)
+    if any(_in_turns(b[0][0]) for b in batches) and (
+        recipe.em.weighting != "posterior" or recipe.em.baseline
+    ):
+        raise DataError(
+            "rationales sampled under sampler.tries have no group to compare them with",
+            f"em.weighting: {recipe.em.weighting}, em.baseline: {recipe.em.baseline:g}",
+            "set posterior and 0",
+        )
     source = source and checkpoint_of(source)
-    p = recipe.sampler.problems_per_step
     # The files determine the number of steps. Nothing is sampled, so nothing is evaluated.
-    steps = (stored_state(source).step if source else 0) + -(-problems // p)
+    steps = (stored_state(source).step if source else 0) + len(batches)
     recipe = recipe.model_copy(
         update={"run": recipe.run.model_copy(update={"eval_every": 0, "steps": steps})}
     )
@@ -207,15 +252,10 @@ def fit(
         learner = build_learner(opened.recipe)
         recorder = _FitRecorder(run, opened, learner, view, options.command, source=source)
         state, recipe = learner.state, learner.recipe
-        groups = [
-            (group, segment.header)
-            for segment in (_with_ids(segment, learner.policy) for segment in segments)
-            for group in group_rationales(segment.rationales)
-        ]
+        batches = _batches([_with_ids(s, learner.policy) for s in segments], recipe.sampler.problems_per_step)
         while state.step < recipe.run.steps:
-            at = (state.step - state.first_step) * p
             batch = weigh(
-                recorder.take(groups[at : at + p]),
+                recorder.take(batches[state.step - state.first_step]),
                 weighting=recipe.em.weighting,
                 baseline=recipe.em.baseline,
                 current_step=state.policy_step,
@@ -228,6 +268,29 @@ def fit(
                 return summarize(run, recipe, state, clock)
         recorder.publish_adapter("adapter", {})
         return summarize(run, recipe, state, clock)
+
+
+#: Groups that make one step, each with the header it came under.
+Batch = list[tuple[Group, RolloutHeader]]
+
+
+def _batches(segments: Sequence[Segment], p: int) -> list[Batch]:
+    """Groups of P problems; of rationales drawn in turns, those of a step."""
+    groups = [(g, segment.header) for segment in segments for g in group_rationales(segment.rationales)]
+    batches: list[Batch] = []
+    for key, part in groupby(groups, key=lambda item: (id(item[1]), item[0].step, _in_turns(item[0]))):
+        in_turns, found = key[-1], list(part)
+        if in_turns:
+            batches.append(found)
+            continue
+        if batches and not _in_turns(batches[-1][0][0]):
+            found = batches.pop() + found  # the last ones may be fewer than P
+        batches += [found[at : at + p] for at in range(0, len(found), p)]
+    return batches
+
+
+def _in_turns(group: Group) -> bool:
+    return group.rationales[0].position is not None
 
 
 def _scored_segments(path: Path) -> list[Segment]:

@@ -299,8 +299,9 @@ def _least(recipe: Recipe, machine: Machine) -> Settings:
         four_bit=model.load_in_4bit,
         lora_r=rank,
         adam_8bit=optim.adam_8bit,
-        problems=sampler.problems_per_step,
-        samples=sampler.samples_per_problem,
+        # Under ``tries`` each of a step's rationales may answer another problem.
+        problems=sampler.problems_per_step * (sampler.samples_per_problem if sampler.tries else 1),
+        samples=1 if sampler.tries else sampler.samples_per_problem,
         prompt_tokens=int(recipe.data.max_prompt_tokens or 0),
         new_tokens=sampler.max_new_tokens,
         batch_rows=MIN_ROWS if "batch_rows" in auto else int(sampler.batch_rows),

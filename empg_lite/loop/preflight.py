@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from math import comb
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,8 +30,8 @@ if TYPE_CHECKING:
     from empg_lite.rewards import Grader
     from empg_lite.sampler import Sampler
 
-#: Problems sampled, K times each.
-PROBLEMS = 16
+#: Problems sampled, K times each; under ``sampler.tries`` M times, at most so often.
+PROBLEMS, TRIED = 16, 8
 #: E-step number of its draws; training counts from 1.
 PREFLIGHT_STEP = 0
 
@@ -49,6 +51,7 @@ class Preflight:
             is 0.
         minutes: for all of the recipe's steps, without evaluation.
         findings: what to change, worst first; empty if all is well.
+        outlook: under ``sampler.tries``: how its slots will fare.
         groups: the rationales themselves, graded and weighed.
     """
 
@@ -63,6 +66,7 @@ class Preflight:
     seconds_a_step: float
     minutes: float
     findings: tuple[Finding, ...]
+    outlook: Outlook | None
     groups: tuple[Group, ...] = field(repr=False)
 
     @property
@@ -72,19 +76,69 @@ class Preflight:
 
     def facts(self) -> dict[str, Any]:
         """The figures and findings as plain JSON types."""
-        figures = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "groups"}
-        return {**figures, "findings": [asdict(finding) for finding in self.findings]}
+        figures = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("groups", "outlook")}
+        outlook = {"outlook": asdict(self.outlook)} if self.outlook else {}
+        return {**figures, **outlook, "findings": [asdict(finding) for finding in self.findings]}
 
     @property
     def seen(self) -> str:
         """The result in one line."""
         duration = f"{self.minutes:.0f} minutes" if self.minutes >= 2 else f"{60 * self.minutes:.0f} seconds"
+        found = f"{self.reward:.0%} right, {self.truncated:.0%} cut off, "
+        if self.outlook:
+            found += self.outlook.seen
+        else:
+            found += f"{self.mixed:.0%} of the problems with both right and wrong ones"
         return (
-            f"preflight: {self.rationales} rationales of {self.problems} problems: {self.reward:.0%} right, "
-            f"{self.truncated:.0%} cut off, {self.mixed:.0%} of the problems with both right and wrong ones; "
+            f"preflight: {self.rationales} rationales of {self.problems} problems: {found}; "
             f"{self.mean_length:.0f} tokens each, {self.tokens_per_second:.0f} tokens/s; "
             f"training will take about {duration}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """How slots will fare, by n independent samples of each problem.
+
+    Attributes:
+        tries: M, or n where that is less.
+        solved: share of the problems that are answered within M tries.
+        draws: rationales that a problem takes on average, given up or not.
+    """
+
+    tries: int
+    solved: float
+    draws: float
+
+    @property
+    def right(self) -> float:
+        """Share of the draws that are right: less than of independent samples, as hard problems take more."""
+        return self.solved / self.draws
+
+    @property
+    def seen(self) -> str:
+        """In a few words."""
+        return (
+            f"{self.solved:.0%} of the problems solved within {self.tries} tries, {self.draws:.1f} a problem"
+        )
+
+
+def outlook(groups: Sequence[Group], tries: int) -> Outlook:
+    """How slots would fare with these samples, from unbiased pass@k (arXiv 2107.03374, eq. 1)."""
+
+    def solved_within(k: int) -> float:
+        """Mean over the problems of 1 - C(n - c, k) / C(n, k), c of n samples right."""
+        shares = []
+        for group in groups:
+            valid = [r for r in group.rationales if not r.failed]
+            wrong = sum(not r.right for r in valid)
+            shares.append(
+                1 - comb(wrong, k) / comb(len(valid), k) if len(valid) >= k else float(wrong < len(valid))
+            )
+        return fmean(shares)
+
+    n = min(tries, *(len(group.rationales) for group in groups))
+    return Outlook(n, solved_within(n), sum(1 - solved_within(k) for k in range(n)))
 
 
 def preflight(
@@ -96,7 +150,9 @@ def preflight(
         GraderUnusable: the grader fails on most answers.
     """
     recipe, view = learner.recipe, view or View()
-    k, wanted = recipe.sampler.samples_per_problem, recipe.sampler.problems_per_step
+    k, m = recipe.sampler.samples_per_problem, recipe.sampler.tries
+    a_step = k * recipe.sampler.problems_per_step
+    k = min(m, TRIED) if m else k
     started = time.perf_counter()
     with view.phase("preflight", len(problems) * k) as on_done:
         drawn = draw_and_score(
@@ -120,7 +176,12 @@ def preflight(
         )
     rows = flatten(groups)
     learner.make_room(sampler)
-    step = (seconds + _seconds_to_fit(learner, rows) * recipe.em.passes) * wanted / len(problems)
+    fit = _seconds_to_fit(learner, rows) * recipe.em.passes
+    slots = outlook(groups, m) if m else None
+    if slots:
+        record |= {"em/finished": len(groups), "em/given_up": round((1 - slots.solved) * len(groups))}
+        fit *= slots.right / record["reward"] if record["reward"] else 0.0
+    step = (seconds + fit) * a_step / len(rows)
     return Preflight(
         problems=len(problems),
         rationales=len(rows),
@@ -133,6 +194,7 @@ def preflight(
         seconds_a_step=step,
         minutes=step * recipe.run.steps / 60,
         findings=diagnose(record, rows=len(rows), max_new_tokens=recipe.sampler.max_new_tokens, error=error),
+        outlook=slots,
         groups=groups,
     )
 
