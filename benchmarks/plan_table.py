@@ -30,6 +30,7 @@ CARDS = {
     "custom-jsonl": ("8GB", "24GB"),
     "tiny": ("cpu",),
     "tiny-hard": ("cpu",),
+    "smollm2-135m": ("cpu", "8GB"),
 }
 #: Free memory that the recipes for a CPU are planned with.
 RAM = 8 * 10**9

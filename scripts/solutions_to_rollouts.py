@@ -17,7 +17,7 @@ import re
 import sys
 from pathlib import Path
 
-from empg_lite.core.bundled import BUNDLED
+from empg_lite.core.bundled import PROBLEMS
 from empg_lite.core.errors import DataError, EmpgError, MissingInput, UsageError
 from empg_lite.core.rationale import Problem, Rationale, problem_id
 from empg_lite.core.safe_text import safe
@@ -42,7 +42,7 @@ def load_solutions(data: DataSection, column: str | None = None) -> dict[str, st
         MissingInput: no such split, or a source without files.
         DataError: naming ``file:line: field``.
     """
-    if data.source in BUNDLED or data.source.startswith(GYM):
+    if data.source in PROBLEMS or data.source.startswith(GYM):
         what = f"the {data.source} problems have no written solutions"
         raise MissingInput(what, "data.source", "use a source with files, such as gsm8k or local")
     found: dict[str, str] = {}

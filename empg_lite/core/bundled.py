@@ -19,6 +19,9 @@ from empg_lite.core.errors import MissingInput
 #: Recipe name of each bundled model -> its folder.
 BUNDLED = {"tiny": "model", "tiny-hard": "model_hard"}
 
+#: Sets of problems that are bundled: one for each of these models, and one for models that know English.
+PROBLEMS = (*BUNDLED, "word-problems")
+
 
 def model_path(name: str = "tiny") -> Path:
     """Folder of a bundled model and tokenizer, for ``from_pretrained``."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from empg_lite.core.bundled import BUNDLED
+from empg_lite.core.bundled import PROBLEMS
 from empg_lite.core.errors import DataError, MissingInput
 from empg_lite.core.rationale import Problem, problem_id
 from empg_lite.core.safe_text import encodable
@@ -36,7 +36,7 @@ def read_problems(data: DataSection, split: str, path: str | None) -> tuple[list
         MissingInput: a file, dataset or split is missing.
         DataError: naming ``file:line: field``.
     """
-    if data.source in BUNDLED:
+    if data.source in PROBLEMS:
         from empg_lite.data.tiny import DIFFICULTY, tiny_problems
 
         return tiny_problems(split, DIFFICULTY[data.source]), Counter()

@@ -18,8 +18,12 @@ import hashlib
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TypeAlias
 
 from empg_lite.core.errors import MissingInput, RecipeError
+
+#: Examples in a prompt: questions and their answers.
+Shots: TypeAlias = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,21 +44,31 @@ class Markers:
     end: str
     gap: str
 
-    def chat(self, system: str) -> str:
-        """A system message, the user's ``{question}``, and the assistant's turn begun."""
+    def chat(self, system: str, shots: Shots = ()) -> str:
+        """A system message, answered examples, the user's ``{question}``, and the assistant's turn begun."""
 
         def turn(role: str) -> str:
             return self.start + self.head.replace("{role}", role)
 
         after = self.end + self.gap
-        said = (self.begin, turn("system"), system, after, turn("user"), "{question}", after)
-        return "".join((*said, turn("assistant")))
+        said = [self.begin, turn("system"), system, after]
+        for question, answer in shots:
+            said += [turn("user"), question, after, turn("assistant"), answer, after]
+        return "".join((*said, turn("user"), "{question}", after, turn("assistant")))
 
 
 CHATML = Markers("", "<|im_start|>", "{role}\n", "<|im_end|>", "\n")  # Qwen, SmolLM2
 LLAMA3 = Markers("<|begin_of_text|>", "<|start_header_id|>", "{role}<|end_header_id|>\n\n", "<|eot_id|>", "")
 MARKERS = (CHATML, LLAMA3)
 
+#: Small models follow examples better than instructions.
+_TWO_SHOTS = (
+    ("Kim has 7 pens and 8 books. How many things does she have?", "7 + 8 = 15\n#### 15"),
+    (
+        "Joe has 20 plums. He eats 4 and shares the rest among 2 friends. How many does each friend get?",
+        "20 - 4 = 16\n16 / 2 = 8\n#### 8",
+    ),
+)
 _BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
@@ -66,7 +80,7 @@ class Template:
         text: contains ``{question}`` once.
         stop: strings that end a completion, and are not part of its text.
         end: token appended to completions that come as text (``fit`` on written solutions).
-        system: the system message of a built-in chat; see ``in_markers``.
+        system, shots: the system message and the examples of a built-in chat; see ``in_markers``.
     """
 
     name: str
@@ -74,10 +88,11 @@ class Template:
     stop: tuple[str, ...] = ()
     end: str = "<|endoftext|>"
     system: str | None = None
+    shots: Shots = ()
 
     def in_markers(self, markers: Markers) -> Template:
         """A built-in chat in these markers; any other prompt as it is."""
-        return self if self.system is None else _chat(self.name, self.system, markers)
+        return self if self.system is None else _chat(self.name, self.system, markers, self.shots)
 
     def render(self, question: str) -> str:
         """The prompt as the model sees it."""
@@ -89,14 +104,16 @@ class Template:
         return hashlib.sha256("\0".join((self.text, *self.stop, self.end)).encode()).hexdigest()
 
 
-def _chat(name: str, system: str, markers: Markers = CHATML) -> Template:
-    return Template(name, markers.chat(system), stop=(markers.start,), end=markers.end, system=system)
+def _chat(name: str, system: str, markers: Markers = CHATML, shots: Shots = ()) -> Template:
+    text = markers.chat(system, shots)
+    return Template(name, text, stop=(markers.start,), end=markers.end, system=system, shots=shots)
 
 
 TEMPLATES = {
     t.name: t
     for t in (
         _chat("qwen-boxed", _BOXED),
+        _chat("two-shot", "Solve the problem step by step. End with #### and the number.", shots=_TWO_SHOTS),
         Template(
             "gsm8k",
             "Solve the problem step by step. On the last line write #### and then the final number.\n\n"

@@ -107,7 +107,7 @@ class ModelSection(Section):
 class DataSection(Section):
     """The problems, the prompt and the reward."""
 
-    source: Text = key(description=f"{', '.join(SOURCES)}, gym:TASK, or a hub dataset ID with a slash")
+    source: Text = key(description=f"{', '.join(SOURCES)}, gym:TASK, or a hub dataset ID")
     path: LocalPath | None = key(
         None, "file or folder to read instead of the hub (jsonl, json, csv, parquet)"
     )

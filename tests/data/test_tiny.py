@@ -20,7 +20,7 @@ from tiny_solutions import blurted, careful, careless, habit, habitual
 from empg_lite.core.bundled import BUNDLED, model_path
 from empg_lite.core.errors import MissingInput
 from empg_lite.core.rationale import Problem, problem_id
-from empg_lite.data.tiny import DIFFICULTY, HARD, TINY, Difficulty, tiny_problems
+from empg_lite.data.tiny import DIFFICULTY, EASY, HARD, TINY, Difficulty, tiny_problems
 from empg_lite.data.tiny.problems import Story, compute, stories
 from empg_lite.policy.templates import TEMPLATES
 
@@ -54,6 +54,15 @@ def test_harder_problems_are_reproducible() -> None:
     assert hashlib.sha256("".join(rows).encode()).hexdigest()[:16] == "75cf20af5c1f2b30"
 
 
+def test_easier_problems_are_reproducible_and_of_both_lengths() -> None:
+    train, test = (tiny_problems(split, EASY) for split in ("train", "test"))
+    rows = [f"{p.id}\t{p.question}\t{p.gold}\n" for p in train + test]
+    assert hashlib.sha256("".join(rows).encode()).hexdigest()[:16] == "9c18c0b9bda82fd1"
+    assert len({p.question for p in train + test}) == 4500, "disjoint by text"
+    assert 0.4 < sum(p.meta["steps"] == "1" for p in test) / 500 < 0.6
+    assert all(p.question.count("?") == 1 and p.question.endswith("?") for p in train + test)
+
+
 def test_splits_are_disjoint_and_ids_are_text_hashes() -> None:
     train, test = tiny_problems("train"), tiny_problems("test")
     assert (len(train), len(test)) == (4000, 500)
@@ -74,7 +83,7 @@ def numbers(text: str) -> list[int]:
     return [int(n) for n in re.findall(r"\d+", text)]
 
 
-@pytest.mark.parametrize("difficulty", [TINY, HARD], ids=["tiny", "hard"])
+@pytest.mark.parametrize("difficulty", [TINY, HARD, EASY], ids=["tiny", "hard", "easy"])
 def test_gold_matches_an_independent_reading(difficulty: Difficulty) -> None:
     """An independent solver parses each sentence and applies it to the count."""
     for story in islice(stories(3, difficulty), 1500):

@@ -30,6 +30,7 @@ from empg_lite.recipe.schema import (
 SHIPPED = {
     "tiny": ("tiny", "tiny"),
     "tiny-hard": ("tiny-hard", "tiny-hard"),
+    "smollm2-135m": ("smollm2-135m", "word-problems"),
     "gsm8k-0.5b": ("Qwen/Qwen2.5-0.5B", "gsm8k"),
     "gsm8k-1.5b": ("Qwen/Qwen2.5-1.5B", "gsm8k"),
     "gsm8k-3b": ("Qwen/Qwen2.5-3B", "gsm8k"),
@@ -89,6 +90,7 @@ def test_recipes_are_frozen() -> None:
         ("math", ("qwen-boxed", "math", 1024)),
         ("math-hard", ("qwen-boxed", "math", 1024)),
         ("tiny", ("plain", "gsm8k", 128)),
+        ("word-problems", ("two-shot", "gsm8k", 256)),
         ("owner/set", ("qwen-boxed", "math", 1024)),
     ],
 )
@@ -165,7 +167,7 @@ def test_shipped_recipe(name: str) -> None:
     recipe = load_recipe(name)
     assert (recipe.model.name, recipe.data.source) == SHIPPED[name]
     assert refused_sampling(recipe) is None
-    if not name.startswith("tiny"):
+    if not name.startswith(("tiny", "smollm2")):
         floor = 1024 if "math" in name else 512
         assert recipe.sampler.max_new_tokens >= floor
         assert recipe.model.load_in_4bit
@@ -366,6 +368,8 @@ def test_tiny_and_hub_ids_are_not_turned_into_paths(tmp_path: Path, monkeypatch:
     (tmp_path / "tiny").mkdir()
     monkeypatch.chdir(tmp_path)
     assert load_recipe("tiny", ["model.name=tiny"]).model.name == "tiny"
+    (tmp_path / "smollm2-135m").mkdir()
+    assert load_recipe("tiny", ["model.name=smollm2-135m"]).model.name == "smollm2-135m"
     assert load_recipe("gsm8k-0.5b", ["model.name=Qwen/Qwen2.5-1.5B"]).model.name == "Qwen/Qwen2.5-1.5B"
 
 

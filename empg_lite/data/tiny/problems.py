@@ -38,6 +38,8 @@ class Difficulty:
 TINY = Difficulty(steps=(2, 3), max_value=50, max_operand=12, max_factor=4)
 #: Longer chains and larger numbers: headroom for comparing methods.
 HARD = Difficulty(steps=(3, 5), max_value=100, max_operand=30, max_factor=5)
+#: One or two steps: for a small pre-trained model, which knows the words but not much arithmetic.
+EASY = Difficulty(steps=(1, 2), max_value=30, max_operand=12, max_factor=4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +195,7 @@ def make_story(rng: Random, difficulty: Difficulty = TINY) -> Story:
     sentence = rng.choice(_OPENINGS[opening])
     sentences = [sentence.format(**words, n=value, k=steps[0].right if steps else "")]
 
-    own_ending = rng.random() < 0.4
+    own_ending = rng.random() < 0.4 and len(steps) < length
     while len(steps) < length:
         step = _draw_step(rng, difficulty, steps[-1].result if steps else value)
         steps.append(step)
