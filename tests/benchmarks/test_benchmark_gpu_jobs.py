@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ from typing import Any
 
 import gpu
 import gpu_facts
+import gpu_material
 import gpu_parts
 import gpu_work
 import pytest
@@ -215,3 +218,27 @@ def test_results_of_pytest_are_counted() -> None:
     found = gpu_facts.counted(ended)
     assert found["failures"] == ["test_b[x y]"] and found["checks"] == {"tests marked gpu": False}
     assert (found["passed"], found["failed"], found["skipped"]) == (1, 1, 1) and "error" not in found
+
+
+def test_the_real_model_is_joined_from_its_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As uploads bring them, one after the other; a damaged one counts as not here."""
+    monkeypatch.setattr(gpu_material, "gguf_file", lambda packaged: None)
+    monkeypatch.setattr(gpu_material.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.delenv("EMPG_SMOLLM2_GGUF", raising=False)
+    job, whole, pieces = (
+        Job("learn", "learn", ("learn",), 35, shape="real"),
+        bytes(range(200)),
+        tmp_path / "p",
+    )
+    pieces.mkdir()
+    for name, data in {"part-aa": whole[:90], "part-ab": b"damaged", "SHA256": b""}.items():
+        assert gpu_material.smollm2_file(pieces) is None
+        (pieces / name).write_bytes(data)
+    (pieces / "SHA256").write_text(hashlib.sha256(whole).hexdigest() + "\n")
+    assert gpu_material.smollm2_file(pieces) is None
+    (pieces / "part-ab").write_bytes(whole[90:])
+    joined = gpu_material.smollm2_file(pieces)
+    assert joined is not None and joined.read_bytes() == whole
+    assert os.environ["EMPG_SMOLLM2_GGUF"] == str(joined)
+    assert gpu_material.learning_recipe(job)[0] == "smollm2-135m"
+    assert gpu_material.learning_recipe(replace(job, small=True))[0] == "tiny-hard"
