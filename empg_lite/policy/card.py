@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from empg_lite.core.bundled import BUNDLED
+from empg_lite.core.bundled import BUNDLED, PACKAGED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,15 +44,25 @@ class Provenance:
     before: Mapping[str, Any] | None = None
 
 
-#: Licenses of the base models in the shipped recipes; for others see their own cards.
+def _of_sizes(stem: str, sizes: str, kind: str, license: str) -> dict[str, str]:
+    """The license of a family's base and tuned models on the hub."""
+    return {f"{stem}-{size}{suffix}": license for size in sizes.split() for suffix in ("", kind)}
+
+
+#: Licenses of the tested base models; for others see their own cards.
 _LICENSES = {
     **dict.fromkeys(BUNDLED, "apache-2.0"),
-    **{
-        f"Qwen/Qwen2.5-{size}{kind}": "qwen-research" if size == "3B" else "apache-2.0"
-        for size in ("0.5B", "1.5B", "3B", "7B")
-        for kind in ("", "-Instruct")
-    },
+    **_of_sizes("Qwen/Qwen2.5", "0.5B 1.5B 7B", "-Instruct", "apache-2.0"),
+    **_of_sizes("Qwen/Qwen2.5", "3B", "-Instruct", "qwen-research"),
+    **_of_sizes("Qwen/Qwen3", "0.6B 1.7B 4B 8B", "-Base", "apache-2.0"),
+    **_of_sizes("HuggingFaceTB/SmolLM2", "135M 360M 1.7B", "-Instruct", "apache-2.0"),
+    **_of_sizes("meta-llama/Llama-3.2", "1B 3B", "-Instruct", "llama3.2"),
 }
+
+
+def _hub_name(name: str) -> str:
+    """The name that others can load: a packaged model's on the hub."""
+    return PACKAGED[name].hub if name in PACKAGED else name
 
 
 def adapter_card(source: Provenance, agreement: Mapping[str, Any] | None = None) -> str:
@@ -61,7 +71,7 @@ def adapter_card(source: Provenance, agreement: Mapping[str, Any] | None = None)
     Args:
         agreement: what the export measured after reloading the adapter.
     """
-    base = source.recipe.model.name
+    base = _hub_name(source.recipe.model.name)
     usage = f"""```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -83,7 +93,7 @@ tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 ```"""
     if str(facts.get("dtype", "")).startswith("GGUF"):
         usage = "Runs in llama.cpp and software built on it."
-    return _card(source, f"{source.recipe.model.name}, tuned", "transformers", [], usage, facts)
+    return _card(source, f"{_hub_name(source.recipe.model.name)}, tuned", "transformers", [], usage, facts)
 
 
 def _card(
@@ -92,7 +102,8 @@ def _card(
     from huggingface_hub import ModelCardData
 
     recipe = source.recipe
-    base, license = recipe.model.name, _LICENSES.get(recipe.model.name)
+    base = _hub_name(recipe.model.name)
+    license = _LICENSES.get(base)
     data = ModelCardData(
         base_model=None if base in BUNDLED else base,
         library_name=library,
@@ -102,6 +113,8 @@ def _card(
     )
     at = f" at commit `{source.revision}`" if source.revision else ""
     four_bit = ", held in NF4 during training" if recipe.model.load_in_4bit else ""
+    if recipe.model.name in PACKAGED:
+        four_bit += f", or its quantized copy in the Python package {PACKAGED[recipe.model.name].package}"
     terms = f"that of the base model ({license})" if license else "that of the base model: see its card"
     rows = "\n".join(
         _figures(source) + [f"| {k.replace('_', ' ')} | {_shown(k, v)} |" for k, v in facts.items()]

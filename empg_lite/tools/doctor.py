@@ -66,6 +66,7 @@ def device() -> dict[str, Any]:
 
     from empg_lite.policy import resolve_dtype
     from empg_lite.policy.backends import choose_backend
+    from empg_lite.policy.families import FAMILIES
     from empg_lite.policy.memory.machine import free_memory
     from empg_lite.recipe.schema import choose_engine
 
@@ -79,6 +80,7 @@ def device() -> dict[str, Any]:
         "dtype": str(resolve_dtype("auto")).removeprefix("torch."),
         "backend": choose_backend("auto"),
         "engine": choose_engine("auto"),
+        "models": ", ".join(family.models for family in FAMILIES.values()),
         **(trial() if cuda else {}),
     }
 

