@@ -57,6 +57,24 @@ def test_llama_3_gets_its_headers() -> None:
     assert sum(i in special for i in tokenizer.encode(CHAT.render("2"), add_special_tokens=False)) == 0
 
 
+def test_examples_are_turns_in_the_models_own_markers() -> None:
+    """Two answered questions before the one that is asked, in ChatML and Llama 3; their answers are right."""
+    two_shot = TEMPLATES["two-shot"]
+    turns = two_shot.render("2 + 2?").split("<|im_start|>")[1:]
+    roles = [turn.partition("\n")[0] for turn in turns]
+    assert roles == ["system", *("user", "assistant") * 3]
+    assert turns[-2:] == ["user\n2 + 2?<|im_end|>\n", "assistant\n"]
+    answers = [turn.removeprefix("assistant\n").removesuffix("<|im_end|>\n") for turn in turns[2:-1:2]]
+    for answer in answers:
+        *steps, last = answer.splitlines()
+        results = [step.split(" = ") for step in steps]
+        assert all(eval(left) == int(right) for left, right in results) and last == f"#### {results[-1][1]}"
+    llama, _ = fit_template(two_shot, tokenizer_of(LLAMA3, prepends=True))
+    said = llama.render("2 + 2?").split("<|end_header_id|>\n\n")
+    assert len(said) == 8 and said[-1] == "" and said[-2].startswith("2 + 2?<|eot_id|>")
+    assert [text.partition("<|eot_id|>")[0] for text in said[3:-1:2]] == answers
+
+
 def test_a_plain_prompt_begins_as_the_tokenizer_begins_a_text() -> None:
     """Llama 3 was trained behind <|begin_of_text|>; SmolLM2's begin token is a turn's, and not put first."""
     plain = TEMPLATES["plain"]
