@@ -181,6 +181,8 @@ def _trial(name: str, n: int, causal: Any, dtype: torch.dtype) -> Trial | None:
     config, weight = causal.config, causal.model.layers[0].mlp.down_proj.base_layer.weight
     d = head_dim(config)
     heads = config.num_attention_heads + config.num_key_value_heads
+    # Values follow the keys in memory, unless queries and keys come from a norm of their own (Qwen3).
+    values = 0 if hasattr(causal.model.layers[0].self_attn, "q_norm") else config.num_key_value_heads
 
     def normal(*shape: int) -> Tensor:
         numbers = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
@@ -194,7 +196,7 @@ def _trial(name: str, n: int, causal: Any, dtype: torch.dtype) -> Trial | None:
 
     def rotate(k: Kernels) -> Tensor:
         turns = normal(n, d // 2).float().repeat(1, 2)
-        mixed = normal(n, heads + 2, d)  # values follow the keys in memory
+        mixed = normal(n, heads + values, d)
         return k.rotate(mixed[:, :heads], k.angles(turns.cos().to(dtype), turns.sin().to(dtype)))
 
     def swiglu(k: Kernels) -> Tensor:
