@@ -1,9 +1,9 @@
 """Unsloth's own forward pass over completions that share their prompt: its kernels in the M-step.
 
-Unsloth's Llama, Qwen2 and Qwen3 layers take a stream in which each prompt is followed by its completions, and
-a segment table; attention (FlexAttention) lets a completion attend to its prompt and itself. Its RMSNorm, RoPE
-and LoRA kernels and its offloaded checkpoints come with it. It computes the same as ``packing``, which is the
-fallback and the reference: see ``disagreement``.
+Unsloth's Llama, Qwen2 and Qwen3 layers take a stream in which each prompt is followed by its completions,
+and a segment table; attention (FlexAttention) lets a completion attend to its prompt and itself. Its RMSNorm,
+RoPE and LoRA kernels and its offloaded checkpoints come with it. It computes the same as ``packing``, which
+is the fallback and the reference: see ``disagreement``.
 
 Shapes: N tokens of the stream, M scored tokens, D hidden.
 """
