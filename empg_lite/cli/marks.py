@@ -93,6 +93,7 @@ def stored_panel(r: Rationale) -> Panel:
     body = Text(safe(r.question or r.prompt).strip() + "\n", style="italic")
     body.append(safe(r.completion).strip() or "(nothing)", style="not italic")
     body.append("\n" + safe(" · ".join(filter(None, facts))), style="not italic dim")
-    title = Text(f"{r.problem_id} · step {r.step} · sample {r.sample_index}")
+    number = f"sample {r.sample_index}" + (f" · try {r.tries}" if r.tries else "")
+    title = Text(f"{r.problem_id} · step {r.step} · {number}")
     style = "none" if r.reward is None else "green" if r.reward == 1 else "red"
     return Panel(body, title=title, border_style=style)

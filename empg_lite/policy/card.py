@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from empg_lite.core.bundled import BUNDLED, PACKAGED
+from empg_lite.core.bundled import BUNDLED, PACKAGED, hub_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,18 +60,13 @@ _LICENSES = {
 }
 
 
-def _hub_name(name: str) -> str:
-    """The name that others can load: a packaged model's on the hub."""
-    return PACKAGED[name].hub if name in PACKAGED else name
-
-
 def adapter_card(source: Provenance, agreement: Mapping[str, Any] | None = None) -> str:
     """The model card of a LoRA adapter.
 
     Args:
         agreement: what the export measured after reloading the adapter.
     """
-    base = _hub_name(source.recipe.model.name)
+    base = hub_name(source.recipe.model.name)
     usage = f"""```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -93,7 +88,7 @@ tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 ```"""
     if str(facts.get("dtype", "")).startswith("GGUF"):
         usage = "Runs in llama.cpp and software built on it."
-    return _card(source, f"{_hub_name(source.recipe.model.name)}, tuned", "transformers", [], usage, facts)
+    return _card(source, f"{hub_name(source.recipe.model.name)}, tuned", "transformers", [], usage, facts)
 
 
 def _card(
@@ -102,7 +97,7 @@ def _card(
     from huggingface_hub import ModelCardData
 
     recipe = source.recipe
-    base = _hub_name(recipe.model.name)
+    base = hub_name(recipe.model.name)
     license = _LICENSES.get(base)
     data = ModelCardData(
         base_model=None if base in BUNDLED else base,
@@ -131,8 +126,7 @@ Trained with empg-lite by the EM Policy Gradient (arXiv 2504.18587, our reading 
 * Base: `{base}`{at}{four_bit}
 * LoRA: rank {recipe.model.lora_r}, alpha {recipe.model.lora_alpha}, all linear layers
 * Data: `{recipe.data.source}`, split `{recipe.data.split}`; reward `{recipe.data.reward}`
-* Method: {recipe.em.weighting} weights, {recipe.sampler.problems_per_step} problems x \
-{recipe.sampler.samples_per_problem} rationales per step, {recipe.run.steps} steps, learning rate \
+* Method: {recipe.em.weighting} weights, {_sampled(recipe.sampler)}, {recipe.run.steps} steps, learning rate \
 {recipe.optim.learning_rate:g}, seed {recipe.run.seed}
 * License: {terms}
 {table}
@@ -143,6 +137,14 @@ Trained with empg-lite by the EM Policy Gradient (arXiv 2504.18587, our reading 
 The prompt is in `template.json`: replace `{{question}}`. An answer ends at one of the tokens in
 `generation_config.json` or at one of the template's strings.
 """
+
+
+def _sampled(sampler: Any) -> str:
+    """What a step sampled."""
+    p, k = sampler.problems_per_step, sampler.samples_per_problem
+    if sampler.tries:
+        return f"{p} x {k} rationales per step, each problem asked until right, at most {sampler.tries} times"
+    return f"{p} problems x {k} rationales per step"
 
 
 def _figures(source: Provenance) -> list[str]:

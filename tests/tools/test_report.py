@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from hostile import HOSTILE
-from stored_runs import make_run, rationale, step_rows
+from stored_runs import make_run, rationale, step_rows, turn_record
 
 from empg_lite.core.behaviors import behavior_rates, spans
 from empg_lite.core.safe_text import safe
@@ -129,6 +129,53 @@ def test_memory_on_a_gpu_is_the_memory_of_the_card(tmp_path: Path) -> None:
         assert [line.y for line in memory.lines] == [(peak,) * 4, (1000.0,) * 4]
 
 
+def asked_until_right(folder: Path, seed: int = 0, **values: Any) -> Path:
+    """A run under ``sampler.tries``; M = 4, K = 2: a problem may be given up in step 2, and not before."""
+    change = changed("sampler", problems_per_step=8, samples_per_problem=2, tries=4)
+    return make_run(folder, seed=seed, change=change, metrics=turn_record, **values)
+
+
+def test_charts_of_tries(tmp_path: Path) -> None:
+    charts = {c.name: c for c in all_charts(arms_of([read_run(asked_until_right(tmp_path / "run"))]))}
+    fixed = {c.name: c for c in all_charts(arms_of([read_run(make_run(tmp_path / "fixed"))]))}
+    assert set(charts) - set(fixed) == {"ended", "tries"} and set(fixed) - set(charts) == {"signal"}
+    lines = {line.label: line for line in charts["accuracy"].lines}
+    assert set(lines) == {"greedy, held-out rows", "right at first try", "solved within 4 tries"}
+    assert (lines["right at first try"].x, lines["right at first try"].y) == ((1, 3, 4), (0.125, 0.375, 0.5))
+    solved = lines["solved within 4 tries"]
+    assert solved.x == (2, 3, 4) and solved.y == pytest.approx((0.0, 5 / 7, 6 / 9))
+    assert [(line.label, line.y) for line in charts["ended"].lines] == [
+        ("solved", (3, 0, 5, 6)),
+        ("given up", (0, 1, 2, 3)),
+    ]
+    (tries,) = charts["tries"].lines
+    assert (tries.x, tries.y) == ((1, 3, 4), (1.5, 1.5, 1.5))
+    assert "reward" not in charts["accuracy"].caption and "reward" in fixed["accuracy"].caption
+
+
+def test_tries_beside_fixed_groups(tmp_path: Path) -> None:
+    """The rewards of all tries are not compared with those of fixed groups: first tries are."""
+    both = [read_run(make_run(tmp_path / "fixed")), read_run(asked_until_right(tmp_path / "tries"))]
+    charts = {c.name: c for c in all_charts(arms_of(both))}
+    shown = {name: {line.label: line.y for line in chart.lines} for name, chart in charts.items()}
+    assert shown["reward"] == {"fixed": (0.375,) * 4, "tries": (0.125, 0.375, 0.5)}
+    assert set(shown["signal"]) == {"fixed"} and shown["ended"] == {"tries": (3, 1, 7, 9)}
+    assert shown["given-up"] == {"tries": (0, 1, 2, 3)} and shown["tries"] == {"tries": (1.5,) * 3}
+    assert "sampler.tries" in charts["reward"].caption
+    alone = {c.name: c for c in all_charts(arms_of([both[0], read_run(make_run(tmp_path / "b"))]))}
+    assert not any("tries" in c.caption for c in alone.values())
+
+
+def test_the_page_of_tries_counts_problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("empg_lite.tools.report.build.all_charts", lambda arms: [])  # which take seconds
+    rows = [rationale("Q?", f"no #### {k}", right=k == 7, k=k, position=9, tries=k - 5) for k in (6, 7)]
+    write_report([asked_until_right(tmp_path / "run", rows=lambda step: rows)], tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text("utf-8")
+    assert "asked until right, at most 4 times" in page and "14 solved, 6 given up" in page
+    assert "5 a step; a solved one took 1.5 tries" in page
+    assert [entry["try"] for entry in page_data(page)["samples"]] == [1] * 4 + [2] * 4
+
+
 # --- rationales ---------------------------------------------------------------------------------------
 
 
@@ -209,6 +256,7 @@ def test_the_page_is_self_contained_and_shows_the_figures(tmp_path: Path, answer
     assert all(a.startswith("#") for a in seen.addresses) and not seen.handlers
     assert seen.tags["svg"] == 8 and seen.tags["script"] == 2 and not seen.tags["link"]
     assert "url(" not in page.replace("url(#", "")
+    assert "given up" not in page and all("try" not in entry for entry in page_data(page)["samples"])
     assert "20.0% → 80.0%" in page and "7 are right only after training and 1 only before" in page
     data = page_data(page)
     assert len(data["samples"]) == 64 and len(data["answers"]) == 10

@@ -19,7 +19,7 @@ import pytest
 from processes import HANGS
 from rich.console import Console
 from rich.text import Text
-from stored_runs import rationale, record, step_rows
+from stored_runs import rationale, record, step_rows, turn_record
 
 from empg_lite.tools import view as views
 from empg_lite.tools.view import ConsoleView, LiveView, NotebookView, Status, clock_text, sparkline
@@ -78,6 +78,22 @@ def test_status_shows_the_peak_that_the_memory_plan_predicts() -> None:
     assert status.lines()[2].endswith("peak 3.3 GB")
 
 
+def in_turns(step: int) -> dict[str, Any]:
+    """A record of a step under ``sampler.tries``."""
+    return {**record(step, step_rows(step)), "em/updates": 1, "em/staleness": 0.0, **turn_record(step)}
+
+
+def test_status_of_tries_shows_first_tries_instead_of_the_reward() -> None:
+    status = Status()
+    status.step(in_turns(1), 25)
+    assert "right at first try 12.5% ▂ · 3 solved, 1.5 tries each, 0 given up" in status.lines()[1]
+    status.step(in_turns(2), 25)  # no problem was asked for the first time, none was solved
+    assert "right at first try none asked ▂ · 0 solved, 1 given up" in status.lines()[1]
+    status.step(in_turns(4), 25)
+    assert "right at first try 50.0% ▂▅ · 6 solved, 1.5 tries each, 3 given up" in status.lines()[1]
+    assert not any(word in status.lines()[1] for word in ("reward", "mixed"))
+
+
 @pytest.mark.parametrize(("width", "height"), [(120, 40), (80, 24), (60, 20)])
 def test_panel_fits_the_screen_and_escapes_model_text(width: int, height: int) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=width, height=height)
@@ -104,6 +120,26 @@ def test_log_gets_plain_lines() -> None:
     lines = out.getvalue().splitlines()
     assert len(lines) == 4 and "\x1b" not in out.getvalue()
     assert lines[1].split()[:3] == ["1/25", "37.5%", "75%"]
+
+
+def test_columns_of_tries() -> None:
+    out = io.StringIO()
+    plain = ConsoleView(Console(file=out, force_terminal=False, width=80))
+    for step in (1, 2):
+        plain.step(in_turns(step), 25)
+    plain.note("a note; the columns are named again, their meaning is not")
+    plain.step(in_turns(4), 25)
+    legend, header, first, nothing, _, again, fourth = out.getvalue().splitlines()
+    assert "2 given up" in legend and again == header and "given up" not in again
+    assert header.split()[:4] == ["step", "1st", "try", "solved"] and "reward" not in header
+    assert first.split()[:4] == ["1/25", "12.5%", "3/3", "1.5"]
+    assert nothing.split()[:3] == ["2/25", "0/1", f"{record(2, step_rows(2))['completions/mean_length']:.0f}"]
+    assert fourth.split()[:4] == ["4/25", "50.0%", "6/9", "1.5"]
+    for line in (first, nothing, fourth):  # each figure ends where its name does
+        for name in ("solved", "length", "tokens/s", "s/step"):
+            end = header.index(name) + len(name)
+            assert line[end - 1] != " " and line[end : end + 1] in (" ", "")
+    assert max(map(len, (header, first, nothing, fourth))) <= 80
 
 
 class Screen:

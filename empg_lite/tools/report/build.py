@@ -130,6 +130,21 @@ def _headline(run: StoredRun) -> dict[str, Any]:
         "seconds": sum(r.get("step_time", 0.0) for r in run.steps),
         "sampled": last.get("num_tokens", 0),
         "health": last.get("health", []),
+        "tries": _tries(run) if run.in_turns else None,
+    }
+
+
+def _tries(run: StoredRun) -> dict[str, Any]:
+    """How the problems fared that were asked until right, over the whole run."""
+    steps = [r for r in run.steps if "em/finished" in r]
+    finished, solved = (sum(r[f"em/{name}"] for r in steps) for name in ("finished", "solved"))
+    took = sum(r["em/solved"] * r.get("em/tries_solved", 0.0) for r in steps)
+    return {
+        "most": run.recipe.sampler.tries,
+        "solved": solved,
+        "given_up": finished - solved,
+        "per_step": finished / len(steps),
+        "each": took / solved if solved else None,
     }
 
 

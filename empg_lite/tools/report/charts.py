@@ -56,6 +56,7 @@ class Chart:
         stacked: the lines add up and are drawn as areas.
         series: metrics of a run and their labels.
         metric: compared between runs.
+        tries: values that replace these for runs with ``sampler.tries``.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Chart:
     stacked: bool = False
     series: Mapping[str, str] = field(default_factory=dict)
     metric: str = ""
+    tries: Mapping[str, Any] = field(default_factory=dict)
     lines: tuple[Line, ...] = ()
 
 
@@ -87,14 +89,12 @@ def _described(kind: str) -> list[Chart]:
 
 def _of_one(run: StoredRun) -> list[Chart]:
     computed = {
-        "accuracy": (*_validation(run), *_evaluation(run), *_series(run, {"reward": "reward of samples"})),
+        "accuracy": (*_validation(run), *_evaluation(run), *_at_temperature_1(run)),
         "memory": _memory(run),
         **_lengths_and_behaviors(run),
     }
-    return [
-        replace(chart, lines=computed.get(chart.name) or _series(run, chart.series))
-        for chart in _described("run")
-    ]
+    charts = [replace(c, **c.tries) if run.in_turns else c for c in _described("run")]
+    return [replace(c, lines=computed.get(c.name) or _series(run, c.series)) for c in charts]
 
 
 def _series(run: StoredRun, names: Mapping[str, str]) -> tuple[Line, ...]:
@@ -134,6 +134,20 @@ def _evaluation(run: StoredRun) -> tuple[Line, ...]:
     return (Line(f"greedy, {found[0]['split']} rows", x, y, low, high, marks=True),)
 
 
+def _at_temperature_1(run: StoredRun) -> tuple[Line, ...]:
+    """The reward; under ``sampler.tries`` the outcome of first tries, and of all.
+
+    Until a problem can have had M tries, only quick ones have ended: all of them solved.
+    """
+    if not run.in_turns:
+        return _series(run, {"reward": "reward of samples"})
+    m, k = run.recipe.sampler.tries or 1, run.recipe.sampler.samples_per_problem
+    ended = [r for r in run.steps if r.get("em/finished") and r["step"] >= m / k]
+    points = [(r["step"], r["em/solved"] / r["em/finished"]) for r in ended]
+    solved = (_line(f"solved within {m} tries", points),) if points else ()
+    return (*_series(run, {"em/right_first": "right at first try"}), *solved)
+
+
 def _memory(run: StoredRun) -> tuple[Line, ...]:
     """The peak that the plan predicts: of the card's memory on a GPU, else of the process's."""
     on_gpu = any("memory/peak_gpu_mb" in r for r in run.steps)
@@ -169,18 +183,21 @@ def _some(rows: Sequence[Rationale], step: int) -> Sequence[Rationale]:
 def _of_several(arms: Sequence[Arm]) -> list[Chart]:
     banded = any(len(arm.runs) > 1 for arm in arms)
     note = " Lines are means over seeds; bands span the lowest to the highest." if banded else ""
+    tries = any(run.in_turns for arm in arms for run in arm.runs)
     return [
         replace(
             chart,
-            caption=chart.caption + note,
-            lines=tuple(line for arm in arms if (line := _arm_line(arm, chart.metric))),
+            caption=(chart.tries.get("caption", chart.caption) if tries else chart.caption) + note,
+            lines=tuple(line for arm in arms if (line := _arm_line(arm, chart))),
         )
         for chart in _described("comparison")
     ]
 
 
-def _arm_line(arm: Arm, key: str) -> Line | None:
+def _arm_line(arm: Arm, chart: Chart) -> Line | None:
     """Mean, lowest and highest over the runs of an arm, at the steps that all of them have."""
+    in_turns = any(run.in_turns for run in arm.runs)
+    key = chart.tries.get("metric", chart.metric) if in_turns else chart.metric
     runs = [{r["step"]: r[key] for r in run.steps if _is_number(r.get(key))} for run in arm.runs]
     shared = sorted(set.intersection(*(set(r) for r in runs)))
     if not shared:

@@ -37,6 +37,7 @@
     const line = facts([
       data.runs.length > 1 && data.runs[entry.run],
       "step " + entry.step,
+      entry.try && "try " + entry.try,
       entry.tokens + " tokens" + (entry.cut ? ", cut off" : ""),
       entry.answer === null ? "no answer found" : "answer " + entry.answer + " (" + entry.rule + ")",
       "gold " + question.gold,

@@ -56,6 +56,11 @@ class StoredRun:
         return f"{path.parent.name}/{path.name}" if path.name.startswith("seed-") else path.name
 
     @property
+    def in_turns(self) -> bool:
+        """Whether it asked each problem until it was right (``sampler.tries``)."""
+        return any("em/finished" in record for record in self.steps)
+
+    @property
     def command(self) -> str:
         """The command that started it, from the first line of its recipe; may be empty."""
         first = (self.path / RECIPE).read_text("utf-8").partition("\n")[0]

@@ -66,6 +66,7 @@ def rationale_entry(r: Rationale, run: int, questions: Questions) -> dict[str, A
         "step": r.step,
         "q": questions.number(r),
         "k": r.sample_index,
+        **({"try": r.tries} if r.tries else {}),
         "reward": r.reward,
         "reason": r.reason,
         "weight": None if r.weight is None else round(r.weight, 3),
