@@ -61,6 +61,13 @@ PACKAGED = {
         extra="smollm2",
     )
 }
+
+
+def hub_name(name: str) -> str:
+    """The name by which other programs find a model: a packaged one's on the hub."""
+    return PACKAGED[name].hub if name in PACKAGED else name
+
+
 #: Changes when the unpacked files would; older folders are then left alone.
 _LAYOUT = 1
 

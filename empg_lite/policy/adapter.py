@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from empg_lite.core.bundled import hub_name
 from empg_lite.core.errors import DataError, MissingInput
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def adapter_files(policy: Policy) -> dict[str, bytes]:
         name: tensor.detach().cpu().contiguous() for name, tensor in sorted(_state_dict(policy).items())
     }
     config = policy.model.peft_config["default"].to_dict()
-    config |= {"inference_mode": True, "base_model_name_or_path": policy.name, "revision": policy.revision}
+    base = {"base_model_name_or_path": hub_name(policy.name), "revision": policy.revision}
+    config |= {"inference_mode": True, **base}
     text = json.dumps(config, indent=1, sort_keys=True, default=_plain)
     return {WEIGHTS: save(tensors, metadata={"format": "pt"}), CONFIG: text.encode()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -156,4 +157,6 @@ def test_the_recipe_trains_what_the_file_holds(cache: Path, tmp_path: Path) -> N
     run = api.run(NAME, tmp_path / "run", overrides=short, force=True)
     assert run.summary["steps"] == 1 and run.recipe.model.name == NAME
     assert len(run.rationales()) == 8
+    config = json.loads((run.path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct", "others can load it"
     assert len(list(cache.iterdir())) == 1
