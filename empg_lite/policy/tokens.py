@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from empg_lite.core.errors import ModelUnusable
 from empg_lite.policy.templates import CHATML, MARKERS, Template
 
 #: Tokens that end a turn or a text, in any family: a model may emit one that its files do not name. Qwen2.5
@@ -60,7 +61,11 @@ def first_token(tokenizer: Any) -> str | None:
 
 
 def stop_ids(model: Any, tokenizer: Any, template: Template) -> frozenset[int]:
-    """All end tokens of the model, the tokenizer and the template, and those of ``ENDS`` that exist."""
+    """All end tokens of the model, the tokenizer and the template, and those of ``ENDS`` that exist.
+
+    Raises:
+        ModelUnusable: there is none.
+    """
     ids: set[int] = set()
     for source in (model.config, getattr(model, "generation_config", None), tokenizer):
         value = getattr(source, "eos_token_id", None)
@@ -68,4 +73,11 @@ def stop_ids(model: Any, tokenizer: Any, template: Template) -> frozenset[int]:
             ids.update(value if isinstance(value, (list, tuple)) else [value])
     vocab = tokenizer.get_vocab()
     ids.update(vocab[token] for token in (template.end, *ENDS) if token in vocab)
-    return frozenset(ids - {vocab[m.start] for m in MARKERS if m.start in vocab and m.end in vocab})
+    ids -= {vocab[m.start] for m in MARKERS if m.start in vocab and m.end in vocab}
+    if not ids:
+        raise ModelUnusable(
+            "no token that ends a text: neither config.json nor the tokenizer names one",
+            str(tokenizer.name_or_path),
+            "set eos_token in tokenizer_config.json",
+        )
+    return frozenset(ids)

@@ -11,6 +11,7 @@ import pytest
 from family_tokenizer import BARE, LLAMA3, QWEN, SMOLLM2, tokenizer_of
 from fixture_model import load_fixture_policy
 
+from empg_lite.core.errors import ModelUnusable
 from empg_lite.policy import load_tokenizer
 from empg_lite.policy.templates import CHATML, TEMPLATES, Template
 from empg_lite.policy.tokens import fit_template, mend_end, stop_ids
@@ -146,3 +147,10 @@ def test_a_policy_records_what_was_mended(model_dir: Path, tmp_path: Path) -> No
     saved = json.loads(tokenizer_files(policy)["tokenizer_config.json"])
     assert saved["eos_token"] == "<|im_end|>"
     assert load_tokenizer(model_dir)[1] == () == load_fixture_policy(model_dir).notes
+
+
+def test_a_model_that_never_ends_is_refused() -> None:
+    tokenizer, template = tokenizer_of((("<s>",), "<s>", None, None)), TEMPLATES["plain"]
+    with pytest.raises(ModelUnusable, match="no token that ends a text.*set eos_token"):
+        ends_of(tokenizer, fit_template(template, tokenizer)[0], [])
+    assert ends_of(tokenizer, template, 256) == {"<s>"}, "the config's will do"
