@@ -178,6 +178,8 @@ def _read_state(path: Path) -> tuple[TrainState, dict[str, Any]]:
         state = TypeAdapter(TrainState).validate_json(json.dumps(record["state"]), strict=True)
         if state.step != int(path.name[5:]) or min(state.step, state.policy_step, state.position) < 0:
             raise ValueError(f"it belongs to step {state.step}")
+        if not all(s.position >= 0 <= s.tries and 0 <= s.credit < 1 for s in state.slots):
+            raise ValueError("slots must hold open problems")
         if not isinstance(record["logs"], dict) or not all(type(n) is int for n in record["logs"].values()):
             raise ValueError("logs must be byte lengths")
         return state, record

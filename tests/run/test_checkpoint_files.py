@@ -23,6 +23,7 @@ from hostile import DEEP
 from safetensors.torch import load, save
 
 from empg_lite.core.errors import CheckpointError, RecipeError, StorageError
+from empg_lite.core.slots import Slot
 from empg_lite.loop.train import TrainOptions, train
 from empg_lite.recipe.file import load_recipe
 from empg_lite.run import store
@@ -174,6 +175,18 @@ OVERFLOW = '{"a":{"dtype":"F32","shape":[9223372036854775807,9223372036854775807
 MANY = (
     "{" + ",".join(f'"t{i}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(300_000)) + "}"
 )
+SLOT = {"position": 3, "tries": 1, "credit": 0.1 + 0.2}
+SLOTS: dict[str, Any] = {
+    "are no list": SLOT,
+    "are numbers": [3],
+    "lie before the stream": [SLOT, SLOT | {"position": -1}],
+    "have text for a number": [SLOT | {"tries": "1"}],
+    "have a fraction of a try": [SLOT | {"tries": 1.5}],
+    "were tried less than never": [SLOT | {"tries": -1}],
+    "have a credit that is none": [SLOT | {"credit": float("nan")}],
+    "were answered long ago": [SLOT | {"credit": 1.0}],
+    "have no position": [{"tries": 1}],
+}
 ATTACKS: dict[str, Attack] = {
     **{f"pickle as {name}": poisoned(name) for name in (WEIGHTS, MOMENTS, RNG, "state.json")},
     "header of a terabyte": written(WEIGHTS, struct.pack("<Q", 1 << 40) + b"{}"),
@@ -197,6 +210,10 @@ ATTACKS: dict[str, Attack] = {
     "negative position": edited(lambda r: r["state"].update(position=-5)),
     "text for a number": edited(lambda r: r["state"].update(num_tokens="9")),
     "unknown field": edited(lambda r: r["state"].update(evil=1)),
+    **{
+        f"slots that {what}": edited(lambda r, s=slots: r["state"].update(slots=s))
+        for what, slots in SLOTS.items()
+    },
     "logs that are no lengths": edited(lambda r: r.update(logs={"metrics.jsonl": "1"})),
     "link to another file": replaced("state.json", lambda p: p.symlink_to("/etc/passwd")),
     "link to the same content": lambda step, canary: (
@@ -258,6 +275,14 @@ def test_hostile_checkpoints_are_refused(begun: tuple[Plant, Path, str], tmp_pat
     wrong = {n: f for n, f in found.items() if f[:2] != [76, True] or f[2] > 500 << 20 or f[3]}
     print(f"\nC2: {len(found)} hostile checkpoints, {len(wrong)} not refused, 0 ran code")
     assert wrong == {}
+
+
+def test_slots_come_back_as_they_were(begun: tuple[Plant, Path, str], tmp_path: Path) -> None:
+    """The control of the hostile ones: a sound slot is read, to the last digit of its credit."""
+    step = Path(shutil.copytree(list_checkpoints(begun[1])[-1], tmp_path / "step-000002"))
+    edited(lambda r: r["state"].update(slots=[SLOT, SLOT | {"position": 4}]))(step, tmp_path)
+    remake(step)
+    assert stored_state(step).slots == (Slot(3, 1, 0.1 + 0.2), Slot(4, 1, 0.1 + 0.2))
 
 
 def no_pickle() -> None:
