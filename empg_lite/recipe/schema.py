@@ -189,7 +189,7 @@ class SamplerSection(Section):
         """Recipes of runs begun before ``tries`` name it; off, it meant nothing."""
         if isinstance(values, dict) and "refill" in values:
             if values["refill"] != 0:
-                raise refusal("sampler.refill was removed", "set sampler.tries instead")
+                raise refusal("refill was removed", "set sampler.tries instead", "sampler.refill")
             values = {name: value for name, value in values.items() if name != "refill"}
         return values
 

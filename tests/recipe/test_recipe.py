@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from empg_lite.core.errors import MissingInput, RecipeError
+from empg_lite.core.slots import Tries
 from empg_lite.recipe import file as recipe_file
 from empg_lite.recipe.file import builtin_recipes, dump_recipe, find_recipe, load_recipe, recipe_summary
 from empg_lite.recipe.schema import (
@@ -135,6 +136,21 @@ def test_every_key_is_documented() -> None:
     assert types["em.baseline"] == "number >= 0 and <= 1"
     assert types["data.path"] == "text | null"
     assert types["optim.gradient_checkpointing"] == "true | false | auto"
+
+
+def test_tries_make_the_rule(tmp_path: Path) -> None:
+    recipe = load_recipe("tiny", ["sampler.tries=8", "sampler.problems_per_step=5"])
+    assert recipe.tries == Tries(5, recipe.sampler.samples_per_problem, 8)
+    assert load_recipe("tiny", ["sampler.tries=1"]).tries is not None
+    assert load_recipe("tiny", ["sampler.tries=null"]).tries is None is a_recipe().tries
+
+
+def test_recipes_of_older_runs_may_name_the_refill_that_they_did_not_use(tmp_path: Path) -> None:
+    """``recipe.yaml`` of a run lists every key, so a run begun before ``tries`` resumes."""
+    older = dump_recipe(a_recipe()).replace("  tries: null", "  refill: 0")
+    assert "refill: 0" in older
+    assert load_recipe(write(tmp_path, older)) == a_recipe()
+    assert "refill" not in dump_recipe(load_recipe(write(tmp_path, older)))
 
 
 def test_choices_match_the_modules_that_implement_them() -> None:

@@ -28,7 +28,7 @@ from empg_lite.loop.batching import whole_problems
 from empg_lite.loop.train import TrainOptions, train
 from empg_lite.recipe.file import load_recipe
 from empg_lite.run import store
-from empg_lite.run.checkpoint import list_checkpoints
+from empg_lite.run.checkpoint import list_checkpoints, stored_state
 from empg_lite.run.journal import read_metrics
 from empg_lite.run.parallel import SINGLE, World, join
 
@@ -215,6 +215,23 @@ def test_two_processes_resume_to_the_bit(model_dir: Path, tmp_path: Path) -> Non
         done = finish(start(*train_words(recipe, run, "--max-steps", *more)))
         assert [code for code, *_ in done] == [0, 0], done
     assert digest(straight) == digest(resumed)
+
+
+@pytest.mark.slow
+def test_two_processes_ask_in_turns_as_one(model_dir: Path, tmp_path: Path) -> None:
+    """They share the slots; each process knows where all of them stand."""
+    recipe = write_recipe(tmp_path, model_dir)
+    one, two = tmp_path / "one", tmp_path / "two"
+    settings = ["sampler.tries=3", "sampler.problems_per_step=9", "sampler.samples_per_problem=2"]
+    done = finish(start(*train_words(recipe, two, *(word for s in settings for word in ("--set", s)))))
+    assert [code for code, *_ in done] == [0, 0], done
+    train(load_recipe(str(recipe), settings), one)
+    assert_same_run(one, two)
+    states = [stored_state(list_checkpoints(run)[-1]) for run in (one, two)]
+    assert states[0].slots == states[1].slots and max(slot.tries for slot in states[0].slots) > 0
+    for run in (one, two):
+        train(load_recipe(str(recipe), [*settings, "run.steps=4"]), run, TrainOptions(resume=True))
+    assert_same_run(one, two)
 
 
 @pytest.mark.slow

@@ -136,3 +136,27 @@ def test_origin_survives_and_older_files_have_none(tmp_path: Path) -> None:
     del older["origin"]
     path.write_text(json.dumps(older) + "\n")
     assert read_rollouts(path)[0].rationales[0].origin == "sampled"
+
+
+def test_rows_drawn_in_turns_say_which_try_they_are(tmp_path: Path) -> None:
+    rows = [rationale(position=n, tries=n + 1, sample_index=n) for n in (0, 7)]
+    path = tmp_path / "r.jsonl"
+    path.write_text(encode_rollouts(HEADER, rows), "utf-8")
+    assert list(read_rollouts(path)[0].rationales) == rows
+    record = json.loads(rationale_line(rows[1]))
+    assert (record["position"], record["tries"]) == (7, 8)
+    for name, bad in (("position", "7"), ("tries", 1.5), ("position", True)):
+        path.write_text(json.dumps(record | {name: bad}) + "\n")
+        with pytest.raises(DataError, match=f"r.jsonl:1: {name}"):
+            read_rollouts(path)
+
+
+def test_other_rows_are_stored_as_before() -> None:
+    """Byte for byte what files looked like before rows could be drawn in turns."""
+    assert rationale_line(rationale()) == (
+        '{"problem_id": "p1", "question": "1 + 1?", "gold": "2", "prompt": "Question: 1 + 1?\\nAnswer:", '
+        '"prompt_ids": [1, 2], "completion": " #### 2", "completion_ids": [3, 4, 0], '
+        '"finish_reason": "stop", "step": 3, "policy_step": 2, "sample_index": 0, '
+        '"reward": 1.0, "reason": "equal", "weight": 2.0, "extracted": "2", "rule": "hash", '
+        '"terms": {}, "meta": {}, "origin": "sampled"}'
+    )
