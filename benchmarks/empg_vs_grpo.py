@@ -78,6 +78,9 @@ METHODS: dict[str, tuple[str, ...]] = {
     },
 }
 
+#: A rate this far behind another on two seeds of a sweep is not tried on the other two.
+FAR_BEHIND = 0.04
+
 Results = dict[Setting, dict[str, Any]]
 
 
@@ -122,23 +125,35 @@ def chosen(
     ]
 
 
-def shape_sweep(labels: Iterable[str] = SHAPES) -> list[Setting]:
+def shape_sweep(
+    labels: Iterable[str] = SHAPES, seeds: Iterable[int] = SWEEP_SEEDS, grid: Iterable[float] = RATES[HARD]
+) -> list[Setting]:
     """Every rate for every shape, on seeds that no result uses."""
     return [
         Setting(HARD, rate=rate, seed=seed, steps=STEPS[HARD], test=False, **SHAPES[label])
-        for seed in SWEEP_SEEDS
-        for rate in RATES[HARD]
+        for seed in seeds
+        for rate in grid
         for label in labels
     ]
 
 
+def rates_left(results: Results, label: str) -> list[float]:
+    """The rates of a shape that are not far behind its best one on the first two seeds."""
+    score = {
+        rate: mean(results[s]["pass@1"] for s in shape_sweep([label], SWEEP_SEEDS[:2], [rate]))
+        for rate in RATES[HARD]
+    }
+    return [rate for rate in score if score[rate] >= max(score.values()) - FAR_BEHIND]
+
+
 def best_shape(results: Results, method: str) -> tuple[str, float]:
     """The shape and rate with the best mean greedy accuracy on validation rows; KeyError before the sweep."""
-    score: dict[tuple[str, float], list[float]] = {}
-    for label in METHODS[method]:
-        for s in shape_sweep([label]):
-            score.setdefault((label, s.rate), []).append(results[s]["pass@1"])
-    return max(score, key=lambda key: mean(score[key]))
+    score = {
+        (label, rate): mean(results[s]["pass@1"] for s in shape_sweep([label], grid=[rate]))
+        for label in METHODS[method]
+        for rate in rates_left(results, label)
+    }
+    return max(score, key=lambda key: score[key])
 
 
 def best_of(results: Results, method: str, **changes: Any) -> list[Setting]:
@@ -184,7 +199,10 @@ STAGES: dict[str, Callable[[Results], list[Setting]]] = {
     ),
     # No larger value: at the default 0.005 the passes already end early in one step of a hundred.
     "kl-stop": lambda r: chosen(r, HARD, ("empg",), passes=4, kl_stop=0.001),
-    "sweep-shapes": lambda _: shape_sweep(),
+    "sweep-shapes-first": lambda _: shape_sweep(seeds=SWEEP_SEEDS[:2]),
+    "sweep-shapes": lambda r: _each(
+        tuple(SHAPES), lambda label: shape_sweep([label], SWEEP_SEEDS[2:], rates_left(r, label))
+    ),
     "shapes": lambda r: _each(tuple(METHODS), lambda m: best_of(r, m)),
     "shapes-noise": lambda r: _each(
         (0.05, 0.02), lambda share: _each(tuple(METHODS), lambda m: best_of(r, m, noise=share))
