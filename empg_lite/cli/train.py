@@ -178,6 +178,8 @@ def score(
     result = api.score_rationales(file, reward, allow_code=allow_code, view=out.view())
     out.line(result)
     mean = "none could be graded" if result["reward"] is None else f"mean reward {result['reward']:.1%}"
+    if "right_first" in result:
+        mean = f"{result['right_first']:.1%} right at first try, {mean} of all tries"
     reasons = ", ".join(f"{n} {reason}" for reason, n in result["reasons"].items())
     workers = result.get("peak_rss_mb_workers")
     cost = f"{result['seconds']:.1f} s, peak {result['peak_rss_mb']:.0f} MB"

@@ -30,7 +30,8 @@ def score_file(
     Returns:
         ``file``, ``rationales``, ``reward`` (mean over the rows that could be graded; None if none could),
         ``reasons`` (counts), ``seconds``, ``peak_rss_mb`` of this process and, if workers ran,
-        ``peak_rss_mb_workers`` of the largest.
+        ``peak_rss_mb_workers`` of the largest. Of rows drawn under ``sampler.tries``, whose mean reward is no
+        accuracy, also ``right_first``: the share right at the first try.
 
     Raises:
         UsageError: neither the file nor the caller names a reward, or the file names several functions.
@@ -52,12 +53,14 @@ def score_file(
             graded.append(Segment(header, tuple(replace(r, weight=None) for r in rows)))
         workers = [_peak_rss_mb(str(pid)) for pid in grader.worker_pids()]
     store.write_file(path, "".join(encode_rollouts(s.header, s.rationales) for s in graded))
-    rewards = [r.reward or 0.0 for s in graded for r in s.rationales if not r.failed]
+    valid = [r for s in graded for r in s.rationales if not r.failed]
+    first = [r.correct for r in valid if r.tries == 1]
     return {
         "file": str(path),
         "rationales": sum(reasons.values()),
-        "reward": sum(rewards) / len(rewards) if rewards else None,
+        "reward": sum(r.reward or 0.0 for r in valid) / len(valid) if valid else None,
         "reasons": dict(sorted(reasons.items())),
+        **({"right_first": sum(first) / len(first)} if first else {}),
         "seconds": round(time.monotonic() - started, 3),
         "peak_rss_mb": _peak_rss_mb("self"),
         **({"peak_rss_mb_workers": max(workers)} if workers else {}),

@@ -32,7 +32,7 @@ class ConsoleView(View):
 
     _COLUMNS = "   step   reward    mixed   length   loss      tokens/s   s/step   validation"
     _REUSE = "     ess      kl    age"
-    _IN_TURNS = "   step    1st try  solved tries   length   loss      tokens/s   s/step   greedy"
+    _IN_TURNS = "   step    1st try  solved tries   length   loss      tokens/s   s/step   greedy    "
     _LEGEND = (
         "1st try: right at once, the accuracy at temperature 1 · solved 28/30: of 30 problems that ended "
         "28 are solved, 2 given up · tries: that a solved one took · greedy: accuracy on held-out problems"
@@ -75,7 +75,7 @@ class ConsoleView(View):
             self._explained = True
             self._line(self._LEGEND)
         columns = self._IN_TURNS if in_turns else self._COLUMNS
-        self._line(columns + (self._REUSE if self._reuse else ""), style="bold")
+        self._line((columns + (self._REUSE if self._reuse else "")).rstrip(), style="bold")
         self._header_due = False
 
     @staticmethod

@@ -140,6 +140,9 @@ def test_columns_of_tries() -> None:
             end = header.index(name) + len(name)
             assert line[end - 1] != " " and line[end : end + 1] in (" ", "")
     assert max(map(len, (header, first, nothing, fourth))) <= 80
+    plain.step(in_turns(6) | {"em/updates": 2, "em/ess": 0.5}, 25)
+    header, sixth = out.getvalue().splitlines()[-2:]
+    assert sixth[header.index("ess") :][:3] == "50%" and len(header) == len(sixth)
 
 
 class Screen:
