@@ -161,9 +161,9 @@ def test_tries_beside_fixed_groups(tmp_path: Path) -> None:
     assert shown["reward"] == {"fixed": (0.375,) * 4, "tries": (0.125, 0.375, 0.5)}
     assert set(shown["signal"]) == {"fixed"} and shown["ended"] == {"tries": (3, 1, 7, 9)}
     assert shown["given-up"] == {"tries": (0, 1, 2, 3)} and shown["tries"] == {"tries": (1.5,) * 3}
-    assert "sampler.tries" in charts["reward"].caption
+    assert "sampler.tries" in charts["reward"].caption and "first try" in charts["reward"].title
     alone = {c.name: c for c in all_charts(arms_of([both[0], read_run(make_run(tmp_path / "b"))]))}
-    assert not any("tries" in c.caption for c in alone.values())
+    assert not any("tries" in c.caption for c in alone.values()) and alone["reward"].title == "Reward"
 
 
 def test_the_page_of_tries_counts_problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,21 +183,24 @@ def _some(rows: Sequence[Rationale], step: int) -> Sequence[Rationale]:
 def _of_several(arms: Sequence[Arm]) -> list[Chart]:
     banded = any(len(arm.runs) > 1 for arm in arms)
     note = " Lines are means over seeds; bands span the lowest to the highest." if banded else ""
-    tries = any(run.in_turns for arm in arms for run in arm.runs)
-    return [
-        replace(
-            chart,
-            caption=(chart.tries.get("caption", chart.caption) if tries else chart.caption) + note,
-            lines=tuple(line for arm in arms if (line := _arm_line(arm, chart))),
-        )
-        for chart in _described("comparison")
-    ]
+    tries = any(map(_in_turns, arms))
+    charts = []
+    for chart in _described("comparison"):
+        other = replace(
+            chart, **chart.tries
+        )  # its metric is that of runs with tries, its texts fit both kinds
+        shown = other if tries else chart
+        found = (_arm_line(arm, (other if _in_turns(arm) else chart).metric) for arm in arms)
+        charts.append(replace(shown, caption=shown.caption + note, lines=tuple(filter(None, found))))
+    return charts
 
 
-def _arm_line(arm: Arm, chart: Chart) -> Line | None:
+def _in_turns(arm: Arm) -> bool:
+    return any(run.in_turns for run in arm.runs)
+
+
+def _arm_line(arm: Arm, key: str) -> Line | None:
     """Mean, lowest and highest over the runs of an arm, at the steps that all of them have."""
-    in_turns = any(run.in_turns for run in arm.runs)
-    key = chart.tries.get("metric", chart.metric) if in_turns else chart.metric
     runs = [{r["step"]: r[key] for r in run.steps if _is_number(r.get(key))} for run in arm.runs]
     shared = sorted(set.intersection(*(set(r) for r in runs)))
     if not shared:
