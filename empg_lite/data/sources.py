@@ -14,6 +14,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from empg_lite.core.errors import DataError, MissingInput
@@ -117,8 +118,8 @@ class ProblemStream:
 
     def __init__(self, problems: Sequence[Problem], seed: int) -> None:
         self._problems = tuple(problems)
-        self._seed = seed
-        self._epoch, self._order = -1, self._problems
+        # The slots of ``sampler.tries`` drift apart: where epochs meet, they read several in turn.
+        self._order = lru_cache(4)(lambda epoch: tuple(_shuffled(self._problems, f"{seed}/{epoch}")))
 
     def __len__(self) -> int:
         """Problems per epoch."""
@@ -143,9 +144,7 @@ class ProblemStream:
     def at(self, position: int) -> Problem:
         """The problem at a position."""
         epoch, index = divmod(position, len(self._problems))
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, tuple(_shuffled(self._problems, f"{self._seed}/{epoch}"))
-        return self._order[index]
+        return self._order(epoch)[index]
 
 
 def _shuffled(problems: Iterable[Problem], salt: str) -> list[Problem]:

@@ -14,6 +14,7 @@ from local_data import a_recipe, jsonl, numbered
 
 from empg_lite.core.errors import DataError, MissingInput
 from empg_lite.core.rationale import Problem, problem_id
+from empg_lite.data import sources
 from empg_lite.data.sources import (
     ProblemStream,
     Splits,
@@ -214,6 +215,17 @@ def test_the_order_is_fair() -> None:
     rows = problems(5)
     first = Counter(ProblemStream(rows, seed).take(0, 1)[0].question for seed in range(1000))
     assert len(first) == 5 and all(abs(count - 200) < 5 * 12.6 for count in first.values())
+
+
+def test_reading_two_epochs_in_turn_shuffles_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As slots do that have drifted apart: a shuffle of a large data set takes longer than a decoding step."""
+    shuffled: list[str] = []
+    real = sources._shuffled
+    monkeypatch.setattr(sources, "_shuffled", lambda ps, salt: shuffled.append(salt) or real(ps, salt))
+    stream, alone = ProblemStream(problems(20), 7), ProblemStream(problems(20), 7)
+    apart = [stream.at(at % 2 * 20 + at) for at in range(20)]
+    assert shuffled == ["7/0", "7/1"]
+    assert apart == [alone.take(0, 20)[at] if at % 2 == 0 else alone.take(20, 20)[at] for at in range(20)]
 
 
 def test_more_problems_per_step_than_rows() -> None:
