@@ -162,8 +162,8 @@ def rotary_speeds(config: Any, device: torch.device | str = "cpu") -> tuple[Tens
         return 1 / config.rope_parameters["rope_theta"] ** exponents, 1.0
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    speeds, scale = ROPE_INIT_FUNCTIONS[kind](config, device)
-    return speeds, float(scale)
+    speeds, scale = ROPE_INIT_FUNCTIONS[kind](config)
+    return speeds.to(device), float(scale)
 
 
 def adapted(linear: Any, x: Tensor) -> Tensor:
