@@ -218,7 +218,7 @@ def test_the_order_is_fair() -> None:
 
 
 def test_reading_two_epochs_in_turn_shuffles_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As slots do that have drifted apart: a shuffle of a large data set takes longer than a decoding step."""
+    """As slots do that have drifted apart: shuffling a large data set takes longer than a decoding step."""
     shuffled: list[str] = []
     real = sources._shuffled
     monkeypatch.setattr(sources, "_shuffled", lambda ps, salt: shuffled.append(salt) or real(ps, salt))
