@@ -54,12 +54,13 @@ def test_harder_problems_are_reproducible() -> None:
     assert hashlib.sha256("".join(rows).encode()).hexdigest()[:16] == "75cf20af5c1f2b30"
 
 
-def test_easier_problems_are_reproducible_and_of_both_lengths() -> None:
+def test_easier_problems_are_reproducible_and_of_one_step() -> None:
     train, test = (tiny_problems(split, EASY) for split in ("train", "test"))
     rows = [f"{p.id}\t{p.question}\t{p.gold}\n" for p in train + test]
-    assert hashlib.sha256("".join(rows).encode()).hexdigest()[:16] == "9c18c0b9bda82fd1"
+    assert hashlib.sha256("".join(rows).encode()).hexdigest()[:16] == "177ce8990bbf1ea0"
     assert len({p.question for p in train + test}) == 4500, "disjoint by text"
-    assert 0.4 < sum(p.meta["steps"] == "1" for p in test) / 500 < 0.6
+    assert {p.meta["steps"] for p in train + test} == {"1"}
+    assert max(Counter(p.gold for p in test).values()) < 30, "no answer is right by habit"
     assert all(p.question.count("?") == 1 and p.question.endswith("?") for p in train + test)
 
 

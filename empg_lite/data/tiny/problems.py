@@ -38,8 +38,8 @@ class Difficulty:
 TINY = Difficulty(steps=(2, 3), max_value=50, max_operand=12, max_factor=4)
 #: Longer chains and larger numbers: headroom for comparing methods.
 HARD = Difficulty(steps=(3, 5), max_value=100, max_operand=30, max_factor=5)
-#: One or two steps: for a small pre-trained model, which knows the words but not much arithmetic.
-EASY = Difficulty(steps=(1, 2), max_value=30, max_operand=12, max_factor=4)
+#: One step: for a small pre-trained model, which knows the words but little arithmetic.
+EASY = Difficulty(steps=(1, 1), max_value=50, max_operand=20, max_factor=5)
 
 
 @dataclass(frozen=True, slots=True)
