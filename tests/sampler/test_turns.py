@@ -97,6 +97,24 @@ def test_out_of_memory_changes_no_sample(
         sampler.take_turns(Quiz(stops, SLOTS, DRAWS), DECODING)
 
 
+def test_waves_that_run_out_of_memory_change_no_sample(
+    stops: Policy, by_waves: Drawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, sizes = GenerateSampler._generate, []
+
+    def generate(self: GenerateSampler, rows: Any, *rest: Any) -> Any:
+        sizes.append(len(rows))
+        if len(rows) > 12 or len(sizes) == 6:  # the sixth in the middle of a wave
+            raise torch.OutOfMemoryError("pretended")
+        return real(self, rows, *rest)
+
+    monkeypatch.setattr(GenerateSampler, "_generate", generate)
+    quiz, sampler = Quiz(stops, SLOTS, DRAWS), GenerateSampler(stops)
+    sampler.take_turns(quiz, DECODING)
+    assert quiz.drawn == by_waves
+    assert sizes[:6] == [40, 20, 10, 10, 10, 10] and sampler.batch_rows == 8
+
+
 def test_out_of_memory_midway_draws_nothing_twice(
     stops: Policy, by_waves: Drawn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
