@@ -6,7 +6,7 @@ A rationale is text and a reward; no ratio or stored log-probability ties it to 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -39,10 +39,12 @@ from empg_lite.run.rollouts import (
 )
 
 if TYPE_CHECKING:
+    from empg_lite.core.rationale import Problem
     from empg_lite.core.slots import Slot
     from empg_lite.policy.policy import Policy
     from empg_lite.recipe.schema import Recipe
     from empg_lite.rewards import UserCode
+    from empg_lite.sampler import Sampler
 
 NO_OPTIONS = TrainOptions()
 
@@ -119,30 +121,44 @@ def sample(
         view.note("rationales are graded as they are drawn: sampler.tries stops at a right one")
     first, done = _open_segment(out, learner, wanted, options.append)
     sampler = learner.sampler()
+    slots = _slots_after(out, learner, stream) if recipe.tries else ()
     with Grader(code=options.code) as grader, view.phase("sampling", (wanted - done) * k) as on_done:
-        slots = _slots_after(out, learner, stream) if recipe.tries else ()
         for offset in range(done, wanted, p):
             step = learner.state.step + 1 + -(-first // p) + offset // p
             if recipe.tries:
-                drawn = draw_in_turns(learner, sampler, grader, stream, slots, step=step, on_done=on_done)
-                groups = drawn.groups
+                groups = draw_in_turns(
+                    learner, sampler, grader, stream, slots, step=step, on_done=on_done
+                ).groups
                 slots, _ = recipe.tries.after_step(slots, flatten(groups))
             else:
-                groups = sample_rationales(
-                    learner.policy,
-                    sampler,
-                    stream.take(learner.state.position + first + offset, min(p, wanted - offset)),
-                    learner.decoding,
-                    samples=k,
-                    seed=recipe.run.seed,
-                    step=step,
-                    policy_step=learner.state.policy_step,
-                    on_rationale=lambda r: on_done(1),
-                ).groups
+                here = stream.take(learner.state.position + first + offset, min(p, wanted - offset))
+                groups = _draw_groups(learner, sampler, here, step, on_done)
             store.append_text(out, "".join(rationale_line(r) + "\n" for r in flatten(groups)))
     total = sum(len(s.rationales) for s in read_rollouts(out))
     seconds = round(time.monotonic() - started, 3)
     return {"out": str(out), "rationales": total, "new": (wanted - done) * k, "seconds": seconds}
+
+
+def _draw_groups(
+    learner: Learner,
+    sampler: Sampler,
+    problems: Sequence[Problem],
+    step: int,
+    on_done: Callable[[int], None],
+) -> tuple[Group, ...]:
+    """Draw K rationales for each problem, ungraded."""
+    recipe = learner.recipe
+    return sample_rationales(
+        learner.policy,
+        sampler,
+        problems,
+        learner.decoding,
+        samples=recipe.sampler.samples_per_problem,
+        seed=recipe.run.seed,
+        step=step,
+        policy_step=learner.state.policy_step,
+        on_rationale=lambda r: on_done(1),
+    ).groups
 
 
 def _slots_after(out: Path, learner: Learner, stream: ProblemStream) -> tuple[Slot, ...]:
