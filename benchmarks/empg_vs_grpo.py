@@ -163,6 +163,20 @@ def best_of(results: Results, method: str, **changes: Any) -> list[Setting]:
     return [replace(plain, seed=seed, **changes) for seed in SEEDS]
 
 
+def every_best(results: Results, **changes: Any) -> list[Setting]:
+    """All methods at their best, seed by seed, so that a busy machine is busy for all of them."""
+    runs = [best_of(results, method, **changes) for method in METHODS]
+    return [run[i] for i in range(len(SEEDS)) for run in runs]
+
+
+def equal_time(results: Results, method: str) -> list[Setting]:
+    """A method with as many steps as take the CPU seconds of EMPG with tries."""
+    ours, theirs = (
+        mean(results[s]["seconds"] for s in best_of(results, m)) for m in (next(iter(METHODS)), method)
+    )
+    return best_of(results, method, steps=round(STEPS[HARD] * ours / theirs))
+
+
 def remembering(
     results: Results, size: int, weights: Sequence[str] = ("group", "one"), **changes: Any
 ) -> list[Setting]:
@@ -203,11 +217,10 @@ STAGES: dict[str, Callable[[Results], list[Setting]]] = {
     "sweep-shapes": lambda r: _each(
         tuple(SHAPES), lambda label: shape_sweep([label], SWEEP_SEEDS[2:], rates_left(r, label))
     ),
-    "shapes": lambda r: _each(tuple(METHODS), lambda m: best_of(r, m)),
-    "shapes-noise": lambda r: _each(
-        (0.05, 0.02), lambda share: _each(tuple(METHODS), lambda m: best_of(r, m, noise=share))
-    ),
-    "shapes-stale": lambda r: _each(tuple(METHODS), lambda m: best_of(r, m, stale=4)),
+    "methods": lambda r: every_best(r),
+    "methods-time": lambda r: _each(tuple(METHODS), lambda m: equal_time(r, m)),
+    "methods-noise": lambda r: _each((0.05, 0.02), lambda share: every_best(r, noise=share)),
+    "methods-stale": lambda r: every_best(r, stale=4),
     "sweep-relatives": lambda _: sweep(HARD, arms=("rloo", "raft")),
     "relatives": lambda r: chosen(r, HARD, ("rloo", "raft")),
 }

@@ -2,8 +2,8 @@
 
 With R in {0, 1}, every right rationale is an exact sample of q(z|x), however many wrong ones came before it.
 So a rule that may stop only after a right one leaves the expected EM gradient of a problem as it is, at 1/J
-samples instead of a fixed number (J: the policy's success rate). Weights that compare a problem's samples have
-no such property: how many there are depends on the rewards they compare. docs/adaptive.md has the proof.
+samples instead of a fixed number (J: the policy's success rate). Weights that compare the samples of a
+problem have no such property: how many there are depends on what they compare. The proof: docs/adaptive.md.
 
 A slot's transitions depend on rewards alone, never on timing, batch layout or other slots.
 """
