@@ -60,6 +60,7 @@ class Setting:
         pool: train on so many problems only, other ones for every seed; None: all.
         pool_steps: of those, take problems of so many arithmetic steps; None: any.
         tries: ask a problem until it is right, at most so often, in ``problems`` slots; None: fixed groups.
+        warmup: steps; None: the recipe's.
         memory: right rationales kept of each problem; ``memory_weight``: each weighs ``one``, or all of a
             problem as much as those of a solved one (``group``).
         kl_stop: of the EM arms, nats a token; None leaves the package's default.
@@ -83,6 +84,7 @@ class Setting:
     memory_weight: str = "group"
     test: bool = True
     tries: int | None = None
+    warmup: int | None = None
 
     def overrides(self) -> list[str]:
         """What differs from the task's recipe."""
@@ -96,6 +98,7 @@ class Setting:
             # what fits this kind of model into a core's cache; neither changes the math
             "optim.micro_batch_tokens=1024",
             "sampler.batch_rows=256",
+            *(() if self.warmup is None else (f"optim.warmup_steps={self.warmup}",)),
             *EM_ARMS.get(self.arm, ()),
             *kl_stop,
         ]

@@ -318,7 +318,9 @@ def k_table(results: Results) -> str:
 
 def tables(results: Results) -> dict[str, str]:
     """Every table for which the runs are there, by name."""
-    found = {
+    from empg_vs_grpo_methods import method_tables  # builds on this module
+
+    found = method_tables(results) | {
         "rates": rates_table(results, HARD),
         "main": main_table(results, HARD),
         "paired": paired_table(results, HARD),

@@ -1,10 +1,10 @@
 """Seconds of training until the tiny model answers 95% of its test problems, by shape of a step.
 
-    python benchmarks/seconds_to_learn.py [--seeds 0 1 2] [--goal 0.95] [--recipe tiny] [--shape P K M R ...]
+    python benchmarks/seconds_to_learn.py [--seeds 0 1 2] [--goal 0.95] [--shape P K M R W ...]
 
 One thread, one process; seconds are processor seconds of sampling, grading and fitting. After each step all
 test problems are answered greedily, which is not counted. A shape is P x K samples a step with M tries (0:
-fixed groups) at learning rate R.
+fixed groups) at learning rate R after W steps of warm-up.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from empg_lite.loop.evaluate import Evaluator  # noqa: E402
 from empg_lite.recipe.file import load_recipe  # noqa: E402
 from empg_lite.rewards import Grader  # noqa: E402
 
-#: (P, K, tries, rate): the recipe until tries, and candidates.
-SHAPES = ((16, 8, 0, 2e-3), (64, 2, 8, 2e-3))
+#: (P, K, tries, rate, warm-up): ``tiny`` before tries, and now.
+SHAPES = ((16, 8, 0, 2e-3, 5), (64, 1, 8, 3e-3, 3))
 
 
 def learn(setting: Setting, goal: float, most: int) -> dict[str, Any]:
@@ -59,15 +59,22 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--goal", type=float, default=0.95)
     parser.add_argument("--most", type=int, default=40, help="steps")
-    parser.add_argument("--shape", nargs="+", type=float, help="P K M R, any number of times")
+    parser.add_argument("--shape", nargs="+", type=float, help="P K M R W, any number of times")
     args = parser.parse_args()
     numbers = args.shape or [n for shape in SHAPES for n in shape]
     print("| P x K | tries | rate | seed | steps | samples | seconds | greedy |\n" + "|---" * 8 + "|")
-    for p, k, m, rate in zip(*[iter(numbers)] * 4, strict=True):
+    for p, k, m, rate, warmup in zip(*[iter(numbers)] * 5, strict=True):
         found = []
         for seed in args.seeds:
             setting = Setting(
-                args.recipe, "empg", rate, seed, problems=int(p), samples=int(k), tries=int(m) or None
+                args.recipe,
+                "empg",
+                rate,
+                seed,
+                problems=int(p),
+                samples=int(k),
+                tries=int(m) or None,
+                warmup=int(warmup),
             )
             found.append(learn(setting, args.goal, args.most))
             r, shape = found[-1], f"{p:.0f} x {k:.0f} | {m:.0f} | {rate:g}"
