@@ -178,3 +178,66 @@ def test_collapse_and_accuracy_at_a_time() -> None:
 def test_the_page_is_filled_between_its_markers() -> None:
     page = "a\n<!-- main -->\nold\n<!-- /main -->\nb\n<!-- noise -->\nkept\n<!-- /noise -->\n"
     assert report.fill(page, {"main": "| 1 \\1 |"}) == page.replace("old", "| 1 \\1 |")
+
+
+def test_tries_in_an_arm_follow_the_rule() -> None:
+    """P x K rows a step; slots go on from step to step; weights are the rewards."""
+    setting = Setting("tiny", "empg", 2e-3, 0, test=False, steps=3, problems=16, samples=2, tries=3)
+    learner = arms._learner(setting)
+    with arms.Grader() as grader:
+        train, _, _ = arms._problems("tiny")
+        e_step = arms.EStep(setting, learner, learner.sampler(), grader, arms.ProblemStream(train, 0))
+        steps = [e_step.draw(step, 0) for step in (1, 2, 3)]
+    rows = [sorted(flatten(groups or []), key=lambda r: r.sample_index) for groups in steps]
+    assert [len(step) for step in rows] == [32, 32, 32] and e_step.samples == 96
+    for slot in range(16):
+        drawn = [r for step in rows for r in step[2 * slot : 2 * slot + 2]]
+        for before, after in zip(drawn, drawn[1:], strict=False):
+            goes_on = before.reward == 0 and before.tries < 3
+            assert after.tries == (before.tries + 1 if goes_on else 1)
+            assert (after.problem_id == before.problem_id) == goes_on
+    assert len(e_step.seen) == len({r.problem_id for step in rows for r in step}) > 16
+
+
+def test_dynamic_sampling_keeps_groups_with_signal_and_counts_the_others() -> None:
+    """Until P groups have a signal; a step that the budget cannot fill is not made."""
+    setting = Setting("tiny-hard", "dr_grpo-dynamic", 2e-3, 0, test=False, **SHORT)
+    learner = arms._learner(setting)
+    with arms.Grader() as grader:
+        train, _, _ = arms._problems("tiny-hard")
+        e_step = arms.EStep(setting, learner, learner.sampler(), grader, arms.ProblemStream(train, 0))
+        groups = e_step.draw(1, 0)
+        assert groups is not None and len(groups) == 4
+        assert all(len({r.reward for r in g.rationales}) == 2 for g in groups)
+        assert len(e_step.drawn) == e_step.samples > 16  # the base model leaves many groups without
+        while e_step.samples < 48:
+            e_step.draw(2, 0)
+        assert e_step.draw(3, 0) is None
+
+
+def test_a_method_gets_its_best_shape_and_rate_and_as_much_time() -> None:
+    """A rate 4 points behind on two seeds is not needed on the others; time is shared by steps."""
+    import empg_vs_grpo_methods as methods
+
+    score = {1e-3: 0.5, 2e-3: 0.6, 4e-3: 0.57}
+    results: dict[Setting, dict[str, Any]] = {}
+    for s in empg_vs_grpo.shape_sweep(seeds=empg_vs_grpo.SWEEP_SEEDS[:2]):
+        results[s] = made(s, score[s.rate] + (0.05 if s.samples == 4 else 0.0) + (0.2 if s.tries == 8 else 0))
+    assert empg_vs_grpo.rates_left(results, "grpo 16x4") == [2e-3, 4e-3]
+    with pytest.raises(KeyError):
+        empg_vs_grpo.best_shape(results, "GRPO")
+    for s in empg_vs_grpo.STAGES["sweep-shapes"](results):
+        assert s.rate != 1e-3
+        results[s] = made(s, 0.9 if s.arm == "grpo" and s.rate == 4e-3 and s.samples == 2 else 0.6)
+    assert empg_vs_grpo.best_shape(results, "GRPO") == ("grpo 32x2", 4e-3)
+    assert empg_vs_grpo.best_shape(results, "EMPG, tries")[0] == "empg tries 8 16x4"
+    assert methods.methods_table(results, methods.changed()) == ""  # not run yet
+    for s in empg_vs_grpo.STAGES["methods"](results):
+        tries = {"seconds": 20.0, "samples": 1920, "seen": 700}
+        results[s] = made(s, 0.9 - 0.01 * (s.seed % 2) if s.tries else 0.7) | tries
+        if s.arm == "grpo":
+            results[s]["seconds"] = 10.0
+    table = methods.ahead_table(results, methods.changed())
+    assert table.count("8 of 8 | +") == 10 and "| +19.5 ± 0.4 | 8 of 8 |" in table
+    assert {s.steps for s in empg_vs_grpo.equal_time(results, "GRPO")} == {60}
+    assert "(50" in methods.shapes_table(results) and "**" in methods.shapes_table(results)

@@ -370,6 +370,7 @@ def test_advantages_by_hand(baselines: ModuleType) -> None:
 def test_advantages_by_loops(baselines: ModuleType) -> None:
     for seed in SEEDS:
         rewards = draw(seed).rewards
+        every = [r for group in rewards.tolist() for r in group]
         for method in baselines.METHODS:
             slow = []
             for group in rewards.tolist():
@@ -381,6 +382,7 @@ def test_advantages_by_loops(baselines: ModuleType) -> None:
                         "dr_grpo": [r - mean for r in group],
                         "rloo": [r - (sum(group) - r) / (k - 1) for r in group],
                         "raft": [float(r == best and r > 0) for r in group],
+                        "reinforce": [r - sum(every) / len(every) for r in group],
                     }[method]
                 )
             close(baselines.advantages(method, rewards), slow)
