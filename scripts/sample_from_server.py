@@ -42,9 +42,8 @@ from empg_lite.recipe.schema import Recipe, refused_sampling
 from empg_lite.run import store
 from empg_lite.run.rollouts import (
     RolloutHeader,
-    Segment,
-    encode_rollouts,
     header_line,
+    kept_length,
     rationale_line,
     read_rollouts,
 )
@@ -242,8 +241,9 @@ def open_file(out: Path, plan: Plan) -> int:
     if len(segments) > 1 or theirs != header or [r.problem_id for r in rows[: done * k]] != expected:
         raise other
     if len(rows) > done * k or not data.endswith(b"\n"):
-        kept = Segment(segments[0].header, rows[: done * k])
-        store.write_file(out, encode_rollouts(kept.header, kept.rationales))
+        store.truncate(out, kept_length(out, len(rows) - done * k))
+        if not out.read_bytes().endswith(b"\n"):
+            store.append_text(out, "\n")
     return done
 
 

@@ -15,13 +15,15 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from empg_lite.core.bundled import PROBLEMS
+from empg_lite.core.cells import ANSWER_COLUMNS, QUESTION_COLUMNS, cell, question_text, solution_text
 from empg_lite.core.errors import DataError, EmpgError, MissingInput, UsageError
 from empg_lite.core.rationale import Problem, Rationale, problem_id
 from empg_lite.core.safe_text import safe
-from empg_lite.data.rows import ANSWER_COLUMNS, QUESTION_COLUMNS, column_of, source_rows
+from empg_lite.data.rows import column_of, source_rows
 from empg_lite.data.sources import ProblemStream, load_splits
 from empg_lite.policy.templates import Template, load_template
 from empg_lite.recipe.file import load_recipe
@@ -46,12 +48,16 @@ def load_solutions(data: DataSection, column: str | None = None) -> dict[str, st
         what = f"the {data.source} problems have no written solutions"
         raise MissingInput(what, "data.source", "use a source with files, such as gsm8k or local")
     found: dict[str, str] = {}
-    for row in source_rows(data, data.split, data.path):
-        question = row.fields[column_of(row, data.question_column, QUESTION_COLUMNS, "question")]
+    for row in source_rows(data, data.split, data.path).rows:
+        if row.error:  # load_splits has refused it, unless data.skip_bad_rows says otherwise
+            continue
+        asked = column_of(row, data.question_column, QUESTION_COLUMNS, "question")
         named = column or ("solution" if "solution" in row.fields else data.answer_column)
-        cell = row.fields[column_of(row, named, ANSWER_COLUMNS, "answer")]
-        if isinstance(question, str) and isinstance(cell, str):
-            found.setdefault(problem_id(question.strip()), cell.strip())
+        solution = solution_text(cell(row.fields, column_of(row, named, ANSWER_COLUMNS, "answer")))
+        with suppress(DataError):
+            question = question_text(cell(row.fields, asked), f"{row.where}: {asked}")
+            if solution is not None:
+                found.setdefault(problem_id(question), solution.strip())
     return found
 
 

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-import json
-import math
-import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from empg_lite.core.bundled import PROBLEMS
+from empg_lite.core.cells import (
+    ANSWER_COLUMNS,
+    QUESTION_COLUMNS,
+    as_json,
+    cell,
+    checked_text,
+    column_names,
+    find_column,
+    gold_text,
+    has_system_message,
+    question_text,
+)
 from empg_lite.core.errors import DataError, MissingInput
 from empg_lite.core.rationale import Problem, problem_id
-from empg_lite.core.safe_text import encodable
-from empg_lite.data.files import Row, find_file, read_rows
+from empg_lite.data.files import Row, Table, find_files, read_files
 from empg_lite.recipe.schema import GYM
 
 if TYPE_CHECKING:
     from empg_lite.recipe.schema import DataSection
 
-QUESTION_COLUMNS = ("question", "problem", "prompt")
-ANSWER_COLUMNS = ("gold", "answer", "solution")
+#: Columns that say no more than the question and the answer do: not in ``Problem.meta``.
+_NOT_META = ("question", "problem", "prompt", "gold", "answer", "solution")
 _MATH = ("DigitalLearningGmbH/MATH-lighteval", None)
 _HUB = {"gsm8k": ("openai/gsm8k", "main"), "math": _MATH, "math-hard": _MATH}
 _MATH_HARD_LEVEL = "Level 5"
@@ -29,8 +39,22 @@ _MATH_HARD_LEVEL = "Level 5"
 MOST_NAMED = 20
 
 
-def read_problems(data: DataSection, split: str, path: str | None) -> tuple[list[Problem], Counter[str]]:
-    """The problems of a split, each text once, and the number of dropped rows by cause.
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The problems of a split, each text once.
+
+    Attributes:
+        dropped: rows left out, by cause.
+        notes: what was noticed about the files and their rows.
+    """
+
+    problems: list[Problem]
+    dropped: Counter[str] = field(default_factory=Counter)
+    notes: tuple[str, ...] = ()
+
+
+def read_problems(data: DataSection, split: str, path: str | None) -> Loaded:
+    """The problems of a split.
 
     Raises:
         MissingInput: a file, dataset or split is missing.
@@ -39,17 +63,17 @@ def read_problems(data: DataSection, split: str, path: str | None) -> tuple[list
     if data.source in PROBLEMS:
         from empg_lite.data.tiny import DIFFICULTY, tiny_problems
 
-        return tiny_problems(split, DIFFICULTY[data.source]), Counter()
+        return Loaded(tiny_problems(split, DIFFICULTY[data.source]))
     if data.source.startswith(GYM):
         from empg_lite.data.gym import gym_problems
 
         problems, left_out = gym_problems(data.source, split)
-        return problems, Counter(left_out)
-    rows = source_rows(data, split, path)
+        return Loaded(problems, Counter(left_out))
+    table = source_rows(data, split, path)
     kept: dict[str, tuple[Problem, str]] = {}
     dropped: Counter[str] = Counter()
     broken: list[DataError] = []
-    for row in rows:
+    for row in table.rows:
         try:
             problem = _checked_problem(row, data)
             if data.source == "math-hard" and _level(row) != _MATH_HARD_LEVEL:
@@ -63,19 +87,20 @@ def read_problems(data: DataSection, split: str, path: str | None) -> tuple[list
         except DataError as error:
             broken.append(error)
     if broken and not data.skip_bad_rows:
-        raise _combined(broken)
+        raise combined(broken, "; data.skip_bad_rows skips them")
     dropped["bad"] += len(broken)
     if not kept:
         what = f"no row has {'an answer' if data.source == 'math' else f'the level {_MATH_HARD_LEVEL!r}'}"
-        raise DataError(what, f"{rows[0].where}: level", "check that this is the right file")
-    return [problem for problem, _ in kept.values()], dropped
+        raise DataError(what, f"{table.rows[0].where}: level", "check that this is the right file")
+    notes = (*table.notes, *_system_messages(table.rows, data))
+    return Loaded([problem for problem, _ in kept.values()], dropped, notes)
 
 
-def source_rows(data: DataSection, split: str, path: str | None) -> list[Row]:
-    """The rows of a split as stored: in a local file, or on the hub if ``path`` is empty."""
+def source_rows(data: DataSection, split: str, path: str | None) -> Table:
+    """The rows of a split as stored: in local files, or on the hub if ``path`` is empty."""
     if path:
         stem = "math" if data.source == "math-hard" else data.source.rpartition("/")[2]
-        return read_rows(find_file(Path(path), split, stem))
+        return read_files(find_files(Path(path), split, stem))
     import datasets
 
     name, config = _HUB.get(data.source, (data.source, data.hub_config))
@@ -88,43 +113,33 @@ def source_rows(data: DataSection, split: str, path: str | None) -> list[Row]:
     rows = [Row(fields, f"{name}/{split}:{number}") for number, fields in enumerate(table, 1)]
     if not rows:
         raise DataError("no rows in the dataset", f"{name}/{split}:1", "choose another data.split")
-    return rows
+    return Table(rows)
 
 
 def column_of(row: Row, named: str | None, known: tuple[str, ...], what: str) -> str:
-    """The column to read: ``named`` by the recipe, else the first of ``known``.
+    """The column to read: ``named`` by the recipe, else the first of ``known``; either may be a dotted path.
 
     Raises:
         DataError: the row does not have it; ``what`` is ``question`` or ``answer``.
     """
     candidates = (named,) if named else known
-    for column in candidates:
-        if column in row.fields:
-            return column
-    here = ", ".join(map(repr, list(row.fields)[:8])) or "none"
+    if column := find_column(row.fields, candidates, answer=what == "answer"):
+        return column
+    here = ", ".join(map(repr, list(column_names(row.fields))[:8])) or "none"
     todo = f"columns here: {here}; set data.{what}_column"
     raise DataError(f"no column {' or '.join(candidates)}", f"{row.where}: {what}", todo)
 
 
-def last_boxed(text: str) -> str | None:
-    """Content of the last ``\\boxed{...}`` (braces matched) or ``\\boxed x``; None if there is none.
-
-    >>> last_boxed(r"first \\boxed{1}, then \\boxed{\\frac{1}{2}}")
-    '\\\\frac{1}{2}'
-    """
-    start = text.rfind("\\boxed")
-    if start < 0:
-        return None
-    rest = text[start + len("\\boxed") :].lstrip()
-    if not rest.startswith("{"):
-        token = re.match(r"\\[A-Za-z]+|[^\s{}$\\]", rest)
-        return token.group() if token else None
-    depth = 0
-    for brace in re.finditer(r"\\.|[{}]", rest, re.DOTALL):  # an escaped brace is text
-        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-        if depth == 0:
-            return rest[1 : brace.start()]
-    return None
+def _system_messages(rows: Sequence[Row], data: DataSection) -> list[str]:
+    """A note if the questions come with system messages, which are not part of a problem."""
+    known = (data.question_column,) if data.question_column else QUESTION_COLUMNS
+    asked = ((row, find_column(row.fields, known)) for row in rows if not row.error)
+    count = sum(has_system_message(cell(row.fields, column)) for row, column in asked if column)
+    return (
+        [f"{count} questions come with a system message, left out: data.prompt sets the prompt"]
+        if count
+        else []
+    )
 
 
 # --- one row --------------------------------------------------------------------------------------
@@ -151,42 +166,28 @@ def _problem(row: Row, data: DataSection) -> Problem | None:
     """A row as a problem; None for the rows of MATH whose solution was published with an empty box."""
     asked = column_of(row, data.question_column, QUESTION_COLUMNS, "question")
     answered = column_of(row, data.answer_column, ANSWER_COLUMNS, "answer")
-    question = row.fields[asked]
-    if not isinstance(question, str):
-        what = f"the question is {_kind(question)}, not text"
-        raise DataError(what, f"{row.where}: {asked}", "write it as text, or choose another column")
-    question = _checked_text(question, f"{row.where}: {asked}")
-    gold = _gold(row.fields[answered], answered, data.source, f"{row.where}: {answered}")
-    if gold is None:
+    question = question_text(cell(row.fields, asked), f"{row.where}: {asked}")
+    where = f"{row.where}: {answered}"
+    gold = gold_text(cell(row.fields, answered), answered, where, worked=data.source == "gsm8k")
+    if not gold and data.source in ("math", "math-hard"):
         return None
+    gold = checked_text(gold, where)
     subject = row.fields.get("subject", row.fields.get("type"))
     meta = {"level": _level(row), "subject": subject if isinstance(subject, str) else None}
     meta = {k: v for k, v in meta.items() if v}
     if data.source == "local":  # the other columns are for the user's reward function
-        read = {asked, answered, *QUESTION_COLUMNS, *ANSWER_COLUMNS}
-        meta = {k: v for k, v in row.fields.items() if k not in read and _is_json(v)} | meta
+        meta = _other_columns(row, {asked, answered, *_NOT_META}) | meta
     return Problem(problem_id(question), question, gold, meta)
 
 
-def _gold(value: Any, column: str, source: str, where: str) -> str | None:
-    """The final answer in an answer cell: after ``####``, else in the last box, else the whole cell."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        # Parquet stores integers as floats in a column with empty cells.
-        value = str(int(value) if isinstance(value, float) and value.is_integer() else value)
-    if not isinstance(value, str):
-        raise DataError(f"the answer is {_kind(value)}, not text or a number", where, "write it as text")
-    text = _checked_text(value, where)
-    if "####" in text:
-        return _checked_text(text.rpartition("####")[2], where)
-    boxed = last_boxed(text)
-    if boxed == "" and source in ("math", "math-hard"):
-        return None
-    if boxed is not None:
-        return _checked_text(boxed, where)
-    if column == "solution" or (source == "gsm8k" and "\n" in text):
-        what = "a solution without a final answer: neither #### nor \\boxed{}"
-        raise DataError(what, where, "mark the answer, or choose another data.answer_column")
-    return text
+def _other_columns(row: Row, read: set[str]) -> dict[str, Any]:
+    """The columns not yet ``read``, as JSON types; what has none, such as an image, is left out."""
+    found = {}
+    for name, value in row.fields.items():
+        if name not in read:
+            with suppress(TypeError, ValueError, RecursionError):
+                found[name] = as_json(value)
+    return found
 
 
 def _is_new(problem: Problem, where: str, kept: dict[str, tuple[Problem, str]]) -> bool:
@@ -200,27 +201,18 @@ def _is_new(problem: Problem, where: str, kept: dict[str, tuple[Problem, str]]) 
     earlier, at = kept[problem.id]
     if problem.gold != earlier.gold:
         what = f"the same question has another answer at {at}"
-        raise DataError(what, f"{where}: answer", "remove one of the rows")
+        raise DataError(what, f"{where}: answer", "correct one of the two")
     return False
 
 
-def _combined(broken: Sequence[DataError]) -> DataError:
-    """The first of several row errors, with the locations of the others."""
+def combined(broken: Sequence[DataError], hint: str = "") -> DataError:
+    """The first of several row errors, with the locations of the others, and a hint for them."""
     first, others = broken[0], broken[1:]
     if not others:
         return first
     places = ", ".join(e.where.split(": ")[0].rpartition(":")[2] for e in others[: MOST_NAMED - 1])
     more = f", and {len(others) - MOST_NAMED + 1} more" if len(others) >= MOST_NAMED else ""
-    todo = f"{first.todo}; also unusable: lines {places}{more}; data.skip_bad_rows skips them"
-    return DataError(first.what, first.where, todo)
-
-
-def _is_json(value: Any) -> bool:
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError, RecursionError):
-        return False
-    return True
+    return DataError(first.what, first.where, f"{first.todo}; also unusable: lines {places}{more}{hint}")
 
 
 def _level(row: Row) -> str | None:
@@ -228,18 +220,3 @@ def _level(row: Row) -> str | None:
     if isinstance(level, int) and not isinstance(level, bool):
         return f"Level {level}"
     return level if isinstance(level, str) else None
-
-
-def _checked_text(text: str, where: str) -> str:
-    clean = text.strip()
-    if not clean or clean.lower() == "nan":
-        raise DataError("the cell is empty", where, "fill it, or remove the row")
-    if not encodable(clean):
-        raise DataError("the text contains an unpaired surrogate", where, "rewrite the row as UTF-8")
-    return clean
-
-
-def _kind(value: Any) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "missing"
-    return {bool: "true or false", dict: "an object", list: "a list"}.get(type(value), f"{value!r}"[:40])

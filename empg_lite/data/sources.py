@@ -34,12 +34,14 @@ class Splits:
         evaluation: the rows that accuracy is reported on.
         dropped: number of rows left out by cause: a ``duplicate`` of an earlier row, an ``evaluation`` row
             among the training rows, published with ``no_answer``, or ``bad`` (``data.skip_bad_rows``).
+        notes: what was noticed about the files, for people.
     """
 
     train: tuple[Problem, ...]
     validation: tuple[Problem, ...]
     evaluation: tuple[Problem, ...]
     dropped: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def load_splits(recipe: Recipe) -> Splits:
@@ -51,24 +53,29 @@ def load_splits(recipe: Recipe) -> Splits:
     """
     data = recipe.data
     if data.path and not data.eval_path and not os.path.isdir(data.path):
-        rows, dropped = read_problems(data, data.split, data.path)
+        loaded = read_problems(data, data.split, data.path)
+        rows, dropped, notes = loaded.problems, loaded.dropped, loaded.notes
+        if len(rows) == 1:
+            what = "one row is not enough: it would be held out for evaluation"
+            raise DataError(what, data.path, "add rows, or set data.eval_path")
         train, evaluation = _cut(rows, _evaluation_size(len(rows)), "evaluation")
     else:
-        train, dropped = read_problems(data, data.split, data.path)
-        evaluation, also_dropped = read_problems(data, data.eval_split, data.eval_path or data.path)
-        dropped += also_dropped
+        loaded = read_problems(data, data.split, data.path)
+        held = read_problems(data, data.eval_split, data.eval_path or data.path)
+        train, evaluation = loaded.problems, held.problems
+        dropped, notes = loaded.dropped + held.dropped, tuple(dict.fromkeys(loaded.notes + held.notes))
     shared = {problem.id for problem in find_overlap(train, evaluation)}
     train = [problem for problem in train if problem.id not in shared]
     dropped += Counter(evaluation=len(shared))
     held_out = min(100, len(train) // 10) if data.validation is None else data.validation
     if not train:
-        what = f"no training row is left: {len(shared)} are also evaluation rows"
-        raise DataError(what, data.path or data.source)
+        what = f"no training row is left: all {len(shared)} are also evaluation rows"
+        raise DataError(what, data.path or data.source, "choose another data.eval_path or data.eval_split")
     if held_out >= len(train):
         what = f"{held_out} of {len(train)} training rows would be held out"
         raise DataError(what, f"{data.path or data.source}: data.validation", "lower it, or add rows")
     train, validation = _cut(train, held_out, "validation")
-    return Splits(tuple(train), tuple(validation), tuple(evaluation), dict(dropped))
+    return Splits(tuple(train), tuple(validation), tuple(evaluation), dict(dropped), notes)
 
 
 def load_problems(data: DataSection, split: str) -> list[Problem]:
@@ -86,11 +93,11 @@ def load_problems(data: DataSection, split: str) -> list[Problem]:
         todo = f"a single file holds {data.split} and {data.eval_split}; use a folder"
         raise MissingInput(f"no split {split!r}", f"{data.path}", todo)
     if single and not data.eval_path:
-        rows, _ = read_problems(data, data.split, data.path)
+        rows = read_problems(data, data.split, data.path).problems
         train, evaluation = _cut(rows, _evaluation_size(len(rows)), "evaluation")
         return train if split == data.split else evaluation
     evaluates = split == data.eval_split and split != data.split
-    return read_problems(data, split, (data.eval_path if evaluates else None) or data.path)[0]
+    return read_problems(data, split, (data.eval_path if evaluates else None) or data.path).problems
 
 
 def digest_of(problems: Sequence[Problem]) -> str:

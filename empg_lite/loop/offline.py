@@ -29,11 +29,14 @@ from empg_lite.run import store
 from empg_lite.run.checkpoint import load_checkpoint, newest_valid, require_valid, stored_state
 from empg_lite.run.layout import is_run, open_run, rollout_path
 from empg_lite.run.rollouts import (
+    EXTERNAL,
     RolloutHeader,
     Segment,
     check_scored,
     encode_rollouts,
     header_line,
+    is_torn,
+    kept_length,
     rationale_line,
     read_rollouts,
 )
@@ -191,9 +194,9 @@ def _open_segment(out: Path, learner: Learner, wanted: int, append: bool) -> tup
         "the file was sampled with other arguments", str(out), "add --append, or name another --out"
     )
     data = out.read_bytes() if out.exists() else b""
-    whole = data.rfind(b"\n") + 1  # a kill may have left a partial line
-    if not whole:
-        if not line(0).encode().startswith(data):
+    tail = data[data.rfind(b"\n") + 1 :].decode("utf-8", "replace")
+    if b"\n" not in data and is_torn(tail or "{"):  # empty, or what a kill left of the header
+        if not line(0).startswith(tail):
             raise other
         store.write_file(out, line(0))
         return 0, 0
@@ -202,20 +205,27 @@ def _open_segment(out: Path, learner: Learner, wanted: int, append: bool) -> tup
     first = int(last.header.sampler.get("first", 0))
     same = replace(last.header, reward_name=None) == header(first)
     done = _whole_problems(last, learner, wanted) if same else 0
-    if same and done < wanted:
-        rows = last.rationales[: done * learner.recipe.sampler.samples_per_problem]
-        kept = [*segments[:-1], Segment(last.header, rows)]
-        store.write_file(out, "".join(encode_rollouts(s.header, s.rationales) for s in kept))
-        return first, done
     if not (same or append):
         raise other
-    if whole < len(data):
-        store.truncate(out, whole)
+    if last.header.model == EXTERNAL and tail and not line(0).startswith(tail):
+        read_rollouts(out)  # names the broken line: it is not ours to cut off
+    dropped = same and done < wanted
+    rows = len(last.rationales) - done * learner.recipe.sampler.samples_per_problem if dropped else 0
+    _cut_back(out, rows)
+    if dropped:
+        return first, done
     if not append:
         return first, wanted
     first = first + wanted if same else 0
     store.append_text(out, line(first))
     return first, 0
+
+
+def _cut_back(out: Path, rows: int) -> None:
+    """Cut off a torn line and the last rows, and end the file in a line break; all else stays."""
+    store.truncate(out, kept_length(out, rows))
+    if not out.read_bytes().endswith(b"\n"):
+        store.append_text(out, "\n")
 
 
 def _whole_problems(segment: Segment, learner: Learner, wanted: int) -> int:
@@ -311,7 +321,7 @@ def _in_turns(group: Group) -> bool:
 
 def _scored_segments(path: Path) -> list[Segment]:
     segments = read_rollouts(path)
-    check_scored([r for s in segments for r in s.rationales], str(path))
+    check_scored(segments, path)
     return [s for s in segments if s.rationales]
 
 

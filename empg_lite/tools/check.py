@@ -89,7 +89,7 @@ def check(recipe: Recipe, grader: Grader, view: View | None = None) -> CheckRepo
     splits = load_splits(recipe.model_copy(update={"data": bare}))
     template = load_template(str(recipe.data.prompt))
     parts = {"train": splits.train, "validation": splits.validation, "evaluation": splits.evaluation}
-    notes: list[str] = []
+    notes = list(splits.notes)
     reward = str(recipe.data.reward)
     grader.self_test(reward)
     problems = [p for part in parts.values() for p in part]

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from local_data import a_recipe, jsonl, numbered
 
+from empg_lite.core.cells import last_boxed
 from empg_lite.core.errors import DataError, MissingInput
 from empg_lite.core.rationale import Problem
-from empg_lite.data.rows import last_boxed
 from empg_lite.data.sources import load_problems, load_splits
 from empg_lite.recipe.schema import DataSection
 

@@ -11,7 +11,7 @@ from rationales import HEADER, rationale
 
 from empg_lite.core.errors import DataError, MissingInput
 from empg_lite.core.rationale import problem_id
-from empg_lite.run.rollouts import check_scored, encode_rollouts, rationale_line, read_rollouts
+from empg_lite.run.rollouts import Segment, check_scored, encode_rollouts, rationale_line, read_rollouts
 
 
 @pytest.mark.parametrize(
@@ -106,9 +106,14 @@ def test_an_incomplete_last_line_is_dropped_only_on_request(tmp_path: Path) -> N
 
 
 def test_unscored_rows_are_refused() -> None:
-    check_scored([rationale()], "f")
-    with pytest.raises(DataError, match="1 of 2.*empg-lite score f"):
-        check_scored([rationale(), rationale(reward=None)], "f")
+    """The advice is a command that works: a quoted path, and --reward where no header names one."""
+    path = Path("my rows.jsonl")
+    check_scored([Segment(HEADER, (rationale(),))], path)
+    rows = (rationale(), rationale(reward=None))
+    with pytest.raises(DataError, match=r"1 of 2.*empg-lite score 'my rows.jsonl' --reward NAME$"):
+        check_scored([Segment(dataclasses.replace(HEADER, reward_name=None), rows)], path)
+    with pytest.raises(DataError, match=r"empg-lite score 'my rows.jsonl'$"):
+        check_scored([Segment(dataclasses.replace(HEADER, reward_name="math"), rows)], path)
 
 
 def test_terms_and_meta_survive(tmp_path: Path) -> None:

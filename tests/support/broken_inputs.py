@@ -6,6 +6,7 @@ sound unless a case brings its own.
 
 from __future__ import annotations
 
+import gzip
 import io
 import time
 from collections.abc import Mapping, Sequence
@@ -211,6 +212,14 @@ DATA: list[Case] = [
     ("infinite-answer", rows('{"question": "x", "answer": 1e999}\n'), (), ["rows.jsonl:4: answer", "inf"]),
     ("chat-question", rows('{"prompt": [{"role": "user"}], "answer": "3"}\n'),
      (), ["rows.jsonl:4: prompt", "a list"]),
+    ("chat-of-two-turns", rows('{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", '
+                               '"content": "b"}, {"role": "user", "content": "c"}], "answer": "3"}\n'),
+     (), ["rows.jsonl:4: prompt", "a conversation of 3 turns", "a column of its own"]),
+    ("chat-with-an-image",
+     rows('{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "3"}\n'),
+     (), ["rows.jsonl:4: prompt", "a list", "content as text"]),
+    ("nested-answer", rows('{"question": "x", "label": {"value": "3", "style": "rule"}}\n'),
+     (), ["rows.jsonl:4: answer", "'label.value'", "set data.answer_column"]),
     ("number-question", rows('{"question": 12, "answer": "3"}\n'),
      (), ["rows.jsonl:4: question", "12, not text"]),
     ("surrogate", rows('{"question": "x \\ud800", "answer": "3"}\n'),
@@ -231,7 +240,8 @@ DATA: list[Case] = [
      (), ["g.jsonl:1: answer", "####"]),
     ("no-rows", {"rows.jsonl": ""}, (), ["rows.jsonl:1", "no rows"]),
     ("blank-rows", {"rows.jsonl": "\n\n"}, (), ["rows.jsonl:1", "no rows"]),
-    ("one-row", {"rows.jsonl": ROW % (1, 2)}, (), ["rows.jsonl", "no training row is left"]),
+    ("one-row", {"rows.jsonl": ROW % (1, 2)},
+     (), ["rows.jsonl", "one row is not enough", "add rows, or set data.eval_path"]),
     ("named-column", {}, ["data.answer_column=result"], ["rows.jsonl:1: answer", "no column result"]),
     ("too-much-validation", {},
      ["data.validation=18"], ["rows.jsonl: data.validation", "18 of 18 training rows"]),
@@ -241,7 +251,13 @@ DATA: list[Case] = [
     ("two-files-of-a-split",
      TWO_FILES,
      (), ["/d", "train.jsonl and train.csv"]),
-    ("json-object", data("rows.json", ROW % (1, 2)), (), ["rows.json:1", "not a list"]),
+    ("json-object", data("rows.json", '{\n"question": "x"}'), (), ["rows.json:1", "not a list"]),
+    ("json-object-of-lists", data("rows.json", '{\n"version": 2, "data": [{"question": "x"}]}'),
+     (), ["rows.json:1", "not a list of rows", "write the list under 'data' alone"]),
+    ("json-key-twice", rows('{"question": "x", "answer": "3", "answer": "4"}\n'),
+     (), ["rows.jsonl:4", "the key 'answer' is there twice"]),
+    ("pretty-printed-lines", {"rows.jsonl": '{\n  "question": "x"\n}\n'},
+     (), ["rows.jsonl:1", "one object on one line"]),
     ("json-cut-off", data("rows.json", "[\n" + ROW % (1, 2) + ","), (), ["rows.json:3", "not JSON"]),
     ("json-bad-row", data("rows.json", "[\n\n" + ROW % (1, 2) + ',\n\n{"question": "x"}]'),
      (), ["rows.json:6: answer"]),
@@ -254,7 +270,7 @@ DATA: list[Case] = [
     ("csv-two-columns-of-a-name", data("rows.csv", "question,answer,answer\na,1,2\n"),
      (), ["rows.csv:1: answer", "one name"]),
     ("csv-other-columns", data("rows.csv", "task;result\na;1\n"),
-     (), ["rows.csv:2: question", "'task;result'"]),
+     (), ["rows.csv:2: question", "'task', 'result'"]),
     ("csv-header-only", data("rows.csv", "question,answer\n"), (), ["rows.csv:1", "no rows"]),
     ("csv-nan", data("rows.csv", "question,answer\na,nan\n"), (), ["rows.csv:2: answer", "empty"]),
     ("csv-not-utf8", data("rows.csv", b"question,answer\na,1\ncaf\xe9,2\n"),
@@ -263,6 +279,12 @@ DATA: list[Case] = [
      (), ["rows.parquet:1", "not Parquet"]),
     ("parquet-null", data("rows.parquet", parquet({"question": ["a", "b"], "answer": ["1", None]})),
      (), ["rows.parquet:2: answer", "missing"]),
+    ("gzip-cut-off", data("rows.jsonl.gz", gzip.compress(ROWS.encode(), mtime=0)[:-9]),
+     (), ["rows.jsonl.gz:1", "not gzip"]),
+    ("gzip-in-name-only", data("rows.csv.gz", "question,answer\na,1\n"), (), ["rows.csv.gz:1", "not gzip"]),
+    ("a-shard-is-missing",
+     {"recipe.yaml": HEAD.replace("rows.jsonl", "d"), "d/train-00000-of-00002.jsonl": ROWS},
+     (), ["/d", "shard 00001 of 00002 is missing"]),
     ("no-level", data("m.jsonl", '{"problem": "x", "solution": "\\\\boxed{3}"}\n', "math-hard"),
      (), ["m.jsonl:1: level", "Level 5"]),
 ]
