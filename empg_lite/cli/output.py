@@ -39,6 +39,12 @@ class Output:
         # A notebook's `!command` runs on a pseudo-terminal and shows control sequences as text.
         plain = False if "JPY_PARENT_PID" in os.environ else None
         self.console: Console = Console(stderr=as_json, quiet=self._quiet, force_terminal=plain)
+        # What is written to a file or a pipe holds no progress.
+        self.progress = (
+            self.console
+            if self.console.is_terminal
+            else Console(stderr=True, quiet=self._quiet, force_terminal=plain)
+        )
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
@@ -68,10 +74,10 @@ class Output:
         self.console.print(*renderables)
 
     def view(self) -> View:
-        """Lines on this console, on a terminal with progress bars."""
+        """Lines on this console, and progress."""
         from empg_lite.tools.view import ConsoleView
 
-        return ConsoleView(self.console)
+        return ConsoleView(self.console, self.progress)
 
     def live_view(self) -> View:
         """For a training run: on a terminal also a live status panel."""

@@ -29,8 +29,12 @@ class View:
         """The graded rationales of the current step."""
 
     @contextmanager
-    def phase(self, name: str, total: int) -> Iterator[Advance]:
-        """Work on ``total`` rows; yields a function to call with the number of rows that finished."""
+    def phase(self, name: str, total: int, done: int = 0) -> Iterator[Advance]:
+        """Work on ``total`` rows; yields a function to call with the number of rows that finished.
+
+        Args:
+            done: rows that were finished before.
+        """
         yield lambda done: None
 
     def __enter__(self) -> Self:

@@ -7,7 +7,7 @@ works without the others: that is what the commands ``sample``, ``score`` and ``
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,26 +52,30 @@ def sample_rationales(
     seed: int,
     step: int,
     policy_step: int,
+    have: Container[tuple[str, int]] = (),
     on_rationale: Callable[[Rationale], None] | None = None,
     on_token: OnToken | None = None,
 ) -> Draw:
     """Draw K = ``samples`` rationales for each of P problems.
 
     Args:
+        have: (problem ID, sample index) of what is not drawn again; at least one is drawn for each problem.
         step: the E-step; keys the random numbers with ``seed``, problem id and sample index.
         policy_step: optimizer steps the policy has taken; stored in each rationale.
         on_rationale: called with each rationale as soon as it ends.
         on_token: called with each rationale's tokens as they are sampled.
     """
     prompts, texts = [], []
-    for problem in problems:
+    wanted = [[k for k in range(samples) if (problem.id, k) not in have] for problem in problems]
+    for problem, numbers in zip(problems, wanted, strict=True):
         text, ids = policy.encode_prompt(problem.question)
-        keys = tuple(sample_key(seed, step, problem.id, k) for k in range(samples))
+        keys = tuple(sample_key(seed, step, problem.id, k) for k in numbers)
         texts.append(text)
         prompts.append(Prompt(ids, keys))
     rationales: dict[tuple[int, int], Rationale] = {}
 
-    def on_completion(i: int, k: int, c: Completion) -> None:
+    def on_completion(i: int, at: int, c: Completion) -> None:
+        k = wanted[i][at]
         r = rationale_of(problems[i], texts[i], prompts[i].ids, c, step, policy_step, k)
         rationales[i, k] = r
         if on_rationale:
@@ -79,7 +83,7 @@ def sample_rationales(
 
     drawn = sampler.sample(prompts, decoding, on_completion, on_token)
     groups = tuple(
-        Group(problem.id, step, tuple(rationales[i, k] for k in range(samples)))
+        Group(problem.id, step, tuple(rationales[i, k] for k in wanted[i]))
         for i, problem in enumerate(problems)
     )
     return Draw(groups, -sum(x for completions in drawn for c in completions for x in c.logprobs))
@@ -142,6 +146,30 @@ class Drawn:
         return replace(self, own_work=own, work=sum(others, first))
 
 
+class _AsScored:
+    """Has rationales graded as they end, and passes each on once its verdict is in."""
+
+    def __init__(self, scorer: Scorer, tell: Callable[[Rationale], None] | None) -> None:
+        self.scorer, self.tell = scorer, tell
+        self.waiting: list[Rationale] = []
+
+    def ended(self, r: Rationale) -> None:
+        """Start grading it. A verdict that takes longer is passed on when a later rationale ends."""
+        self.scorer.submit(r)
+        self.waiting.append(r)
+        self._pass_on([w for w in self.waiting if self.scorer.ready(w)])
+
+    def finish(self) -> None:
+        """Pass on the rest, waiting for each verdict."""
+        self._pass_on(self.waiting)
+
+    def _pass_on(self, rows: Sequence[Rationale]) -> None:
+        for r in list(rows):
+            self.waiting.remove(r)
+            if self.tell:
+                self.tell(*self.scorer.scored([r]))
+
+
 def draw_and_score(
     learner: Learner,
     sampler: Sampler,
@@ -153,6 +181,8 @@ def draw_and_score(
     step: int,
     policy_step: int,
     known: Mapping[VerdictKey, Rationale] | None = None,
+    have: Container[tuple[str, int]] = (),
+    on_scored: Callable[[Rationale], None] | None = None,
     on_done: Callable[[int], None],
 ) -> Drawn:
     """Draw K = ``samples`` rationales for each problem; each is graded as soon as it ends.
@@ -162,11 +192,14 @@ def draw_and_score(
     Args:
         decoding: None samples as training does.
         known: earlier verdicts, which are reused.
+        have: see ``sample_rationales``.
+        on_scored: called with each rationale of this process once its verdict is in.
         on_done: called with the number of rationales that just ended (progress).
     """
     started, sampled, nats, world = time.perf_counter(), 0.0, 0.0, learner.world
     reward = str(learner.recipe.data.reward)
     scorer = Scorer(grader, reward, known, lambda n: on_done(n * world.size))
+    scored = _AsScored(scorer, on_scored)
 
     def ask(mine: Sequence[Problem]) -> list[list[Rationale]]:
         nonlocal sampled, nats
@@ -179,16 +212,18 @@ def draw_and_score(
             seed=learner.recipe.run.seed,
             step=step,
             policy_step=policy_step,
-            on_rationale=scorer.submit,
+            have=have,
+            on_rationale=scored.ended,
         )
         sampled = time.perf_counter()
         nats = draw.nats
-        scored = iter(scorer.scored(flatten(draw.groups)))
-        return [[next(scored) for _ in group.rationales] for group in draw.groups]
+        scored.finish()
+        rows = iter(scorer.scored(flatten(draw.groups)))
+        return [[next(rows) for _ in group.rationales] for group in draw.groups]
 
-    scored = [r for rows in world.share(problems, ask) for r in rows]
+    found = [r for rows in world.share(problems, ask) for r in rows]
     return Drawn(
-        tuple(group_rationales(scored)),
+        tuple(group_rationales(found)),
         sum(world.gather(nats)),
         sampled - started,
         time.perf_counter() - sampled,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +84,7 @@ class Evaluator:
                 lambda: AnswerFile(
                     folder / f"{name}.jsonl" if folder else None,
                     replace(header, sampler={**header.sampler, **how}),
-                    total=len(order) * k,
+                    problems=[p.id for p in order],
                     k=k,
                     replace_other=replace_other,
                 )
@@ -106,24 +106,40 @@ class Evaluator:
     def _complete(
         self, kept: AnswerFile, problems: Sequence[Problem], decoding: Decoding, k: int, label: str
     ) -> None:
-        """Sample the missing answers, one batch per process at a time."""
-        world = self.learner.world
-        with self.view.phase(label, len(problems) * k) as on_done:
-            on_done(len(kept.rows))
-            unit = kept.batch * world.size
-            for start in range(len(kept.rows) // k, len(problems), unit):
+        """Sample the missing answers; each is kept as soon as it is graded."""
+        left = [p for p in problems if any((p.id, i) not in kept.answers for i in range(k))]
+        with self.view.phase(label, len(problems) * k, len(kept.answers)) as on_done:
+            for together in self._draws(left, k):
                 drawn = draw_and_score(
                     self.learner,
                     self.sampler,
                     self.grader,
-                    problems[start : start + unit],
+                    together,
                     decoding,
                     samples=k,
                     step=EVAL_STEP,
                     policy_step=0,
+                    have=kept.answers,
+                    on_scored=kept.add,
                     on_done=on_done,
                 )
-                kept.add(flatten(drawn.groups))
+                for r in flatten(drawn.groups):  # those of the launch's other processes
+                    kept.add(r)
+
+    def _draws(self, problems: Sequence[Problem], k: int) -> Iterator[Sequence[Problem]]:
+        """What to draw at once: everything, since the sampler refills the rows that end.
+
+        Prompts longer than planned for come last: one would lengthen every row's cache. Processes of a launch
+        exchange their answers when a draw ends: there it is a batch for each.
+        """
+        world, sampler = self.learner.world, self.learner.recipe.sampler
+        limit = int(self.learner.recipe.data.max_prompt_tokens or 0)
+        lengths = [len(self.learner.policy.encode_prompt(p.question)[1]) for p in problems]
+        for long in (False, True):
+            part = [p for p, n in zip(problems, lengths, strict=True) if (n > limit) == long]
+            unit = max(1, int(sampler.batch_rows) // k) * world.size if world.size > 1 else len(part)
+            for start in range(0, len(part), max(1, unit)):
+                yield part[start : start + unit]
 
 
 def evaluate_target(

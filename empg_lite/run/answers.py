@@ -1,7 +1,8 @@
-"""Answer files of an evaluation, one rollout file per pass, written batch by batch.
+"""Answer files of an evaluation, one rollout file per pass, written answer by answer.
 
-A kill costs at most the current batch. Reopening the file keeps only whole batches, so that the remaining
-answers are sampled in the same batches as in an uninterrupted evaluation.
+While the evaluation runs, the file is a journal: answers stand in the order in which they ended, so a kill
+costs only those in flight. With the last one the file is put in problem order, the same bytes however often
+it was interrupted.
 """
 
 from __future__ import annotations
@@ -18,20 +19,22 @@ from empg_lite.run.rollouts import RolloutHeader, Segment, encode_rollouts, rati
 #: The one sampler setting that never changes an answer: a file started with another value keeps it.
 _LAYOUT = "batch_rows"
 
+#: Which answer: problem ID and sample index.
+AnswerKey = tuple[str, int]
+
 
 class AnswerFile:
-    """The answers of one pass over the problems, k per problem, in problem order.
+    """The answers of one pass over the problems, k per problem.
 
     Args:
         path: may be absent, complete, or cut off anywhere; None keeps the answers in memory only.
         header: who answers, and how; ``sampler`` contains ``batch_rows``.
-        total: number of answers in the whole pass.
+        problems: IDs, in the order of the finished file.
         k: answers per problem.
         replace_other: start over if the file belongs to another evaluation, instead of refusing it.
 
     Attributes:
-        rows: the answers so far.
-        batch: problems per batch.
+        answers: the answers so far, in the order in which they ended.
 
     Raises:
         UsageError: the file belongs to another evaluation.
@@ -39,29 +42,47 @@ class AnswerFile:
     """
 
     def __init__(
-        self, path: Path | None, header: RolloutHeader, *, total: int, k: int, replace_other: bool = False
+        self,
+        path: Path | None,
+        header: RolloutHeader,
+        *,
+        problems: Sequence[str],
+        k: int,
+        replace_other: bool = False,
     ) -> None:
-        self.path, self.rows = path, list[Rationale]()
+        self.path = path
+        self._order = [(p, i) for p in problems for i in range(k)]
         found = _read(path) if path else None
         if found is not None and _settings(found.header) != _settings(header):
             if not replace_other:
                 raise UsageError("the file belongs to another evaluation", str(path), "move it away")
             found = None
-        header = found.header if found else header
-        self.batch = max(1, int(header.sampler[_LAYOUT]) // k)
-        if found is not None:
-            unit, left = self.batch * k, len(found.rationales)
-            self.rows = list(found.rationales[: total if left >= total else left // unit * unit])
-        if path is not None:
-            text = encode_rollouts(header, self.rows)
-            if store.size(path) != len(text):  # the lines are ASCII: one byte per character
-                store.write_file(path, text)
+        self._header = found.header if found else header
+        rows = {(r.problem_id, r.sample_index): r for r in found.rationales} if found else {}
+        self.answers = {key: rows[key] for key in self._order if key in rows}
+        if path is not None and not _holds(path, text := self._text()):
+            store.write_file(path, text)
 
-    def add(self, rows: Sequence[Rationale]) -> None:
-        """Append the answers of a batch."""
-        self.rows += rows
-        if self.path is not None:
-            store.append_text(self.path, "".join(rationale_line(r) + "\n" for r in rows))
+    @property
+    def rows(self) -> list[Rationale]:
+        """The answers so far, in the order of the finished file."""
+        return [self.answers[key] for key in self._order if key in self.answers]
+
+    def add(self, row: Rationale) -> None:
+        """Append an answer that is not there yet; the last one puts the file in order."""
+        key = row.problem_id, row.sample_index
+        if key in self.answers:
+            return
+        self.answers[key] = row
+        if self.path is None:
+            return
+        # A sync takes 1-50 ms and a GPU finishes hundreds of rows a second: only the finished file is synced.
+        store.append_text(self.path, rationale_line(row) + "\n", sync=False)
+        if len(self.answers) == len(self._order):
+            store.write_file(self.path, self._text())
+
+    def _text(self) -> str:
+        return encode_rollouts(self._header, self.rows)
 
 
 def _read(path: Path) -> Segment | None:
@@ -70,6 +91,11 @@ def _read(path: Path) -> Segment | None:
         return None
     segment = read_rollouts(path, torn_tail=True)[0]
     return segment if segment.header != RolloutHeader() else None
+
+
+def _holds(path: Path, text: str) -> bool:
+    """Whether that is the file's content; the lines are ASCII, one byte per character."""
+    return store.size(path) == len(text) and path.read_bytes() == text.encode("ascii")
 
 
 def _settings(header: RolloutHeader) -> RolloutHeader:

@@ -16,19 +16,27 @@ from typing import TYPE_CHECKING, Any, Self
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from empg_lite.core import control
 from empg_lite.core.safe_text import safe
 from empg_lite.core.view import Advance, View
+from empg_lite.tools.pace import Clock, Pace, clock_text
 
 if TYPE_CHECKING:
     from empg_lite.core.rationale import Rationale
 
 
 class ConsoleView(View):
-    """Plain lines that read well in a log; on a terminal also a progress bar for the current phase."""
+    """Plain lines that read well in a log; on a terminal also a progress bar for the current phase.
+
+    Args:
+        progress: where progress goes, if not to ``console``. Where that is no terminal, it is a line whenever
+            nothing was said for ``QUIET`` seconds.
+    """
+
+    QUIET = 30.0
 
     _COLUMNS = "   step   reward    mixed   length   loss      tokens/s   s/step   validation"
     _REUSE = "     ess      kl    age"
@@ -38,8 +46,11 @@ class ConsoleView(View):
         "28 are solved, 2 given up · tries: that a solved one took · greedy: accuracy on held-out problems"
     )
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(
+        self, console: Console, progress: Console | None = None, clock: Clock = time.monotonic
+    ) -> None:
+        self.console, self.progress = console, progress or console
+        self._clock, self._said = clock, clock()
         self._header_due = True
         self._reuse = self._explained = False
 
@@ -53,7 +64,7 @@ class ConsoleView(View):
 
     def _line(self, text: str, style: str | None = None) -> None:
         """Wrapped at words on a terminal, unwrapped in a log."""
-        soft = not self.console.is_terminal
+        soft, self._said = not self.console.is_terminal, self._clock()
         self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=soft)
 
     def step(self, record: Mapping[str, Any], total: int) -> None:
@@ -98,14 +109,30 @@ class ConsoleView(View):
         return f"{record['em/ess']:8.0%}{'' if kl is None else f'{kl:.4f}':>8s}{record['em/staleness']:7.1f}"
 
     @contextmanager
-    def phase(self, name: str, total: int) -> Iterator[Advance]:
-        if not self.console.is_terminal:
-            yield lambda done: None
+    def phase(self, name: str, total: int, done: int = 0) -> Iterator[Advance]:
+        pace = Pace(name, total, done, self._clock)
+        if not self.progress.is_terminal:
+            yield lambda rows: self._tell_now_and_then(pace, rows)
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self.console, transient=True) as progress:
-            task = progress.add_task(name, total=total)
-            yield lambda done: progress.advance(task, done)
+        columns = (
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}", markup=False),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=self.progress, transient=True) as bar:
+            task = bar.add_task(pace.text(), total=total, completed=done)
+
+            def advance(rows: int) -> None:
+                pace.advance(rows)
+                bar.update(task, completed=pace.done, description=pace.text())
+
+            yield advance
+
+    def _tell_now_and_then(self, pace: Pace, rows: int) -> None:
+        pace.advance(rows)
+        if self._clock() - self._said >= self.QUIET:
+            self._said = self._clock()
+            self.progress.print(pace.text(), markup=False, highlight=False, soft_wrap=True)
 
 
 def _reuses(record: Mapping[str, Any]) -> bool:
@@ -121,13 +148,14 @@ def _in_turns(record: Mapping[str, Any]) -> bool:
 class Status:
     """The state of a run in a few lines, most important first."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
         self._record: Mapping[str, Any] = {}
         self._total = 0
         self._held_out: tuple[float, int] | None = None
         self._shares: deque[float] = deque(maxlen=40)  # rewards, or right at first try
         self._seconds: deque[float] = deque(maxlen=10)
-        self._phase: tuple[str, int, int] | None = None
+        self._pace: Pace | None = None
 
     def step(self, record: Mapping[str, Any], total: int) -> None:
         """Remember a step's record."""
@@ -139,25 +167,19 @@ class Status:
             self._held_out = record["eval/accuracy"], record["step"]
 
     @contextmanager
-    def phase(self, name: str, total: int) -> Iterator[Advance]:
+    def phase(self, name: str, total: int, done: int = 0) -> Iterator[Advance]:
         """The current phase; phases may nest."""
-        before, self._phase = self._phase, (name, 0, total)
-
-        def advance(done: int) -> None:
-            if self._phase is not None:
-                self._phase = (name, self._phase[1] + done, total)
-
+        before, self._pace = self._pace, (pace := Pace(name, total, done, self._clock))
         try:
-            yield advance
+            yield pace.advance
         finally:
-            self._phase = before
+            self._pace = before
 
     def lines(self) -> list[str]:
         """At most four lines."""
         found = [self._progress(), self._learning(), self._cost()] if self._record else []
-        if self._phase is not None:
-            name, done, total = self._phase
-            found.append(f"{name}: {done:,} of {total:,}")
+        if self._pace is not None:
+            found.append(self._pace.text())
         return found or ["starting"]
 
     def _progress(self) -> str:
@@ -192,13 +214,6 @@ class Status:
         memory = r.get("memory/peak_gpu_mb") or r.get("memory/peak_rss_mb")
         peak = "" if memory is None else f" · peak {memory * 2**20 / 1e9:.1f} GB"
         return f"{r.get('time/tokens_per_second', 0.0):,.0f} tokens/s · {shares}{peak}"
-
-
-def clock_text(seconds: float) -> str:
-    """``0:42``, ``12:05``, ``3:20:00``."""
-    whole = round(seconds)
-    hours, minutes = whole // 3600, whole // 60 % 60
-    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
 def sparkline(shares: Sequence[float] | deque[float]) -> str:
@@ -242,12 +257,12 @@ class LiveView(ConsoleView):
             self._latest[r.right] = r
 
     @contextmanager
-    def phase(self, name: str, total: int) -> Iterator[Advance]:
+    def phase(self, name: str, total: int, done: int = 0) -> Iterator[Advance]:
         if self._live is None:
-            with super().phase(name, total) as advance:
+            with super().phase(name, total, done) as advance:
                 yield advance
         else:
-            with self._status.phase(name, total) as advance:
+            with self._status.phase(name, total, done) as advance:
                 yield advance
 
     def _panel(self) -> RenderableType:
@@ -359,11 +374,11 @@ class NotebookView(View):
         self._update()
 
     @contextmanager
-    def phase(self, name: str, total: int) -> Iterator[Advance]:
-        with self._status.phase(name, total) as advance:
+    def phase(self, name: str, total: int, done: int = 0) -> Iterator[Advance]:
+        with self._status.phase(name, total, done) as advance:
 
-            def advance_and_show(done: int) -> None:
-                advance(done)
+            def advance_and_show(rows: int) -> None:
+                advance(rows)
                 self._update()
 
             yield advance_and_show

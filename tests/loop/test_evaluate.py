@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from empg_lite.api import load_policy
-from empg_lite.core.view import View
+from empg_lite.core.errors import RunInUse
+from empg_lite.core.view import Advance, View
 from empg_lite.loop.evaluate import evaluate_target
 from empg_lite.loop.train import train
 from empg_lite.recipe.file import load_recipe
 from empg_lite.rewards import Grader
+from empg_lite.run import store
 from empg_lite.run.rollouts import read_rollouts
 from empg_lite.run.target import resolve_target
+from empg_lite.tools.view import ConsoleView
 
 Trained = tuple[Path, dict[str, Any]]
+
+FIVE: dict[str, Any] = {"split": "train", "limit": 5, "k": 3}
 
 
 @pytest.fixture(scope="module")
@@ -97,16 +105,12 @@ class Counting(View):
     def __init__(self) -> None:
         self.asked = 0
 
-    def phase(self, name: str, total: int):  # type: ignore[no-untyped-def]
-        from contextlib import contextmanager
+    @contextmanager
+    def phase(self, name: str, total: int, done: int = 0) -> Iterator[Advance]:
+        def asked(rows: int) -> None:
+            self.asked += rows
 
-        @contextmanager
-        def bar():  # type: ignore[no-untyped-def]
-            calls: list[int] = []
-            yield calls.append
-            self.asked += sum(calls[1:])  # the first call says what was there already
-
-        return bar()
+        yield asked
 
 
 def test_asking_again_asks_nothing(trained: Trained, tmp_path: Path) -> None:
@@ -178,28 +182,88 @@ def test_killed_evaluations_end_with_the_same_rows(trained: Trained, tmp_path: P
     assert len(keys) == len(set(keys)) == 8 * result["n"]
 
 
+def killed_at(answer: int, job: Callable[[], Any]) -> None:
+    """Do the job in a forked child that dies with -9 in the middle of writing an answer, counted from 1."""
+    pid = os.fork()
+    if pid == 0:
+        real, left = store.append_text, answer
+
+        def append(path: Path, text: str, **options: Any) -> None:
+            nonlocal left
+            left -= 1
+            real(path, text if left else text[: len(text) // 2], **options)
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            store.append_text = append  # type: ignore[assignment]
+            job()
+        finally:
+            os._exit(70)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def whole(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of an uninterrupted evaluation: five problems, greedy and three samples."""
+    out = tmp_path_factory.mktemp("whole")
+    evaluated(trained[0], out=out, **FIVE)
+    return stored(out)
+
+
+@pytest.mark.parametrize(
+    "kills", [(2, 11), *(pytest.param((n,), marks=pytest.mark.slow) for n in range(1, 21))]
+)
+def test_killed_at_any_answer(
+    trained: Trained, whole: dict[str, bytes], tmp_path: Path, kills: tuple[int, ...]
+) -> None:
+    """What was written is never asked again, and the files end up the same; the last line is always torn."""
+    for answer in kills:
+        killed_at(answer, lambda: evaluated(trained[0], out=tmp_path, **FIVE))
+    rest = Counting()
+    evaluated(trained[0], out=tmp_path, view=rest, **FIVE)
+    assert rest.asked == 20 - sum(answer - 1 for answer in kills)
+    assert stored(tmp_path) == whole
+
+
+def test_the_same_evaluation_twice_at_once(trained: Trained, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """The second is refused and changes nothing."""
+    (folder,) = {Path(name).parent for name in whole}
+    with store.run_lock(tmp_path / folder), pytest.raises(RunInUse, match=f"process {os.getpid()}"):
+        evaluated(trained[0], out=tmp_path, **FIVE)
+    assert stored(tmp_path) == {}
+
+
+def test_progress_is_on_stderr(
+    trained: Trained,
+    tmp_path: Path,
+    cli: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With and without ``--json``: a log of the result holds nothing else."""
+    monkeypatch.setattr(ConsoleView, "QUIET", 0.0)
+    words = ("eval", trained[0], "--split", "train", "--limit", 4, "--out")
+    code, out, err = cli(*words, tmp_path / "json", "--json")
+    assert code == 0 and json.loads(out)["n"] == 4 and out.count("\n") == 1
+    assert [line for line in err.splitlines() if line.startswith("evaluating adapter: 4 of 4")], err
+    code, out, err = cli(*words, tmp_path / "plain")
+    assert code == 0 and "evaluating adapter: 4 of 4" in err and "of 4" not in out and "(4 problems)" in out
+
+
 class Interrupting(View):
     """Raises after so many answers."""
 
     def __init__(self, answers: int) -> None:
         self.left = answers
 
-    def phase(self, name: str, total: int):  # type: ignore[no-untyped-def]
-        from contextlib import contextmanager
+    @contextmanager
+    def phase(self, name: str, total: int, done: int = 0) -> Iterator[Advance]:
+        def on_done(rows: int) -> None:
+            self.left -= rows
+            if self.left < 0:
+                raise KeyboardInterrupt
 
-        @contextmanager
-        def bar():  # type: ignore[no-untyped-def]
-            calls: list[int] = []
-
-            def on_done(done: int) -> None:
-                calls.append(done)
-                self.left -= done if len(calls) > 1 else 0
-                if self.left < 0:
-                    raise KeyboardInterrupt
-
-            yield on_done
-
-        return bar()
+        yield on_done
 
 
 def test_interrupted_evaluations_end_with_the_same_rows(trained: Trained, tmp_path: Path) -> None:

@@ -324,7 +324,7 @@ class DiesIn(View):
         self.left, self.after, self.error = step, after, error
 
     @contextmanager
-    def phase(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+    def phase(self, name: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
         self.left -= name == "sampling"
         seen = 0
 
@@ -373,8 +373,8 @@ class Signals(DiesIn):
         super().__init__(step, after, Killed())
 
     @contextmanager
-    def phase(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
-        with super().phase(name, total) as on_done:
+    def phase(self, name: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+        with super().phase(name, total, done) as on_done:
 
             def done(n: int) -> None:
                 try:

@@ -77,7 +77,7 @@ class _Told(View):
         self.note(f"step {record['step']}")
 
     @contextmanager
-    def phase(self, name: str, total: int) -> Iterator[Any]:
+    def phase(self, name: str, total: int, done: int = 0) -> Iterator[Any]:
         doing = {"sampling": "sampling", "fitting": "fitting"}.get(name, "evaluating")
         with self.report.doing("sampling" if name == "preflight" else doing):
             yield lambda done: None

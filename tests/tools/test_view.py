@@ -22,7 +22,8 @@ from rich.text import Text
 from stored_runs import rationale, record, step_rows, turn_record
 
 from empg_lite.tools import view as views
-from empg_lite.tools.view import ConsoleView, LiveView, NotebookView, Status, clock_text, sparkline
+from empg_lite.tools.pace import Pace, clock_text
+from empg_lite.tools.view import ConsoleView, LiveView, NotebookView, Status, sparkline
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J[bold red]\u202e" + "wide 好 " * 200 + "#### 7"
 
@@ -47,12 +48,15 @@ def test_sparkline_has_a_fixed_scale() -> None:
 
 
 def test_status_shows_what_was_recorded() -> None:
-    status = Status()
+    now = [0.0]
+    status = Status(lambda: now[0])
     assert status.lines() == ["starting"]
     with status.phase("evaluating", 10) as advance:
         advance(3)
         advance(2)
         assert status.lines() == ["evaluating: 5 of 10"]
+        now[0] = 10.0
+        assert status.lines() == ["evaluating: 5 of 10 · 30.0 a minute · about 0:10 left"]
     told(status, 5)
     progress, learning, cost = status.lines()
     assert progress.startswith("step 5 of 25  ████░") and progress.endswith(
@@ -120,6 +124,49 @@ def test_log_gets_plain_lines() -> None:
     lines = out.getvalue().splitlines()
     assert len(lines) == 4 and "\x1b" not in out.getvalue()
     assert lines[1].split()[:3] == ["1/25", "37.5%", "75%"]
+
+
+def test_pace_counts_only_its_own_rows() -> None:
+    """300 of 1,319 were there before: they are progress, but say nothing about the speed."""
+    now = [5.0]
+    pace = Pace("evaluating base", 1319, 300, lambda: now[0])
+    assert pace.text() == "evaluating base: 300 of 1,319"
+    now[0] += 10
+    assert pace.text() == "evaluating base: 300 of 1,319"  # nothing to go by
+    pace.advance(25)
+    assert pace.text() == "evaluating base: 325 of 1,319 · 2.5 a second · about 6:38 left"  # 994 / 2.5
+    now[0] += 90
+    pace.advance(994)
+    assert pace.text() == "evaluating base: 1,319 of 1,319 · 10.2 a second"
+
+
+def test_a_log_gets_a_line_when_nothing_was_said_for_a_while() -> None:
+    """Progress goes to its own console, after 30 s without any other line, and never with control codes."""
+    out, err, now = io.StringIO(), io.StringIO(), [0.0]
+    consoles = (Console(file=file, force_terminal=False, width=60) for file in (out, err))
+    plain = ConsoleView(*consoles, clock=lambda: now[0])
+    with plain, plain.phase("evaluating [b]x[/b]", 100, 10) as advance:
+        for _ in range(80):
+            now[0] += 1
+            advance(1)
+            if now[0] == 45:
+                plain.note("a note")  # the next line is due at 75, not at 60
+    assert out.getvalue() == "a note\n"
+    assert err.getvalue().splitlines() == [
+        "evaluating [b]x[/b]: 40 of 100 · 1.0 a second · about 1:00 left",
+        "evaluating [b]x[/b]: 85 of 100 · 1.0 a second · about 0:15 left",
+    ]
+
+
+def test_a_terminal_gets_a_bar_where_progress_goes() -> None:
+    out, err, now = io.StringIO(), io.StringIO(), [0.0]
+    bar = Console(file=err, force_terminal=True, width=100)
+    plain = ConsoleView(Console(file=out, force_terminal=False), bar, clock=lambda: now[0])
+    with plain, plain.phase("evaluating", 100) as advance:
+        now[0] = 4.0
+        advance(50)
+    shown = Text.from_ansi(err.getvalue()).plain
+    assert out.getvalue() == "" and "evaluating: 50 of 100 · 12.5 a second · about 0:04 left" in shown
 
 
 def test_columns_of_tries() -> None:
