@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from io import TextIOWrapper
 from typing import Any
 
 import typer
@@ -48,6 +49,9 @@ for panel, commands in COMMANDS.items():
 
 def main(argv: list[str] | None = None) -> None:
     """Run a command; every failure is one line on stderr and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and "utf" not in stream.encoding.lower():
+            stream.reconfigure(errors="backslashreplace")  # PYTHONIOENCODING=ascii, an old terminal
     arguments = sys.argv[1:] if argv is None else argv
     try:
         refuse_launcher(arguments)

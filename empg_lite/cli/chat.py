@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,9 +23,10 @@ from empg_lite.cli.options import (
     SetOption,
     TargetArgument,
     changes,
+    stdin_text,
 )
 from empg_lite.cli.output import Output
-from empg_lite.core.errors import DataError, EmpgError
+from empg_lite.core.errors import DataError, EmpgError, UsageError
 from empg_lite.core.rationale import Problem
 from empg_lite.core.safe_text import safe
 
@@ -64,6 +66,8 @@ def chat(
     seed: SeedOption = None,
 ) -> None:
     """Ask a model; see its reasoning, the answer that was read, and its reward. /help lists more."""
+    if prompt is None and sys.stdin is None:
+        raise UsageError("standard input is closed", "chat", "give the question with --prompt")
     model = api.find_model(target, recipe=recipe, overrides=changes(overrides, seed))
     opened = api.open_chat(
         model, temperature=temperature, max_new_tokens=max_new_tokens, allow_code=allow_code
@@ -71,7 +75,7 @@ def chat(
     with opened as (talk, grader):
         conversation = _Conversation(out, talk, grader, compare, gold)
         if prompt is not None:
-            conversation.ask_text(sys.stdin.read().strip() if prompt == "-" else prompt, gold)
+            conversation.ask_text(stdin_text("--prompt -").strip() if prompt == "-" else prompt, gold)
         else:
             conversation.run(model.label)
     if conversation.failed:
@@ -83,7 +87,7 @@ class _Conversation:
 
     def __init__(self, out: Output, talk: Chat, grader: Grader, compare: bool, gold: str | None) -> None:
         self.out, self.talk, self.grader, self.compare, self.gold = out, talk, grader, compare, gold
-        self.person = sys.stdin.isatty()
+        self.person = sys.stdin is not None and sys.stdin.isatty()
         self.problem: Problem | None = None
         self.prompt, self.failed = "you> ", 0
         self.shown: list[Reply] = []
@@ -239,7 +243,8 @@ class _Conversation:
         if not name or not self.talk.replies:
             self._say("no replies yet" if name else "which file? /save FILE.jsonl")
             return
-        self._say(f"{self.talk.save(Path(name).expanduser())} replies in {name}: empg-lite inspect {name}")
+        count = self.talk.save(Path(name).expanduser())
+        self._say(f"{count} replies in {name}: empg-lite inspect {name if name[:1] == '~' else quote(name)}")
 
     # --- showing ----------------------------------------------------------------------------------
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from empg_lite.core.errors import DataError, UsageError
 from empg_lite.rewards.registry import REWARDS as KINDS
 
 
@@ -100,6 +102,20 @@ TargetArgument = Annotated[
 ]
 #: What --reward takes, for the help texts.
 REWARDS = f"{', '.join(KINDS)}, or terms: math * concise:600"
+
+
+def stdin_text(option: str) -> str:
+    """What comes in on stdin, for an option's ``-``.
+
+    Raises:
+        UsageError: nothing can come in. DataError: it is not text.
+    """
+    if sys.stdin is None:
+        raise UsageError("standard input is closed", option, "pipe the text in, or write it in place of -")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise DataError("not UTF-8 text", "stdin", "save it as UTF-8") from error
 
 
 def changes(overrides: list[str] | None, seed: int | None) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +17,7 @@ from empg_lite.cli.options import (
     SetOption,
     changes,
     recipe_names,
+    stdin_text,
 )
 from empg_lite.cli.output import Output
 from empg_lite.core.errors import UsageError
@@ -195,7 +195,7 @@ def grade(
         return
     if gold is None or prediction is None:
         raise UsageError("give --gold and --prediction, or --cases FILE", "grade")
-    text = sys.stdin.read() if prediction == "-" else prediction
+    text = stdin_text("--prediction -") if prediction == "-" else prediction
     reward = api.pin_reward(reward, allow_code=allow_code)
     verdict = api.grade_answer(text, gold, reward, question=question, allow_code=allow_code)
     if out.as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -119,7 +120,7 @@ def _print_run(out: Output, run: api.Run, profile: bool) -> None:
             f"{result['steps']} steps, {result['seconds']:.0f} s of training",
             style="bold",
         )
-    out.say(f"talk to it: empg-lite chat {run.path}")
+    out.say(f"talk to it: empg-lite chat {shlex.quote(str(run.path))}")
     if profile:
         show_profile(out, run.path)
 

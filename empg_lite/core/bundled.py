@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import files
@@ -63,9 +64,17 @@ PACKAGED = {
 }
 
 
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
 def hub_name(name: str) -> str:
     """The name by which other programs find a model: a packaged one's on the hub."""
     return PACKAGED[name].hub if name in PACKAGED else name
+
+
+def is_folder(name: str) -> bool:
+    """Whether a model is a folder of this machine, which the hub does not know and others cannot load."""
+    return name not in BUNDLED and (_HUB_NAME.fullmatch(name) is None or Path(name).is_dir())
 
 
 #: Changes when the unpacked files would; older folders are then left alone.

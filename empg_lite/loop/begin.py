@@ -74,6 +74,8 @@ def begin(
     """
     grader.self_test(str(opened.recipe.data.reward))
     splits = load_splits(opened.recipe)
+    for note in splits.notes:
+        view.note(note)
     # The memory plan may refuse a new run only: one that was begun has its sizes, and fitted once.
     learner = build_learner(opened.recipe, world, refuse=opened.checkpoint is None and not options.force)
     recorder = Recorder(run, opened, learner, view, options.command, data=digest_of(splits.train))

@@ -113,11 +113,14 @@ class Recorder:
         self._announce(opened, changed)
         self._facts = learner.engine_facts()
         for note in self._facts["notes"]:
-            self.view.note(f"without Unsloth's {note}")
+            of_model = note.startswith(("prompt: ", "tokenizer: "))
+            self.view.note(note if of_model else f"without Unsloth's {note}")
         write_run_files(self.run, self.recipe, command, inputs, self._facts)
 
     def _announce(self, opened: Opened, changed: Sequence[Mapping[str, Any]]) -> None:
         """Record and show what is unusual about this start."""
+        if opened.anew:
+            self.view.note(f"there is no run to resume in {self.run}: a new one starts")
         if self.recipe.em.passes > MANY_PASSES:
             passes = self.recipe.em.passes
             self.view.warn(f"em.passes is {passes}: more than {MANY_PASSES} gain little and drift")

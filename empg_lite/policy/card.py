@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from empg_lite.core.bundled import BUNDLED, PACKAGED, hub_name
+from empg_lite.core.bundled import BUNDLED, PACKAGED, hub_name, is_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,13 +60,17 @@ _LICENSES = {
 }
 
 
+#: What to do with a card whose base model is a folder.
+NAME_IT = "Write its name on the hub into the first lines, as `base_model: OWNER/NAME`"
+
+
 def adapter_card(source: Provenance, agreement: Mapping[str, Any] | None = None) -> str:
     """The model card of a LoRA adapter.
 
     Args:
         agreement: what the export measured after reloading the adapter.
     """
-    base = hub_name(source.recipe.model.name)
+    base = _base_of(source.recipe)
     usage = f"""```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -88,7 +92,13 @@ tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 ```"""
     if str(facts.get("dtype", "")).startswith("GGUF"):
         usage = "Runs in llama.cpp and software built on it."
-    return _card(source, f"{hub_name(source.recipe.model.name)}, tuned", "transformers", [], usage, facts)
+    return _card(source, f"{_base_of(source.recipe)}, tuned", "transformers", [], usage, facts)
+
+
+def _base_of(recipe: Any) -> str:
+    """The base model's name; of a folder the last part: its path is nobody else's business."""
+    name = recipe.model.name
+    return Path(name).name if is_folder(name) else hub_name(name)
 
 
 def _card(
@@ -97,15 +107,16 @@ def _card(
     from huggingface_hub import ModelCardData
 
     recipe = source.recipe
-    base = hub_name(recipe.model.name)
-    license = _LICENSES.get(base)
+    base = _base_of(recipe)
+    license, local = _LICENSES.get(base), is_folder(recipe.model.name)
     data = ModelCardData(
-        base_model=None if base in BUNDLED else base,
+        base_model=None if base in BUNDLED or local else base,  # the hub refuses a path
         library_name=library,
         license="apache-2.0" if license == "apache-2.0" else "other",
         license_name=None if license == "apache-2.0" else license,
         tags=["empg-lite", "em-policy-gradient", *tags],
     )
+    where = f", a local folder. {NAME_IT}" if local else ""
     at = f" at commit `{source.revision}`" if source.revision else ""
     four_bit = ", held in NF4 during training" if recipe.model.load_in_4bit else ""
     if recipe.model.name in PACKAGED:
@@ -123,7 +134,7 @@ def _card(
 
 Trained with empg-lite by the EM Policy Gradient (arXiv 2504.18587, our reading of its abstract).
 
-* Base: `{base}`{at}{four_bit}
+* Base: `{base}`{at}{four_bit}{where}
 * LoRA: rank {recipe.model.lora_r}, alpha {recipe.model.lora_alpha}, all linear layers
 * Data: `{recipe.data.source}`, split `{recipe.data.split}`; reward `{recipe.data.reward}`
 * Method: {recipe.em.weighting} weights, {_sampled(recipe.sampler)}, {recipe.run.steps} steps, learning rate \

@@ -152,7 +152,7 @@ def load_template(name_or_file: str) -> Template:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig")
     except (UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"template cannot be read ({error})", str(path)) from error
 

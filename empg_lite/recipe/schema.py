@@ -58,6 +58,8 @@ def _unknown(kind: str, value: str, known: tuple[str, ...], other: str) -> Pydan
 def _clean_text(text: str) -> str:
     if not text.strip():
         raise refusal("empty text", "write a value, or null for none")
+    if text.strip() == "None":
+        raise refusal("None is read as a word", "write null for none")
     if any(c < " " or c == "\x7f" for c in text) or not encodable(text):
         raise refusal("control characters in the text", "write it on one line, without escapes")
     if without_passwords(text) != text:
@@ -281,7 +283,7 @@ def _is_template_file(prompt: str) -> bool:
 
 def absolute_path(section: str, name: str, value: Any, base: Path) -> Any:
     """A key's value, with a relative local path in it resolved against ``base``."""
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
+    if not isinstance(value, str) or value.strip() in ("", "None") or "\0" in value:
         return value
     key = f"{section}.{name}"
     if key == "data.reward" and "python:" in value:

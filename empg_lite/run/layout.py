@@ -136,11 +136,13 @@ class Opened:
         recipe: resolved; on resume with the settled values of ``auto``.
         checkpoint: where to resume from; None starts from the beginning.
         events: findings from opening the run, for ``events.jsonl`` after it has been cut back.
+        anew: ``--resume`` was given, but there is no run to resume.
     """
 
     recipe: Recipe
     checkpoint: Path | None
     events: tuple[dict[str, Any], ...] = ()
+    anew: bool = False
 
 
 def open_run(run: Path, recipe: Recipe, *, resume: bool, allow_change: Sequence[str] = ()) -> Opened:
@@ -155,7 +157,7 @@ def open_run(run: Path, recipe: Recipe, *, resume: bool, allow_change: Sequence[
     store.sweep(run)
     store.sweep(run / "checkpoints")
     if not is_run(run):
-        return Opened(recipe, None)
+        return Opened(recipe, None, anew=resume)
     if not resume:
         raise UsageError(
             "the folder already contains a run", str(run), "add --resume to continue, or name another folder"

@@ -308,3 +308,40 @@ def test_score_loads_no_model_and_says_what_it_cost(recipe: Recipe, tmp_path: Pa
     # Neither is the other's, or in other units: an interpreter takes 10 to 200 MB, no torch fits into that.
     assert 10 < result["peak_rss_mb"] < 200 and 10 < result["peak_rss_mb_workers"] < 200
     assert "peak_rss_mb_workers" not in score_file(file, "exact")  # needs none
+
+
+def test_rows_keep_what_the_user_wrote_into_them(recipe: Recipe, tmp_path: Path) -> None:
+    """Sampled, annotated, cut off by a kill, completed, graded, fitted: the notes are there still."""
+    file = tmp_path / "r.jsonl"
+    sample(recipe, None, file, SampleOptions(problems=6))
+    header, *rows = (json.loads(line) for line in file.read_text().splitlines())
+    noted = [row | {"note": f"n{k}", "label": None} for k, row in enumerate(rows)]
+    lines = [json.dumps(line) for line in (header, *noted)]
+    cut = 1 + len(rows) * 3 // 4  # in the second step of three problems
+    file.write_text("\n".join(lines[:cut]) + "\n" + lines[cut][:40])
+    sample(recipe, None, file, SampleOptions(problems=6))
+    again = file.read_text().splitlines()
+    half = 1 + len(rows) // 2
+    assert again[:half] == lines[:half] and list(map(json.loads, again[half:])) == rows[half - 1 :]
+    score_file(file, recipe.data.reward)
+    graded = [json.loads(line) for line in file.read_text().splitlines()][1:half]
+    assert [list(row) for row in graded] == [list(row) for row in noted[: half - 1]]
+    assert [row["note"] for row in graded] == [row["note"] for row in noted[: half - 1]]
+    fit(recipe, [file], tmp_path / "run")
+    assert [r.meta["note"] for r in stored_rows(tmp_path / "run")] == [row["note"] for row in graded]
+
+
+def test_rationales_are_appended_to_a_users_file(recipe: Recipe, tmp_path: Path) -> None:
+    """Whose last line lacks its line break, as editors leave it; a broken one is not ours to cut off."""
+    file, own = tmp_path / "theirs.jsonl", b'{"id": 1, "question": "q", "completion": "5", "answer": "5"}'
+    file.write_bytes(own)
+    with pytest.raises(UsageError, match="add --append"):
+        sample(recipe, None, file, SampleOptions(problems=1))
+    assert file.read_bytes() == own
+    sample(recipe, None, file, SampleOptions(problems=1, append=True))
+    assert file.read_bytes().startswith(own + b'\n{"model"')
+    assert [len(s.rationales) for s in read_rollouts(file)] == [1, 8]
+    file.write_bytes(own + b"\n" + own[:-9])
+    with pytest.raises(DataError, match=r"theirs.jsonl:2 · repair the row"):
+        sample(recipe, None, file, SampleOptions(problems=1, append=True))
+    assert file.read_bytes() == own + b"\n" + own[:-9]

@@ -6,7 +6,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from empg_lite.core.bundled import is_folder
 from empg_lite.core.errors import MissingInput
+from empg_lite.policy.card import NAME_IT
 from empg_lite.tools.export import adapter
 
 if TYPE_CHECKING:
@@ -59,4 +61,7 @@ def export(
                 repo,
                 "check the name, the network and `hf auth login`",
             ) from error
+    base = target.recipe.model.name
+    if view and is_folder(base):
+        view.warn(f"the card names no base model, because {base} is a local folder. {NAME_IT}")
     return {**result, "export": str(address), "private": not public}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from empg_lite.core.errors import MissingInput
+from empg_lite.core.errors import MissingInput, UsageError
 from empg_lite.run import store
 from empg_lite.run.rollouts import read_rollouts
 
@@ -29,6 +29,7 @@ def export(target: Target, out: Path, grader: None = None, view: View | None = N
 
     Raises:
         MissingInput: the run stored no right rationale.
+        UsageError: another file exists at ``out``.
     """
     assert target.run is not None
     found = list(_right(target.run))
@@ -40,7 +41,10 @@ def export(target: Target, out: Path, grader: None = None, view: View | None = N
         raise MissingInput(
             "the run has no right rationales", str(target.run / "rollouts"), "train longer first"
         )
-    store.write_file(out, "".join(json.dumps(_record(r)) + "\n" for r in rows))
+    text = "".join(json.dumps(_record(r)) + "\n" for r in rows)
+    if out.exists() and out.read_bytes() != text.encode("ascii"):
+        raise UsageError("another file exists", str(out), "choose another --out, or move it away")
+    store.write_file(out, text)
     return {
         "export": str(out),
         "rows": len(rows),
