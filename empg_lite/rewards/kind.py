@@ -143,6 +143,10 @@ class Kind(ABC):
         """What is wrong with the text after the colon, continuing "reward '...'"; None where it is valid."""
         return f" needs {self.needs}" if self.needs and not argument else None
 
+    def read_gold(self, gold: str) -> tuple[str, str]:
+        """The answer that predictions are compared with, and the rule that read it from the gold cell."""
+        return gold.strip(), "whole"
+
     def unreadable_gold(self, gold: str, question: str) -> str | None:
         """Why no answer could ever match this gold answer, or None. Cheap: asks no worker."""
         return None

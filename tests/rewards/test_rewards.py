@@ -34,12 +34,20 @@ def grader() -> Iterator[Grader]:
 
 
 def test_percent_follows_the_question(grader: Grader) -> None:
-    """20% = 20 only where the problem asks for a percentage and the gold has no sign."""
+    """20% = 20 only where the problem asks for a percentage, or the gold has the sign."""
     asking = "What percentage of the eggs are brown?"
     assert grader.grade("math", "20", r"\boxed{20\%}", asking).reward == 1
     assert grader.grade("math", "20", r"\boxed{20\%}", None).reward == 0
     assert grader.grade("math", "20", r"\boxed{20\%}", "What is 20 percent of 100?").reward == 0
-    assert grader.grade("math", r"20\%", r"\boxed{20}", asking).reward == 0
+    assert grader.grade("math", r"20\%", r"\boxed{20}", asking).reward == 1
+    assert grader.grade("math", r"20\%", r"\boxed{20}").reward == 1
+    assert grader.grade("math", r"20\%", r"\boxed{2}", asking).reward == 0
+    assert grader.grade("math", r"20\%", r"\boxed{0.2}", asking).reward == 1
+    assert grader.grade("math", r"20\%", r"\boxed{2000\%}", asking).reward == 0
+    for question in ("How many % are brown?", "Give the share in %.", "Write it as a percentage (%)."):
+        assert grader.grade("math", "20", r"\boxed{20\%}", question).reward == 1, question
+    for question in ("What is 20% of 100?", r"What is $20\%$ of 100?", "He pays 5 % more. How much?"):
+        assert grader.grade("math", "20", r"\boxed{20\%}", question).reward == 0, question
     assert grader.grade("math", "0.2", r"\boxed{20\%}").reward == 1
     assert not asks_percentage("He pays 5% interest. How many dollars is that?")
 

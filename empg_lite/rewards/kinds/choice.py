@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from empg_lite.rewards.kind import Case, Kind, Outcome
-from empg_lite.rewards.math import Answer, Pair, extract, quoted
+from empg_lite.rewards.math import Answer, Pair, announced, extract, quoted
 
 #: Rules by which the text itself announces its answer; the others guess at the last value.
 _POINTED = frozenset({"boxed", "boxed_unclosed", "hash", "answer_is", "final_answer_is"})
@@ -25,6 +25,14 @@ _LABELED = re.compile(
 )
 _SEVERAL = re.compile(
     rf"{_CALLED}{_LETTER}(?:\s*(?:,|;|/|&|\band\b|\bor\b|\s)\s*{_CALLED}{_LETTER})+[.:]?", re.IGNORECASE
+)
+#: "the correct option is" announces as "the answer is" does.
+_OPTION_IS = re.compile(r"\b(?:option|choice|letter)(?=\s*(?:is\b|:))", re.IGNORECASE)
+_IS_CORRECT = re.compile(
+    r"(?<![\w.])\(?([A-J])\)? (?:is|must be) (?:the )?(?:(?:only )?(?:correct|right|best)|answer)(?: one)?\b"
+)
+_DENIED = re.compile(
+    r"\b(?:not|cannot|incorrect|wrong|false|eliminated?|excluded?|ruled? out)\b|n['’]t\b", re.IGNORECASE
 )
 _MENTION = re.compile(r"(?<!\w)\(([A-J])\)|\b(?:option|choice)\s+\(?([A-J])\b", re.IGNORECASE)
 
@@ -76,9 +84,11 @@ def read_letter(text: str, options: dict[str, str]) -> str | None:
 
 def read_choice(prediction: str, options: dict[str, str]) -> Answer | None:
     """The letter that a prediction settles on, and the rule that found it."""
+    prediction = _OPTION_IS.sub("answer", prediction)
     answer = extract(prediction)
     if answer is not None and answer.rule in _POINTED:
-        letter = read_letter(answer.text, options)
+        phrase = announced(prediction) if answer.rule.endswith("answer_is") else None
+        letter = read_letter(answer.text, options) or (phrase and read_letter(phrase, options))
         return Answer(letter, answer.rule) if letter else None
     if answer is None and ("boxed" in prediction or "fbox" in prediction):
         return None  # the box does not commit to one answer
@@ -88,8 +98,12 @@ def read_choice(prediction: str, options: dict[str, str]) -> Answer | None:
         return Answer(letter, "whole")
     # Not announced: what the last sentence mentions, before any number in it.
     sentences = [part for part in re.split(r"\n|(?<=[.!?])\s+", whole[-_MAX:]) if part.strip()]
-    mentioned = {(m[1] or m[2]).upper() for m in _MENTION.finditer(sentences[-1])} if sentences else set()
+    last = sentences[-1] if sentences else ""
+    correct = {match[1] for match in _IS_CORRECT.finditer(last)}
+    mentioned = correct or {(m[1] or m[2]).upper() for m in _MENTION.finditer(last)}
     if mentioned:
+        if not correct and _DENIED.search(last):
+            return None
         return Answer(mentioned.pop(), "last_letter") if len(mentioned) == 1 else None
     letter = _by_text(_unwrapped(answer.text), options) if answer else None
     return Answer(letter, answer.rule) if letter and answer else None

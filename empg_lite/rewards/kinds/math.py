@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from empg_lite.rewards.kind import Case, Kind, Outcome, WorkerRequest
-from empg_lite.rewards.math import Pair, comparison_steps, extract, quoted, reading_steps
+from empg_lite.rewards.math import Answer, Pair, comparison_steps, extract, quoted, reading_steps
 
 #: Longest answer that is compared as mathematics, in characters.
 MAX_ANSWER = 2_000
+#: A gold cell with one of these announces its answer; another one is the answer.
+_ANNOUNCED = re.compile(r"####|boxed|fbox|answer|\bans\b|答案|</think", re.IGNORECASE)
+_PLAIN = re.compile(r"[-+\d.,/\s]*")
+#: Rules that guess: the last value of a text is no gold answer.
+_GUESSES = frozenset({"last_math", "last_number"})
+
+
+@functools.lru_cache(maxsize=1024)  # the K rationales of a problem share its gold answer
+def _read_gold(gold: str, numeric: bool) -> Answer:
+    bare = Answer(gold.strip(), "whole")
+    if _PLAIN.fullmatch(gold) or not (numeric or _ANNOUNCED.search(gold)):
+        return bare
+    answer = extract(gold, numeric=numeric)
+    return bare if answer is None or (answer.rule == "whole" and "<" not in gold) else answer
 
 
 class Math(Kind):
@@ -84,21 +100,41 @@ class Math(Kind):
             ]
         return steps + comparison_steps(pair)
 
+    def read_gold(self, gold: str) -> tuple[str, str]:
+        """Read as an answer is read where the cell announces one: boxed, or at the end of a solution."""
+        answer = _read_gold(gold, self.numeric)
+        return answer.text, answer.rule
+
     def unreadable_gold(self, gold: str, question: str) -> str | None:
-        written = self.written_gold(self._gold(gold))
+        text, rule = self.read_gold(gold)
+        shown = f"the {self.name} reward reads no answer in {quoted(gold[:80])}"
+        if _braces_open(text):
+            return f"{shown}: its braces do not match"
+        found = extract(gold) if rule == "whole" and not self.numeric else None
+        guessed = found.text if found and found.rule in _GUESSES and re.search(r"[\d$\\]", gold) else None
+        if (rule in _GUESSES and not self.numeric) or (
+            "####" in gold and rule != "hash" and "box" not in rule
+        ):
+            guessed = text
+        if guessed is not None:
+            return f"{shown}: {quoted(guessed)} only stands in it; write the answer alone"
+        written = self.written_gold(text)
         assert written is not None
         outcome = self.grade(Case(gold, written, question), "")
-        if isinstance(outcome, Outcome) and outcome.reason == "no_answer":
-            return f"the {self.name} reward reads no answer in {gold[:80]!r}"
-        return None
+        return shown if isinstance(outcome, Outcome) and outcome.reason == "no_answer" else None
 
     def _gold(self, gold: str) -> str:
-        """The gold answer, which may be bare, boxed, or at the end of a worked solution."""
-        if "####" in gold or "boxed" in gold or "fbox" in gold:
-            answer = extract(gold, numeric=self.numeric)
-            if answer is not None:
-                return answer.text
-        return gold.strip()
+        return self.read_gold(gold)[0]
+
+
+def _braces_open(text: str) -> bool:
+    """True where braces do not match; escaped ones do not count."""
+    depth = 0
+    for brace in re.findall(r"\\.|[{}]", text):
+        depth += (brace == "{") - (brace == "}")
+        if depth < 0:
+            return True
+    return depth > 0
 
 
 KIND = Math()

@@ -16,8 +16,8 @@ from typing import NamedTuple
 from empg_lite.rewards.math.exact import read_exact
 from empg_lite.rewards.math.normalize import normalize
 from empg_lite.rewards.math.real_line import read_conditions
-from empg_lite.rewards.math.shapes import Shape, as_intervals, parse_shape
-from empg_lite.rewards.math.units import strip_units
+from empg_lite.rewards.math.shapes import Shape, as_intervals, is_quantity, parse_shape, valued
+from empg_lite.rewards.math.units import strip_units, unabbreviated
 from empg_lite.rewards.math.words import as_words, choice, numeral, plain
 
 #: Compares two shapes that structure cannot decide: (what, gold, prediction), where ``what`` is
@@ -30,10 +30,12 @@ _RATIO_MARK = re.compile(r":|(?<=\d)\s*(?:\\text\{\s*to\s*\}|\bto\b)\s*(?=\d)")
 _MODULUS = re.compile(
     r"(?P<value>.+?)[\s,(]*(?:\\pmod|\\text\{\s*\(?mod\s*\}|\bmod\b)\s*\{?\s*(?P<modulus>\w+)\s*\}?\s*\)?"
 )
+_ABBREVIATION = re.compile(r"[kKM]|[bm]n")
 _STRUCTURED = re.compile(r"\\(?:begin|mathbb|setminus|backslash|cap|emptyset|cup)")
 _ASKING = re.compile(
     r"\b(?:what|which|find|express|calculate|determine|compute|give|write|how)\b[^.?!]*?(?<![\d)}%] )"
-    r"\bpercent(?:age)?\b|\bas an? percent(?:age)?\b|\$[a-z](?:\$ percent|\\%)",
+    r"\bper ?cent(?:age)?\b|\b(?:as an?|in) per ?cent(?:age)?\b|\$[a-z](?:\$ percent|\\%)"
+    r"|(?<![\d)}$])\s\\?%|\(\\?%\)",
     re.IGNORECASE,
 )
 
@@ -137,12 +139,17 @@ def decide_plain(gold: str, prediction: str, percent_asked: bool) -> tuple[bool 
     gold_base, prediction_base = numeral(gold), numeral(prediction)
     if gold_base or prediction_base:
         return gold_base == prediction_base, "numerals of a base: digits and base must agree"
+    if not _ABBREVIATION.search(gold):
+        prediction = unabbreviated(prediction)
     exact_gold, exact_prediction = read_exact(gold), read_exact(prediction)
     if exact_gold and exact_prediction:
         value = exact_prediction.value
         if percent_asked and exact_prediction.percent and not exact_gold.percent:
             value *= 100
-        return exact_gold.value == value, f"exact numbers: {_shown(exact_gold.value)} and {_shown(value)}"
+        how = f"exact numbers: {_shown(exact_gold.value)} and {_shown(value)}"
+        if exact_gold.percent and not exact_prediction.percent and exact_gold.value * 100 == value:
+            return True, how + ", where the gold answer has a percent sign"
+        return exact_gold.value == value, how
     for decide, how in ((_ratios_equal, "ratios"), (_residues_equal, "residues"), (_words_equal, "words")):
         equal = decide(gold, prediction)
         if equal is not None:
@@ -317,7 +324,10 @@ def compare(gold: str, prediction: str, leaf: Leaf) -> bool | None:
     """Compare two normalized answers; None where ``leaf`` could not decide a needed part."""
     if _squeezed(gold) == _squeezed(prediction):
         return True
-    return same(read_shape(gold), read_shape(prediction), leaf)
+    one, other = read_shape(gold), read_shape(prediction)
+    if one.kind == "equation" and is_quantity(one.items[0].text):
+        one = valued(other, one)
+    return same(one, valued(one, other), leaf)
 
 
 class Pair(NamedTuple):

@@ -25,6 +25,18 @@ from dataclasses import dataclass
 
 from empg_lite.rewards.math.exact import read_exact
 from empg_lite.rewards.math.normalize import normalize, restore_escapes
+from empg_lite.rewards.math.prose import (
+    NUMBER,
+    SCALES_AFTER,
+    balanced,
+    calm,
+    last_number,
+    qualified,
+    undecorated,
+    unemphasized,
+    without_contrast,
+)
+from empg_lite.rewards.math.units import strip_units
 
 #: The rules by name, in words. ``pattern`` is that of the reward ``regex``.
 RULES = {
@@ -74,7 +86,12 @@ _THUS = re.compile(r"\b(?:so|thus|hence|therefore)\b", re.IGNORECASE)
 _PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _MAYBE = re.compile(r"\b(?:maybe|perhaps|possibly)\b", re.IGNORECASE)
 _COULD_BE = re.compile(r"\b(?:could|may|might) be\W*(?:either|equal to)?\W*$", re.IGNORECASE)
-_PERCENT_AFTER = re.compile(r"[\s$]*(?:\\?%|(?:percent|pct)\b)", re.IGNORECASE)
+_PERCENT_AFTER = re.compile(r"[\s$]*(?:\\?%|(?:percent|pct|per cent)\b)", re.IGNORECASE)
+_BASE_AFTER = re.compile(r"\s?_\s?(?:\{[^{}]{1,12}\}|\w)|[\s$]*\(?base (?:\w+)\)?", re.IGNORECASE)
+#: What a prompt says for the answer, echoed.
+_PLACEHOLDER = re.compile(
+    r"\W*(?:\\text\W*)?(?:(?:(?:your|the|final|my) )*answer(?: here)?)?\W*", re.IGNORECASE
+)
 _PHRASE = re.compile(
     r"(?:(?:\b(?P<final>final\s+)?answers?\b|^[ \t]*(?:A|Ans\.?)(?=\s*:))[^\n.:=$\\]{0,60}?"
     r"(?::|=|\b(?:is|are)\b|\bwould be\b|(?=\s*(?:\$|\\\(|\\\[))|(?<=answer)\W{0,4}\n)"
@@ -88,8 +105,19 @@ _NO_CONTENT = re.compile(
     re.IGNORECASE,
 )
 _REMARK = re.compile(
-    r",?\s+(?:because|since|as (?:we|the|there|it|he|she|they)|which|where|given that)\b|,\s+(?:so|but|not)\b"
+    r",?\s+(?:because|since|rounded|correct to|to the nearest"
+    r"|as (?:we|the|there|it|he|she|they)|which|where|given that)\b|,\s+(?:so|but|not)\b"
     r"|\s\((?=or\b|i\.e\.|\$?[\d.]+\s?\\?%)|\s\((?=[^()\\]{0,200}[A-Za-z]{3})",
+    re.IGNORECASE,
+)
+#: Words after a number and a comma, unless they change it: "72, in total, so that is all".
+_ASIDE = re.compile(
+    r",\s+(?!(?:and|or|minus|plus|less|times|to|but|squared|cubed|per ?cent|dozen|hundred|thousand"
+    r"|million)\b)"
+    r"[a-z]{2,}[A-Za-z ,;'’-]*\Z"
+)
+_RESERVED = re.compile(
+    r"\b(?:at|more|less|fewer|not|unless|except|if|when|ones?|two|three|four|five|six|seven|eight|nine|ten)\b",
     re.IGNORECASE,
 )
 _LEAD = re.compile(
@@ -108,7 +136,7 @@ _DENIED = re.compile(
 _PHRASE_START = re.compile(r"[\s*:_]*")
 _HEADING = re.compile(r"(?:step|part|case|question|problem)\b|\d+[.):]\s|final answer", re.IGNORECASE)
 _FENCE = re.compile(r"(?:\$\$?|\\[(\[])\s*")
-_PHRASE_END = re.compile(r"[.?](?=[\s*\"'”<]|$)|\n")
+_PHRASE_END = re.compile(r"[.?](?=[\s*\"'”<]|$)|(?<=\w)!(?=\s+[A-Z][a-z])|\n")
 # Contents hold no further fence, so that a thousand unclosed ones are read once and not a thousand times.
 _MATH = re.compile(
     r"\$\$(?P<a>[^$]+)\$\$|(?<!\\)\$(?P<b>(?:\\\$|[^$])+?)(?<!\\)\$"
@@ -117,14 +145,6 @@ _MATH = re.compile(
     r"\\end\{(?:align|gather|equation)\*?\})",
     re.DOTALL,
 )
-_NUMBER = re.compile(
-    r"(?<![\w.\\^])(?:(?<![\w)\]}$] )(?<![)\]}$])[-+−–]\s?)?(?:\\?[$€£¥₹]\s?)?[-−–]?"
-    r"(?:\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\}"
-    r"|(?:\d{1,3}(?:(?:,|\{,\}|,\\!)\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:\s?/\s?\d+(?!\.?\d))?|\.\d+)"
-    r"(?:\s?\\?%|\s(?:percent|pct)\b)?|[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]"
-)
-
-
 #: Mathematics without fences: commands, digits, signs and single letters, no words.
 _UNFENCED = re.compile(
     r"(?:\\(?:text[a-z]*|mathrm|mbox)\s*\{[^{}]*\}|\\[a-zA-Z]+|\\[^a-zA-Z]|[^\sA-Za-z\\$]|sqrt"
@@ -202,14 +222,25 @@ def hedged(text: str, boxes: list[_Box]) -> bool:
     return any(_COULD_BE.search(part[-80:]) for part in (before, *between)) or after.endswith("?")
 
 
+def _filled(boxes: list[_Box]) -> list[_Box]:
+    """Without the empty boxes, and those that only repeat the prompt, behind a filled one."""
+    last = len(boxes)
+    while last > 1 and boxes[last - 1].closed and _PLACEHOLDER.fullmatch(boxes[last - 1].content):
+        last -= 1
+    return boxes if _PLACEHOLDER.fullmatch(boxes[last - 1].content) else boxes[:last]
+
+
 def _read_boxes(text: str, boxes: list[_Box]) -> Answer | None:
-    boxes = last_sentence(text, boxes)
+    boxes = last_sentence(text, _filled(boxes))
     if hedged(text, boxes):
         return None
     contents: list[str] = []
     for box, following in zip(boxes, [*boxes[1:], None], strict=True):
         percent = _PERCENT_AFTER.match(text, box.end)
-        contents.append(box.content.strip() + (r"\%" if percent else ""))
+        more = _BASE_AFTER.match(text, box.end) or SCALES_AFTER.match(text, box.end)
+        contents.append(
+            box.content.strip() + (r"\%" if percent else more.group().lstrip("$") if more else "")
+        )
         if following is None:
             break
         between = text[box.end : following.start]
@@ -222,7 +253,7 @@ def _read_boxes(text: str, boxes: list[_Box]) -> Answer | None:
 
 
 def _tidy(content: str) -> str:
-    return content.replace('\\"', '"').strip().strip('*_`"“”').strip()
+    return undecorated(content.replace('\\"', '"')).strip().strip('*_`"“”').strip()
 
 
 def _unfenced(content: str) -> str:
@@ -251,10 +282,16 @@ def _last_phrase(text: str, *, start: int = 0, final_only: bool = False) -> tupl
             continue
         begin = _PHRASE_START.match(text, match.end())
         assert begin is not None
-        content = _tidy(text[begin.end() : _phrase_end(text, begin.end())])
+        content = _tidy(balanced(_tidy(text[begin.end() : _phrase_end(text, begin.end())])))
         if content and not _NO_CONTENT.match(content):
             return content, "final_answer_is" if match.group("final") else "answer_is"
     return None
+
+
+def announced(text: str) -> str | None:
+    """The words that the last "answer is" announces, without remarks; None where there is none."""
+    phrase = _last_phrase(visible(text))
+    return _tidy(_without_remark(phrase[0])) if phrase else None
 
 
 _WORD = re.compile(
@@ -284,7 +321,7 @@ def _bare(text: str) -> bool:
         return bool(re.search(r"[^\s!-/:-@\[\]^-`{-~]", text))
     if len(words) > _MAX_WORDS or "\n" in text:
         return False
-    quantity = _NUMBER.match(text.lstrip("*($\\"))
+    quantity = NUMBER.match(text.lstrip("*($\\"))
     if quantity is not None or _DATE.fullmatch(text):
         return True
     if _MATH.search(text):
@@ -293,6 +330,9 @@ def _bare(text: str) -> bool:
     return (label is not None and len(_WORD.findall(unset, label.end())) < 2) or not re.search(
         r"[\d$\\]", text
     )
+
+
+_BRACKETED = re.compile(r"[(\[].*[)\]]", re.DOTALL)
 
 
 def _last_unfenced(text: str) -> tuple[str, int]:
@@ -306,23 +346,30 @@ def _last_unfenced(text: str) -> tuple[str, int]:
 
 
 def _last_value(text: str, *, numeric: bool = False) -> Answer | None:
-    """The last mathematics or the last number outside it, whichever comes later."""
-    math, end = "", -1
+    """The last mathematics or the last number outside it, whichever comes later; None where it is denied."""
+    math, start, end = "", -1, -1
     for match in _MATH.finditer(text):
         content = next(group for group in match.groups() if group is not None)
         if re.search(r"\w", content):
             percent = _PERCENT_AFTER.match(text, match.end())
-            math, end = content.strip() + (r"\%" if percent else ""), match.end()
-    number, number_end = None, -1
-    for match in _NUMBER.finditer(text):
-        number, number_end = match.group().strip(), match.end()
+            math, start, end = content.strip() + (r"\%" if percent else ""), match.start(), match.end()
+    number = last_number(text)
+    number_end = number.end if number else -1
     if not numeric and number_end > end:
         unfenced, unfenced_end = _last_unfenced(text[max(0, end) :])
         if unfenced and max(0, end) + unfenced_end >= number_end:
             return Answer(unfenced, "last_math")
-    if math and number_end <= end:
-        return Answer(math, "last_math")
-    return Answer(number, "last_number") if number is not None else None
+    if math and (number is None or number.start < end - 1):  # it may share the closing $
+        whole = qualified(text, start, end)
+        if whole.denied:
+            return None
+        return Answer(math if (whole.start, whole.end) == (start, end) else whole.text, "last_math")
+    if number is None or number.denied:
+        return None
+    pair = (
+        not numeric and "," in number.text and _BRACKETED.fullmatch(text[number.start - 1 : number.end + 1])
+    )
+    return Answer(f"({number.text})" if pair else number.text, "last_number")
 
 
 def _listed(text: str) -> Answer | None:
@@ -346,7 +393,12 @@ def _without_remark(content: str) -> str:
     """``18, because ...`` without the reason; ``so 18`` without the conjunction."""
     content = _without_lead(content)
     remark = _REMARK.search(content)
-    return content[: remark.start()] if remark and re.search(r"\w", content[: remark.start()]) else content
+    if remark and re.search(r"\w", content[: remark.start()]):
+        content = content[: remark.start()]
+    aside = _ASIDE.search(content)
+    if aside and not _RESERVED.search(aside.group()) and re.search(r"\d", content[: aside.start()]):
+        content = content[: aside.start()]
+    return content
 
 
 def _is_number(text: str) -> bool:
@@ -354,14 +406,14 @@ def _is_number(text: str) -> bool:
 
 
 def _fragment(content: str, rule: str, numeric: bool) -> Answer | None:
-    """The answer in an announced phrase: all of it, or the last value in it."""
-    content = _tidy(_without_remark(content))
+    """The answer in an announced phrase: all of it, or the last value in it; None where that is denied."""
+    content = calm(_tidy(_without_remark(content)))
     if numeric:
         if _is_number(content):
             return Answer(_unfenced(content), rule)
-        numbers = [match.group().strip() for match in _NUMBER.finditer(content)]
-        if numbers:
-            return Answer(numbers[-1], rule)
+        number = last_number(content)
+        if number:
+            return None if number.denied else Answer(number.text, rule)
     if _bare(content):
         return Answer(_unfenced(content), rule)
     value = _last_value(content)
@@ -374,13 +426,17 @@ def _hash(text: str) -> tuple[str, bool]:
     if start < 0:
         return "", False
     line, _, rest = text[start:].lstrip("#").strip().partition("\n")
-    line = _tidy(line)
+    line = calm(_tidy(line))
     if _is_number(line):
         return _unfenced(line), True
     if "boxed" in rest or _HEADING.match(line):
         return "", False
-    number = _NUMBER.match(line)
-    return (number.group().strip(), True) if number and _bare(line) else (line, False)
+    number = NUMBER.match(line)
+    if number is None or not _bare(line):
+        return line, False
+    shown = number.group().strip()
+    same = strip_units(normalize(line)) == normalize(shown)  # "12 eggs" is 12, "12 dozen" is not
+    return (shown if same else line), True
 
 
 def extract(text: str, *, numeric: bool = False) -> Answer | None:
@@ -390,7 +446,7 @@ def extract(text: str, *, numeric: bool = False) -> Answer | None:
         text: a prediction, or a worked solution.
         numeric: the answer is known to be a number (GSM8K), so "the answer is ..." is read for its number.
     """
-    text = _CALCULATOR.sub("", restore_escapes(visible(text)))
+    text = _CALCULATOR.sub("", restore_escapes(unemphasized(visible(text))))
     line, line_is_number = _hash(text)
     if line_is_number:
         return Answer(line, "hash")
@@ -405,11 +461,13 @@ def extract(text: str, *, numeric: bool = False) -> Answer | None:
     phrase = _last_phrase(text)
     if phrase:
         return _fragment(*phrase, numeric)
-    stripped = _tidy(text)
+    stripped = balanced(_tidy(text))
     bare = _tidy(_without_lead(stripped))
+    if numeric or not re.fullmatch(r"\d+!", text.strip()):  # 5! alone is mathematics
+        bare = calm(bare)
     if not stripped:
         return None
-    if _bare(bare):
+    if _bare(bare) and not (numeric and not _is_number(bare) and NUMBER.search(bare)):
         return Answer(_unfenced(bare), "whole")
-    stripped = _DENIED.sub("", stripped)
+    stripped = without_contrast(_DENIED.sub("", stripped))
     return (None if numeric else _listed(stripped)) or _last_value(stripped, numeric=numeric)

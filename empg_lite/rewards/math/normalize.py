@@ -10,6 +10,8 @@ import functools
 import re
 import unicodedata
 
+from empg_lite.rewards.math.prose import undecorated
+
 _MINUS = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"
 #: LaTeX or ASCII spelling -> the characters that it replaces.
 _SIGNS = {
@@ -83,10 +85,24 @@ def restore_escapes(text: str) -> str:
 
 
 _WHITE = re.compile(r"\s+")  # collapsed early: later expressions are slow on long runs of spaces
-_TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|mbox|hbox|mathrm|operatorname\*?)\s*\{")
+_TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|emph|mbox|hbox|mathrm|operatorname\*?)\s*\{")
 _STYLE = re.compile(
     r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|math(?:bf|it|sf|tt|normal|cal)|boldsymbol|bm"
-    r"|boxed|fbox|bf|rm|it|phantom|hphantom|ensuremath|strut|hfill)(?![a-zA-Z])"
+    r"|underline|boxed|fbox|bf|rm|it|phantom|hphantom|ensuremath|strut|hfill)(?![a-zA-Z])"
+)
+_COLOR = re.compile(r"\\(?:text)?color\s*(?:\[[^\[\]]*\])?\s*\{[^{}]*\}")
+_LABELED_TEXT = re.compile(r"\\text\{\s*[A-Za-z][A-Za-z ]{0,40}:\s*(?=[^{}:,\s][^{}:,]*\})")
+_COUNTED_TEXT = re.compile(r"\\text\{\s*(-?\d[\d.,]*%?)(\s+[A-Za-z][A-Za-z ]*)\}")
+#: siunitx: a number, and a number with its unit.
+_SI_NUMBER = re.compile(r"\\(?:num|ang)\s*(?:\[[^\[\]]*\])?\s*\{([^{}]*)\}")
+_SI_QUANTITY = re.compile(
+    r"\\(?:SI|qty)\s*(?:\[[^\[\]]*\])?\s*\{([^{}]*)\}\s*(?:\[[^\[\]]*\])?\s*\{([^{}]*)\}"
+)
+_SI_UNIT = re.compile(r"\\(?:si|unit)\s*\{[^{}]*\}")
+#: Unit vectors: a hat and boldface mean the same.
+_UNIT_VECTOR = re.compile(
+    r"\\(?:hat|vec)\s*(?:\{\s*)?(?:\\(?:mathbf|bm|boldsymbol)\s*\{(?P<bold>[ijk])\}\s*\}"
+    r"|(?:\\(?P<dotless>[ij])math|(?P<plain>[ijk])(?![a-zA-Z]))\s*\}?)"
 )
 _SIZE = re.compile(r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\s*\.?")
 _NEGATIVE_SPACE = re.compile(r"\\!\s*")
@@ -96,6 +112,11 @@ _GROUPED = re.compile(
 _SPACE = re.compile(r"(?<!\\)\\(?:[,;:> ]|q?quad(?![a-zA-Z])|enspace|thinspace|hspace\*?\{[^{}]*\})|~")
 _FENCE = re.compile(r"(?<!\\)\\[()\[\]]")
 _DEGREE = re.compile(r"\^\s*(?:\\circ(?![a-zA-Z])|\{\s*\\circ\s*\})|\\degrees?(?![a-zA-Z])|\\deg(?![a-zA-Z])")
+_TYPED_DEGREE = re.compile(r"(?<=\d)\s*\^\s*(?:o(?![a-zA-Z])|\{\s*o\s*\})")
+_MINUTES = re.compile(
+    rf"(?<![\d.])(\d+)\s*(?:{_DEGREE.pattern})\s*(\d{{1,2}}(?:\.\d+)?)\s*(?:'(?!')|\^?\{{?\\prime\}}?)"
+    r"(?:\s*(\d{1,2}(?:\.\d+)?)\s*(?:''|\"|\^?\{?\\prime\\prime\}?))?"
+)
 _TEMPERATURE = re.compile(rf"(?:{_DEGREE.pattern})\s*(?:\\text\{{\s*[CF]\s*\}}|[CF](?![A-Za-z]))")
 _TRIGONOMETRY = re.compile(r"(?<!arc)\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 _ANGLE = re.compile(
@@ -104,7 +125,7 @@ _ANGLE = re.compile(
 _ORDINAL = re.compile(r"\^?\s*\{?\s*\\text\{\s*(?:st|nd|rd|th)\s*\}\s*\}?|(?<=\d)(?:st|nd|rd|th)(?![a-zA-Z])")
 _DOUBLED = re.compile(r"\\\\(?=[a-zA-Z{}%$])")
 _PERCENT = re.compile(
-    r"\\%|\\text\{\s*(?:percent|percentage|pct|%)\s*\}|(?<![a-zA-Z])(?:percent|pct)(?![a-zA-Z])"
+    r"\\%|\\text\{\s*(?:per ?cent|percentage|pct|%)\s*\}|(?<![a-zA-Z])(?:per ?cent|pct)(?![a-zA-Z])"
 )
 _PERCENT_INSIDE = re.compile(r"\\text\{\s*%\s*")
 _ROOT = re.compile(r"(?:(?<![\\a-zA-Z])sqrt|\\surd(?![a-zA-Z]))\s*(?P<degree>\[\d\])?\s*")
@@ -129,6 +150,15 @@ _ASCII_NAME = re.compile(r"(?<![\\a-zA-Z])(pi|infty|infinity|inf|oo)(?![a-zA-Z])
 _POWER = re.compile(r"(?<=[\w)}\]])\s*\*\*\s*(?=[\w({\\-])")
 _DECIMAL_COMMA = re.compile(r"[-+]?0,\d{3,}")  # no thousands group begins with a lone zero
 _CONTINENTAL = re.compile(r"([-+]?)(\d{1,3}(?:[. ]\d{3})+),(\d{1,2}|\d{4,})|([-+]?\d{1,3}(?:\.\d{3}){2,})")
+_SMALL = r"(\d+|\d{1,3}(?:[. ]\d{3})+),(\d\d)(?!\d)"  # a price with a decimal comma
+_PRICE = re.compile(
+    rf"(?:[€£¥₹₽]|\\\$)\s?{_SMALL}|(?<![\d,.]){_SMALL}(?=\s?(?:\\text\{{\s*)?(?:[€£¥₹₽]|\\\$|(?:EUR|euros?)\b))"
+)
+#: Behind a formula, where it names no narrower domain.
+_FOR_ALL = re.compile(
+    r",?\s*(?:\\text\{)?\s*,?\s*(?:\\forall|(?<![a-z])for\s+(?:all|any|every|each))\s*(?:real(?:\s+numbers?)?|values?\s+of)?\s*\}?"
+    r"\s*[a-z](?:\s*,\s*[a-z])*\s*(?:\\in\s*\\mathbb\s*\{?\s*R\s*\}?)?\s*\}?$"
+)
 _FACTORIAL_EQUALS = re.compile(r"(?<!\d)!=")
 
 #: LaTeX command or sign -> the commands that mean the same.
@@ -139,7 +169,7 @@ _SYNONYMS = {
     "(": r"\lparen", ")": r"\rparen", "|": r"\lvert \rvert \vert", r"\infty": r"\infin",
     r"\emptyset": r"\varnothing", r"\mathbb{R}": r"\R \Reals", r"\cup": r"\union",
     r"\text{or}": r"\lor \vee", r"\text{and}": r"\land \wedge", r"\approx": r"\simeq",
-    r"\ldots": r"\dots", "%": r"\percent", r"\log_{10}": r"\lg", r"\binom": r"\dbinom \tbinom",
+    r"\ldots": r"\dots \cdots", "%": r"\percent", r"\log_{10}": r"\lg", r"\binom": r"\dbinom \tbinom",
     r"\pmod": r"\mod \bmod",
 }  # fmt: skip
 _SAME = {command: spelling for spelling, commands in _SYNONYMS.items() for command in commands.split()}
@@ -238,8 +268,30 @@ def _going_on(match: re.Match[str]) -> str:
     return match.group()
 
 
+def _price(match: re.Match[str]) -> str:
+    r"""``29,50 €`` and ``€1.234,50``: beside a currency sign a comma before two digits is a decimal comma."""
+    whole, cents = match[1] or match[3], match[2] or match[4]
+    return " " + re.sub("[. ]", "", whole) + "." + cents
+
+
+def _quantity(match: re.Match[str]) -> str:
+    return match[1] + (r"\%" if "percent" in match[2] or "%" in match[2] else "")
+
+
+def _minutes(match: re.Match[str]) -> str:
+    r"""``30^\circ 15'`` in degrees."""
+    return rf"({match[1]}+{match[2]}/60" + (f"+{match[3]}/3600)" if match[3] else ")")
+
+
+def _packages(text: str) -> str:
+    """Commands of packages: siunitx, colors, unit vectors, angles with minutes."""
+    text = _SI_UNIT.sub("", _SI_QUANTITY.sub(_quantity, _SI_NUMBER.sub(r"\1", text)))
+    text = _UNIT_VECTOR.sub(lambda m: f"{{{m['bold'] or m['dotless'] or m['plain']}}}", text)
+    return _MINUTES.sub(_minutes, _COLOR.sub("", text))
+
+
 def _latex(text: str) -> str:
-    text = _rows(text)
+    text = _packages(_rows(text))
     if r"\begin" not in text:
         text = _DOUBLED.sub(r"\\", text).replace("&=", "=")
     text = _GROUPED.sub("", text)
@@ -248,6 +300,7 @@ def _latex(text: str) -> str:
     text = _SPACE.sub(" ", text)
     text = _UPRIGHT.sub(r"\1", text)
     text = _TEXT.sub(r"\\text{", text)
+    text = _COUNTED_TEXT.sub(r"\1\\text{\2}", _LABELED_TEXT.sub(r"\\text{", text))
     text = _STYLE.sub("", text)
     text = _SIZE.sub("", text)
     text = _WHITE.sub(" ", _FENCE.sub(" ", text))
@@ -299,8 +352,11 @@ def normalize(answer: str) -> str:
     Removes math fences, currency, degree signs, quotes, sizing, spacing and a trailing period; keeps the text
     of ``\text{}``.
     """
-    text = _POWER.sub("^", fold_unicode(restore_escapes(answer))).replace("**", "").replace("`", "")
-    text = _unstopped(_ascii(_WHITE.sub(" ", text)))
+    if answer.isascii() and answer.isdigit():
+        return answer
+    text = _PRICE.sub(_price, undecorated(restore_escapes(answer)))
+    text = _POWER.sub("^", fold_unicode(text)).replace("**", "").replace("`", "")
+    text = _TYPED_DEGREE.sub("", _unstopped(_ascii(_WHITE.sub(" ", text)))).replace("...", r"\ldots ")
     if "\\" in text:
         text = _latex(text)
     else:
@@ -312,5 +368,6 @@ def normalize(answer: str) -> str:
     text = _FACTORIAL_EQUALS.sub(r"\\ne ", text).replace("*", r"\cdot ")
     text = _ASCII_NAME.sub(lambda m: r"\pi " if m.group().lower() == "pi" else r"\infty ", text)
     text = _WHITE.sub(" ", text).strip().rstrip(".,;: ").lstrip(",;:= ")
-    text = text.removeprefix("+").lstrip()
-    return _decimal_point(text)
+    if " for" in text or "{for" in text or r"\forall" in text:
+        text = _FOR_ALL.sub("", text)
+    return _decimal_point(text.removeprefix("+").lstrip())

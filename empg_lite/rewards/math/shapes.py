@@ -83,9 +83,14 @@ def _split(text: str, separators: set[str]) -> list[tuple[str, str]]:
     return [*pieces, (text[start:], "")]
 
 
-def _thousands(text: str) -> str:
-    """Join ``1,234`` where its comma cannot separate: alone, or next to commas followed by a space."""
+def _thousands(text: str, *, enclosed: bool) -> str:
+    """Join ``1,234`` where its comma cannot separate: alone, or next to commas followed by a space.
+
+    In brackets that may hold parts a lone comma separates: ``(4,112)`` is a pair.
+    """
     marked = bool(re.search(r",\s|[^A-Za-z](?:and|or)[^A-Za-z]|;", text))
+    if enclosed and not marked:
+        return text
     if not marked and not re.fullmatch(r"[^,]*?(?<![\d.])\d{1,3}(?:,\d{3})+(?![\d,])[^,]*", text):
         return text
     out, last = "", 0
@@ -97,9 +102,9 @@ def _thousands(text: str) -> str:
     return out + text[last:]
 
 
-def _elements(text: str) -> list[str]:
-    """The items of a comma list; "and" and "or" separate too."""
-    text = _TEXT_JOINER.sub(" , ", _thousands(text))
+def _elements(text: str, *, enclosed: bool = False) -> list[str]:
+    """The items of a comma list, inside brackets or bare; "and" and "or" separate too."""
+    text = _TEXT_JOINER.sub(" , ", _thousands(text, enclosed=enclosed))
     return [piece.strip() for piece, _ in _split(text, _JOINERS) if piece.strip()]
 
 
@@ -137,9 +142,48 @@ def _label(text: str) -> bool:
 _CONSTANT_WORDS = re.compile(r"\\(?:frac|sqrt|cdot|pi|text\{[^{}]*\})|\^|[\d\s+\-*/(){}.,!%]")
 
 
+_QUANTITY = re.compile(
+    r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])\s*(?:\^\{?\d\}?)?\s*\(?\s*(?:\\[a-z]+|\\?angle|[A-Z]+)\s*\)?"
+    r"|(?:\\Pr|[A-Za-z])\s*\((?:[^()a-z]|\\[a-z]+)*\)|(?:\\Pr|P|E)\s*\[[^\[\]]*\]"
+    r"|\|[A-Z\\a-z ]+\||\[[A-Z]{3,}\]"
+    r"|\\(?:angle|overline|triangle|text)(?![a-zA-Z])\s*\{?[^{}+*/=-]*\}?|(?<![A-Za-z\\])[A-Z]{2,4}(?![a-z])"
+)
+
+
 def _constant(text: str) -> bool:
     """True where no variable occurs."""
     return not _CONSTANT_WORDS.sub("", text)
+
+
+def is_value(shape: Shape) -> bool:
+    """True for a value without variables, or a structure of such values."""
+    if shape.label:
+        return False
+    if shape.kind == "leaf":
+        return _constant(re.sub(r"(?<![A-Za-z\\])[ei](?![A-Za-z])|\\infty|:", "", shape.text))
+    return shape.kind in ("bag", "tuple", "interval", "matrix") and all(map(is_value, shape.items))
+
+
+def is_quantity(text: str) -> bool:
+    r"""True for lengths, angles, values of functions and what is made of them: ``\frac{NO}{BO}``, ``P(A)``.
+
+    Not for an expression in variables, which an equation binds.
+    """
+    rest, count = _QUANTITY.subn("", text)
+    return count > 0 and _constant(rest)
+
+
+def valued(one: Shape, other: Shape) -> Shape:
+    r"""``other``, or its last side where it is an equation that ends in a value and ``one`` is a value.
+
+    ``m+n = 256+37 = 293`` says 293. An equation that ends in 0 is one to be solved.
+    """
+    if other.kind != "equation" or not is_value(one):
+        return other
+    side = parse_shape(other.items[-1].text)
+    return (
+        side if is_value(side) and (side.text.strip() != "0" or is_quantity(other.items[0].text)) else other
+    )
 
 
 def _leaf(text: str) -> Shape:
@@ -173,6 +217,8 @@ def _equated(text: str, parts: list[str], depth: int) -> Shape:
         return replace(_single(parts[-1], depth + 1), label=parts[0].strip())
     if all(map(_constant, parts)):
         return _single(parts[-1], depth + 1)
+    if len(parts) == 2 and _constant(parts[0]) and _label(parts[1]):  # 5 = x
+        return replace(_single(parts[0], depth + 1), label=parts[1])
     return Shape("equation", text, (_leaf(parts[0]), _leaf(parts[-1])), source=text)
 
 
@@ -207,7 +253,7 @@ def _bracketed(text: str, depth: int) -> Shape | None:
             return parse_shape(inner[built.end() :], depth + 1)
         if not inner:
             return _leaf(r"\emptyset")
-    elements = _elements(inner)
+    elements = _elements(inner, enclosed=True)
     if len(elements) < 2 and opener in ("(", "["):
         return None  # a group, not a tuple
     items = tuple(parse_shape(element, depth + 1) for element in elements)

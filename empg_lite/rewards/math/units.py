@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import re
 
-_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALES = {"dozen": "12"}
+_SCALES |= {
+    name: f"10^{{{power}}}"
+    for name, power in {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}.items()
+}
+_LETTER_SCALES = {"k": "10^{3}", "m": "10^{6}", "mn": "10^{6}", "bn": "10^{9}"}
+_ABBREVIATED = re.compile(r"(\W*\d[\d,.]*)\s?([kKM]|[bm]n)")
 _ATTACHED = "cm|mm|km|kg|mg|ml|kl|ft|in|lbs?|oz|yd|mi|mph|kph|hrs?|mins?|secs?|sq|usd|eur|gb|mb|kb|hz|khz"
 _LETTERS = "m|g|s|h|l|L"
 _NOT_UNITS = re.compile(
@@ -22,11 +28,23 @@ _CHANGES = re.compile(
     r"|(?:but|unless|is)(?![a-z]).*",
     re.IGNORECASE | re.DOTALL,
 )
+#: Words that bound the number before them.
+_BOUNDS = re.compile(
+    r"\bat (?:least|most)\b|\b(?:or|and) (?:more|less|fewer|greater|larger|above|below|over|under|up)\b", re.I
+)
 #: More words than this are a sentence.
 _MAX_WORDS = 8
+_BASE = re.compile(r"(?:in )?\(?base\b", re.IGNORECASE)
 _CLOCK = re.compile(r"[ap]\.?\s?m\.?", re.IGNORECASE)
+_POWER = r"(?:\^\s*(?:\{\s*-?[1-4]\s*\}|[2-4]))"
 _TEXT_TAIL = re.compile(
-    r"(?<=[\d})\]a-zA-Z%!])\s*\\text\{([^{}]*)\}\s*(?:\^\s*(?:\{\s*[23]\s*\}|[23]))?(?:/\\text\{[^{}]*\})?$"
+    rf"(?<=[\d}})\]a-zA-Z%!])\s*\\text\{{([^{{}}]*)\}}\s*{_POWER}?(?:/\\text\{{[^{{}}]*\}}{_POWER}?"
+    r"|/\s*\((?:\\text\{[^{}]*\}|\\cdot|[\s^\d{}-])*\))?$"
+)
+#: Left behind by a unit: the dot of a product of units, a Greek prefix.
+_UNIT_REST = re.compile(rf"(?<=\}})\s*{_POWER}?\s*(?:\\cdot|/)$|(?<=[\d}})])\s*\\mu$")
+_GREEK_UNIT = re.compile(
+    r"(?<=[\d})])\s*(?:(?:\\text\{\s*[kMm]\s*\}|[kM]|\\mu)?\s*\\Omega|\\mu\s*(?:\\text\{\s*)?[mgsLlFACVTHWJM]\s*\}?)$"
 )
 _WORDS_TAIL = re.compile(
     r"(?:(?<=[\d})%!])|(?<=\\pi))(\s*)([A-Za-z][A-Za-z./\s-]*)(?:\^\s*(?:\{\s*[23]\s*\}|[23])|[23])?$"
@@ -45,7 +63,7 @@ _NEGATIVE = re.compile(r"^(?:\\text\{\s*)?(?:minus|negative)(?![a-z])\s*\}?\s*(?
 
 def _is_unit(words: str, spaced: bool) -> bool:
     words = words.strip(" .")
-    if not words or _CLOCK.fullmatch(words):
+    if not words or _CLOCK.fullmatch(words) or _BOUNDS.search(words):
         return False
     first = re.split(r"[\s./-]+", words)[0]
     if _NOT_UNITS.fullmatch(first) or _CHANGES.fullmatch(words) or len(words.split()) > _MAX_WORDS:
@@ -60,18 +78,26 @@ def _is_unit(words: str, spaced: bool) -> bool:
 def _scaled(value: str, words: str) -> str:
     """``3 million`` is a value, not a unit."""
     first, _, rest = words.strip().partition(" ")
-    power = _SCALES.get(first.lower().removesuffix("s"))
-    return value if power is None else rf"({value})\cdot 10^{{{power}}}"
+    factor = _SCALES.get(first.lower().removesuffix("s"))
+    return value if factor is None else _scaled(rf"({value})\cdot {factor}", rest)
+
+
+def unabbreviated(text: str) -> str:
+    r"""``70k`` and ``1.5M`` as products; the caller knows that the letter is no variable."""
+    match = _ABBREVIATED.fullmatch(text)
+    return rf"({match[1]})\cdot {_LETTER_SCALES[match[2].lower()]}" if match else text
 
 
 def strip_units(text: str) -> str:
     r"""A normalized answer without trailing unit (``15 cm^2``) or leading remark (``\text{about } 5``)."""
     text = _QUOTIENT_TAIL.sub("", _LEADING.sub("", _NEGATIVE.sub("-", text)))
+    text = _GREEK_UNIT.sub("", text)
     while (tail := _TEXT_TAIL.search(text)) is not None:
         words = tail.group(1).strip()
-        if _CLOCK.fullmatch(words) or _NOT_UNITS.fullmatch(words) or _CHANGES.fullmatch(words):
+        kept = _CLOCK.fullmatch(words) or _NOT_UNITS.fullmatch(words) or _CHANGES.fullmatch(words)
+        if kept or _BOUNDS.search(words) or _BASE.match(words):
             return text
-        text = _scaled(text[: tail.start()].strip(), words)
+        text = _scaled(_UNIT_REST.sub("", text[: tail.start()].strip()), words)
     tail = _WORDS_TAIL.search(text)
     if tail is not None and _is_unit(tail.group(2), bool(tail.group(1))):
         return _scaled(text[: tail.start()].strip(), tail.group(2))

@@ -26,6 +26,9 @@ _EVERYTHING = re.compile(
 )
 _NAMES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 _NAMES |= {"eleven": 11, "twelve": 12, "sixteen": 16}
+_BASE = re.compile(
+    r"(?P<digits>[\dA-Za-z.]*\d[\dA-Za-z.]*)\s*(?:\\text\{)?\s*(?:,?\s*in\s+)?\(?base[\s~-]*\$?(?P<base>\w+)\$?\)?\s*\}?"
+)
 _NUMERAL = re.compile(r"([\dA-Za-z.]*[\dA-Z][\dA-Za-z.]*)_\{?\s*(?:\\text\{)?\s*(\w+)\s*\}*")
 
 
@@ -77,7 +80,14 @@ def choice(text: str) -> tuple[str, str] | None:
 
 def numeral(text: str) -> tuple[str, str] | None:
     """``2215_6`` as (digits, base): a numeral of that base, not a product, and not 2215."""
-    match = _NUMERAL.fullmatch(plain(text) if "_{" not in text else re.sub(r"^\\text\{(\w+)\}", r"\1", text))
+    if "base" in text:
+        text = re.sub(r"_\s*\{\s*(.*?)\s*\}$", r" \1", text) if "_" in text else text
+        match = _BASE.fullmatch(text) or _BASE.fullmatch(plain(text))
+    else:
+        text = re.sub(r"^\{(\w+)\}|^\((\w+)\)", r"\1\2", text)
+        match = _NUMERAL.fullmatch(
+            plain(text) if "_{" not in text else re.sub(r"^\\text\{(\w+)\}", r"\1", text)
+        )
     if match is None:
         return None
     base = match.group(2).lower()

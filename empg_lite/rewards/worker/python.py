@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import importlib.abc
 import importlib.util
+import inspect
 import math
 import sys
 import traceback
@@ -62,7 +63,21 @@ def load_function(setup: Mapping[str, Any]) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if not callable(function):
         raise TypeError(f"{name} is {type(function).__name__}, not a function")
+    _check_signature(function, name)
     return function
+
+
+def _check_signature(function: Callable[..., Any], name: str) -> None:
+    """Raise TypeError unless the function can be called as ``call_function`` does."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some functions written in C have none
+        return
+    try:
+        signature.bind(completion="", gold="", question="", meta={})
+    except TypeError as error:
+        expected = f"def {name}(completion, gold, question, meta)"
+        raise TypeError(f"{name}{signature}: {error}; define `{expected}`") from None
 
 
 def call_function(function: Callable[..., Any], request: Mapping[str, Any], path: str) -> dict[str, Any]:

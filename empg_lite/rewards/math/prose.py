@@ -1,0 +1,154 @@
+r"""What stands around an answer in running text, and what of it belongs to the answer.
+
+Decoration (emphasis, emoji, the mark of an exclamation) is taken off. A sign in words, a scale word, a bound
+or a denial changes the number beside it, and stays with it. Every regular expression runs in time linear in
+the length of the text.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+#: Pictures that only cheer; crosses and question marks, which retract, are not among them.
+_CHEER = (
+    "[\u2600-\u265f\u2668-\u26d3\u26d5-\u2715\u2719-\u274b\u274d\u274f-\u2752\u2757-\u27bf\u2b50\u2b55"
+    "\U0001f300-\U0001f44d\U0001f44f-\U0001f6aa\U0001f6ac-\U0001faff]"
+)
+_CHEERS_AFTER = re.compile(rf"(?:\s*{_CHEER}[\ufe0f\u200d]*)+\s*\Z")
+_CHEERS_BEFORE = re.compile(rf"\A\s*(?:{_CHEER}[\ufe0f\u200d]*\s*)+")
+_TAG = re.compile(
+    r"<(?P<tag>b|i|u|em|strong|mark|big|ins|code|center|span|font|p|div)(?:\s[^<>\n]{0,100})?>(?P<inside>[^<]*)"
+    r"</(?P=tag)\s*>",
+    re.IGNORECASE,
+)
+_RAISED_TAG = re.compile(r"<(?P<tag>su[pb])>(?P<inside>[^<>{}\n]{1,40})</(?P=tag)>", re.IGNORECASE)
+_UNDERSCORES = re.compile(
+    r"(?<!\w)__(?=\S)([^_\n]+)(?<=\S)__(?!\w)|(?<![\w}\\)])_([-$]{0,2}\d[\d.,]*)_(?!\w)"
+)
+#: A mark after a number or a number with words: "42!", "-$42!", "x = 42!", "42 marbles!"; no other factorial.
+_EXCLAIMED = re.compile(r"(?:[^!\\^*/+()]*(?<![\w.,])(?:\d[\d.,]*%?)(?: [A-Za-z][A-Za-z ]*)?)(?P<marks>!+)")
+_CLOSED = re.compile(r"(?:(?<=\$)|(?<=\\\))|(?<=\\\]))!+\Z")
+
+_CURRENCY = r"\\?[$€£¥₹]\s?"
+NUMBER = re.compile(
+    r"(?<![\w.\\^])(?:(?<![\w)\]}$] )(?<![)\]}$])[-+−–]\s?|(?<=[A-Za-z:=,] )[-−–](?=\\?[$€£¥₹]\s?\d))?"
+    rf"(?:{_CURRENCY})?[-−–]?"
+    r"(?:\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\}"
+    r"|\d+(?::\d+)+(?:\s?[AaPp]\.?[Mm]\b)?"
+    r"|(?:(?<=[€£¥₹])|(?<=[€£¥₹] )|(?<=\\\$))\d+,\d\d(?!\d)|\d{1,3}(?:\.\d{3})*,\d\d\s?[€£¥₹]"
+    r"|(?:\d{1,3}(?:(?:,|\{,\}|,\\!)\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:\s?/\s?\d+(?!\.?\d))?|\.\d+)"
+    r"(?:\s?(?:\\times|\\cdot|[×·*x])\s?10\s?\^\s?(?:\{\s?[-−]?\d+\s?\}|[-−]?\d+)|[eE][-−+]?\d+(?!\w))?"
+    r"(?:\s?\\?%|\s(?:percent|pct|per cent)\b)?|[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]"
+)
+_OPEN = r"[\s*]*(?:\$|\\\(|\\\$)?\s*\Z"
+_SIGN_BEFORE = re.compile(rf"(?<![\d)\]}}$] )(?<!\w)(?:minus|negative){_OPEN}", re.IGNORECASE)
+_NUMBER_BEFORE = r"(?<![\w.,])\$?\d[\d.,]*"
+_BOUND_BEFORE = re.compile(
+    r"\b(?:(?:at (?:the )?(?:very )?(?:least|most)"
+    r"|(?:more|less|fewer|greater|larger|smaller|higher|lower) than(?: or equal to)?"
+    r"|(?:(?:is|are|was|were|be|of|costs?|takes?|weighs?|spends?|earns?|pays?|needs?|ha[sd]|have) "
+    r"(?:well |just )?|\A\W*)(?:over|under|above|below|beyond|up to)"
+    rf"|exceed(?:s|ed)?|between {_NUMBER_BEFORE} and){_OPEN}"
+    rf"|ratio\b[^.\n]{{0,60}}(?P<first> {_NUMBER_BEFORE} to\s+\Z))"
+    r"|(?<![\w.])\d[\d.,]*[–—-]\Z",
+    re.IGNORECASE,
+)
+_DENIAL_BEFORE = re.compile(
+    rf"(?:\b(?:not|cannot|never)|n['’]t)(?: be)?(?: equal(?: to)?| exactly)?{_OPEN}"
+    rf"|\b(?:other than|anything but|far from){_OPEN}|(?<=\d) (?:or|and) \$?\Z",
+    re.IGNORECASE,
+)
+SCALES_AFTER = re.compile(
+    r"(?:[\s$]*-?(?:hundred|thousand|million|billion|trillion|dozen)s?\b)+", re.IGNORECASE
+)
+_AFTER = re.compile(
+    rf"{SCALES_AFTER.pattern}|(?:[kKM]|bn|mn)(?![\w^])"
+    r"|\s(?:squared|cubed|factorial|halves|thirds|(?:fif|six|eigh|nin|ten|hundred|thousand)ths)\b",
+    re.IGNORECASE,
+)
+_BOUND_AFTER = re.compile(
+    r"\$?(?:(?: [A-Za-z]+){0,3}?,? (?:(?:or|and) (?:more|less|fewer|greater|larger|smaller|higher|lower"
+    r"|above|below|over|under|up|beyond)|at (?:the )?(?:very )?(?:least|most))\b"
+    r"|\+(?=\s+[A-Za-z]|[.!?]?\s*\Z))",
+    re.IGNORECASE,
+)
+_CONTRAST = re.compile(r",\s+(?:and\s+)?not\s+[-−$\\]{0,3}\d[\d.,]*")
+
+
+class Quantity(NamedTuple):
+    """A number in a text, with the words that change it."""
+
+    text: str
+    start: int
+    end: int
+    denied: bool = False
+
+
+def undecorated(text: str) -> str:
+    """Without emoji and check marks at either end, unless there is nothing else."""
+    if text.isascii():
+        return text
+    bare = _CHEERS_BEFORE.sub("", _CHEERS_AFTER.sub("", text))
+    return bare if re.search(r"[\w\\]", bare) else text
+
+
+def unemphasized(text: str) -> str:
+    """Without HTML tags and underscores of emphasis; ``<sup>`` becomes a power."""
+    if "</" in text:
+        text = _RAISED_TAG.sub(
+            lambda m: ("^" if m["tag"].lower() == "sup" else "_") + f"{{{m['inside']}}}", text
+        )
+        for _ in range(3):
+            text = _TAG.sub(r"\g<inside>", text)
+    return _UNDERSCORES.sub(r"\1\2", text) if "_" in text else text
+
+
+def calm(text: str) -> str:
+    r"""Without the mark of an exclamation: ``42 marbles!``, ``$42$!``; ``n!`` and ``$5!$`` keep theirs."""
+    if not text.endswith("!"):
+        return text
+    match = _EXCLAIMED.fullmatch(text)
+    return text[: match.start("marks")] if match else _CLOSED.sub("", text)
+
+
+def balanced(text: str) -> str:
+    r"""Without closing braces and fences that open outside: ``} 460 \]`` of ``\[ \text{Sum: } 460 \]``."""
+    depth, out = 0, []
+    for part in re.split(r"(?<!\\)([{}])", text):
+        depth += (part == "{") - (part == "}")
+        if depth >= 0:
+            out.append(part)
+        depth = max(depth, 0)
+    text = "".join(out).strip()
+    for opening, closing in ((r"\[", r"\]"), (r"\(", r"\)"), ("$$", "$$"), ("$", "$")):
+        if text.endswith(closing) and text.count(closing) == 1 + (opening != closing and text.count(opening)):
+            bare = text.removesuffix(closing)
+            text = text if opening != closing and opening in bare else bare.rstrip()
+    return text
+
+
+def without_contrast(text: str) -> str:
+    """``40, not 42`` without what it denies."""
+    return _CONTRAST.sub("", text)
+
+
+def qualified(text: str, start: int, end: int) -> Quantity:
+    """What stands at ``start`` to ``end`` with sign, scale and bound in words beside it."""
+    near = max(0, start - 80)
+    if _DENIAL_BEFORE.search(text, near, start):
+        return Quantity(text[start:end].strip(), start, end, denied=True)
+    after = _AFTER.match(text, end)
+    end = after.end() if after else end
+    bound = _BOUND_AFTER.match(text, end)
+    end = bound.end() if bound else end
+    for before in (_BOUND_BEFORE, _SIGN_BEFORE):
+        if match := before.search(text, near, start):
+            start = match.start("first" if match.groupdict().get("first") else 0)
+    return Quantity(text[start:end].strip(), start, end)
+
+
+def last_number(text: str) -> Quantity | None:
+    """The last number of a text, qualified; None where there is none."""
+    spans = [match.span() for match in NUMBER.finditer(text)]
+    return qualified(text, *spans[-1]) if spans else None
