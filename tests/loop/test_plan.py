@@ -149,6 +149,26 @@ def test_a_micro_batch_stops_growing_where_it_gains_nothing() -> None:
         assert 256 < short.settings.micro_batch_tokens <= most and short.fits
 
 
+@pytest.mark.parametrize(
+    ("device", "problems", "rows"),
+    [
+        ("cpu", 1, 64),
+        ("cpu", 8, 64),
+        ("cpu", 9, 128),
+        ("cpu", 999, 512),
+        ("cuda", 1, 512),
+        ("cuda", 999, 512),
+    ],
+)
+def test_rows_stop_growing_where_they_gain_little(device: str, problems: int, rows: int) -> None:
+    """On a CPU beyond 64, unless a step has more samples; below that it is what fits."""
+    recipe, shape = load_recipe("gsm8k-0.5b", [f"sampler.problems_per_step={problems}"]), KNOWN["0.5B"]
+    assert recipe.sampler.samples_per_problem == 8
+    assert plan_recipe(recipe, shape, Machine(device, 10**12)).settings.batch_rows == rows
+    short = plan_recipe(recipe, shape, Machine(device, 3 * 10**9))
+    assert 8 <= short.settings.batch_rows < rows and short.fits
+
+
 @pytest.mark.parametrize("merged", [True, False])
 def test_the_sampler_stays_where_the_m_step_fits_beside_it(merged: bool) -> None:
     """From one byte of room on; the plan fits either way, and neither a CPU nor ``generate`` keeps
