@@ -36,15 +36,9 @@ class Output:
     def __init__(self, as_json: bool) -> None:
         self.as_json, self._quiet = as_json, not speaks()
         self._stdout = sys.stdout
-        # A notebook's `!command` runs on a pseudo-terminal and shows control sequences as text.
-        plain = False if "JPY_PARENT_PID" in os.environ else None
-        self.console: Console = Console(stderr=as_json, quiet=self._quiet, force_terminal=plain)
+        self.console = _console(stderr=as_json, quiet=self._quiet)
         # What is written to a file or a pipe holds no progress.
-        self.progress = (
-            self.console
-            if self.console.is_terminal
-            else Console(stderr=True, quiet=self._quiet, force_terminal=plain)
-        )
+        self.progress = self.console if self.console.is_terminal else _console(stderr=True, quiet=self._quiet)
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
@@ -84,6 +78,16 @@ class Output:
         from empg_lite.tools.view import LiveView
 
         return LiveView(self.console) if self.console.is_terminal else self.view()
+
+
+def _console(*, stderr: bool, quiet: bool) -> Console:
+    """A console that repaints only a terminal. ``FORCE_COLOR`` asks for colors in a log, not for frames."""
+    stream = sys.stderr if stderr else sys.stdout
+    colored = bool(os.environ.get("FORCE_COLOR")) and not (stream is not None and stream.isatty())
+    # A notebook's `!command` runs on a pseudo-terminal and shows control sequences as text.
+    plain = False if colored or "JPY_PARENT_PID" in os.environ else None
+    color = "standard" if colored and "NO_COLOR" not in os.environ else "auto"
+    return Console(stderr=stderr, quiet=quiet, force_terminal=plain, color_system=color)  # type: ignore[arg-type]
 
 
 def with_output(command: Callable[..., None]) -> Callable[..., None]:

@@ -19,6 +19,8 @@ from empg_lite.run.rollouts import RolloutHeader, Segment, encode_rollouts, rati
 #: The one sampler setting that never changes an answer: a file started with another value keeps it.
 _LAYOUT = "batch_rows"
 
+#: What a header begins with.
+_BEGIN = b'{"model": '
 #: Which answer: problem ID and sample index.
 AnswerKey = tuple[str, int]
 
@@ -86,11 +88,21 @@ class AnswerFile:
 
 
 def _read(path: Path) -> Segment | None:
-    """The file's content; None if not even its header was completed."""
+    """The file's content; None if not even its header was completed.
+
+    Raises:
+        UsageError: it is a file of the user's.
+    """
     if not store.size(path):
         return None
     segment = read_rollouts(path, torn_tail=True)[0]
-    return segment if segment.header != RolloutHeader() else None
+    if segment.header != RolloutHeader():
+        return segment
+    with open(path, "rb") as file:
+        torn = _BEGIN.startswith(file.read(len(_BEGIN)))
+    if segment.rationales or not torn:
+        raise UsageError("the file is not from an evaluation", str(path), "move it away")
+    return None
 
 
 def _holds(path: Path, text: str) -> bool:

@@ -283,3 +283,42 @@ def test_a_closed_pipe_is_not_an_error(recipe_file: Path) -> None:
     command = f"{sys.executable} -m empg_lite recipes show gsm8k-0.5b | head -1"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
     assert "error" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_command_to_copy_is_one_that_runs(cli, recipe_file: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """A path with a space is quoted; --resume where there is no run says that it begins one."""
+    run = tmp_path / "a b"
+    code, out, _ = cli(
+        "train", "--recipe", recipe_file, "--max-steps", 1, "--set", "run.eval_every=0", "-o", run, "--resume"
+    )
+    assert code == 0 and f"empg-lite chat '{run}'" in " ".join(out.split())
+    assert "there is no run to resume in" in out and "a new one starts" in out
+    code, out, _ = cli(
+        "train", "--recipe", recipe_file, "--max-steps", 1, "--set", "run.eval_every=0", "-o", run, "--resume"
+    )
+    assert code == 0 and "no run to resume" not in out
+
+
+def test_odd_terminals_end_in_no_internal_error() -> None:
+    """A closed standard input, an encoding without the characters, colors forced into a file."""
+    code = (
+        "import io, os, sys\n"
+        "from empg_lite.cli import main\n"
+        "from empg_lite.cli.output import Output\n"
+        "def run(*arguments):\n"
+        "    try: main([*arguments])\n"
+        "    except SystemExit as stopped: return stopped.code\n"
+        "sys.stdin = None\n"
+        "assert run('grade', '--gold', '1', '--prediction', '-') == 2\n"
+        "assert run('chat') == 2\n"
+        "assert run('grade', '--gold', '\u00bd', '--prediction', 'It is \u00bd \u2713') == 0\n"
+        "os.environ['FORCE_COLOR'] = '1'\n"
+        "out = Output(False)\n"
+        "assert not out.console.is_terminal and out.console.color_system == 'standard'\n"
+        "out.say('red', style='red')\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("standard input is closed") == 2 and "internal error" not in done.stderr
+    assert "\\xbd" in done.stdout and "\x1b[31mred" in done.stdout

@@ -125,6 +125,17 @@ def test_another_evaluations_file_is_refused_or_replaced(tmp_path: Path, whole: 
     assert [s.header for s in read_rollouts(path)] == [other]
 
 
+def test_a_file_of_the_users_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "greedy.jsonl"
+    for theirs in (b'{"question": "q", "completion": "5", "id": 1}\n', b'{"question": "q"', b"notes"):
+        path.write_bytes(theirs)
+        with pytest.raises(UsageError, match="not from an evaluation.*move it away"):
+            opened(path)
+        assert path.read_bytes() == theirs
+    path.write_bytes(b'{"model": "te')  # what a kill leaves of a header
+    assert opened(path).rows == []
+
+
 def test_a_broken_line_in_the_middle_is_named(tmp_path: Path, whole: bytes) -> None:
     path = tmp_path / "broken.jsonl"
     lines = whole.split(b"\n")
