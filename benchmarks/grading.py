@@ -138,6 +138,14 @@ def math_outputs() -> list[Row]:
     ]
 
 
+def field_pairs() -> list[tuple[str, Row]]:
+    """(reward, row) after public bug reports."""
+    return [
+        (row["reward"], Row(row["gold"], row["prediction"], None, bool(row["want"])))
+        for row in load("field_cases_dev.jsonl")
+    ]
+
+
 def gold_answers() -> tuple[list[Row], list[Row]]:
     """(GSM8K, MATH): every gold answer as the prediction of itself."""
     parts = ("train", "test")
@@ -195,6 +203,27 @@ def accuracy(grader: Grader, notes: list[str]) -> Iterable[Figure]:
     for gold in dict.fromkeys(row.gold for row in apart[0]):
         count, why = sum(row.gold == gold for row in apart[0]), RECORDED_WRONG.get(gold, "not explained")
         notes.append(f"recorded otherwise: {gold!r}, {count} outputs: {why}")
+
+
+def field(grader: Grader, notes: list[str]) -> Iterable[Figure]:
+    """Pairs after public bug reports of other graders, with the verdict that a reasonable user expects.
+
+    The rivals have no ``choice``; those rows are counted for ours alone.
+    """
+    rows = field_pairs()
+    specs = {spec: [row for s, row in rows if s == spec] for spec in dict.fromkeys(s for s, _ in rows)}
+    found = [errors(part, ours(grader, spec)(part)) for spec, part in specs.items()]
+    positive, negative = (sum((pair[index] for pair in found), []) for index in (0, 1))
+    numbers = [row for spec, row in rows if spec != "choice"]
+    judged = [errors(numbers, judge(numbers)) for judge in (rival(math_verify), rival(naive))]
+    right, wrong = len(rows) - len(positive) - len(negative), len(positive)
+    others = tuple(len(numbers) - len(a) - len(b) for a, b in judged)
+    good = right >= 0.99 * len(rows)
+    yield Figure(f"{len(rows)} field pairs, right (others: of {len(numbers)})", right, others, ">= 99%", good)
+    accepted = tuple(len(a) for a, _ in judged)
+    yield Figure("  wrong answers accepted", wrong, accepted, "= 0", wrong == 0)
+    yield Figure("  right answers refused", len(negative), tuple(len(b) for _, b in judged))
+    notes += [f"field pair: {row.gold!r} = {row.prediction!r}" for row in [*positive, *negative]]
 
 
 def golds(grader: Grader, notes: list[str]) -> Iterable[Figure]:
@@ -270,7 +299,7 @@ def main() -> int:
     where, notes = machine(), []
     with Grader(workers=2) as grader:
         grader.grade_many("math", [(r"3\sqrt{5}", r"\boxed{\sqrt{45}}", None)] * 8)  # starts both workers
-        figures = [*speed(grader), *accuracy(grader, notes), *golds(grader, notes)]
+        figures = [*speed(grader), *accuracy(grader, notes), *field(grader, notes), *golds(grader, notes)]
     if chosen.json:
         print(json.dumps({"machine": where, "figures": [asdict(f) for f in figures], "notes": notes}))
     else:

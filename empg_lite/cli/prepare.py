@@ -124,6 +124,10 @@ def _findings(report: CheckReport) -> list[str]:
             f"longest prompt: {report.longest} tokens; prompts without room for sampler.max_new_tokens "
             f"in the context of {report.context}: {report.over_context}"
         )
+    if set(report.gold_rules) - {"whole"}:
+        read = ", ".join(f"{n} by {rule}" for rule, n in report.gold_rules.items())
+        shown = "; ".join(f"{cell[-60:]!r} read as {text[:60]!r}" for cell, text in report.gold_read)
+        lines.append(f"gold answers read: {read}" + (f" ({shown})" if shown else ""))
     if report.gold_failures is not None:
         lines.append(f"gold answers that score 1: {total - len(report.gold_failures)} of {total}")
         lines += [

@@ -6,6 +6,7 @@ comparison on every row. A problem whose gold answer fails can never be solved.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 #: Rows graded per progress update.
 _CHUNK = 256
+#: Gold cells shown beside what was read in them.
+_SHOWN = 3
 #: Context of a model whose config does not state one (Qwen2's).
 _DEFAULT_CONTEXT = 32_768
 
@@ -48,6 +51,8 @@ class CheckReport:
         rows: problems by split.
         dropped: rows dropped on loading, by cause.
         gold_failures: None where the reward has no written form for a gold answer (a pattern, a function).
+        gold_rules: gold answers by the rule that read them; "whole" where the cell is the answer.
+        gold_read: the first (cell, answer) that differ.
         too_long: training prompts over ``data.max_prompt_tokens``; training drops them.
         over_context: rows of all splits whose prompt and ``sampler.max_new_tokens`` exceed ``context``.
         context: of the model, in tokens.
@@ -60,6 +65,8 @@ class CheckReport:
     rows: dict[str, int]
     dropped: dict[str, int]
     gold_failures: tuple[GoldFailure, ...] | None
+    gold_rules: dict[str, int]
+    gold_read: tuple[tuple[str, str], ...]
     too_long: int | None
     over_context: int | None
     context: int | None
@@ -94,6 +101,7 @@ def check(recipe: Recipe, grader: Grader, view: View | None = None) -> CheckRepo
     grader.self_test(reward)
     problems = [p for part in parts.values() for p in part]
     failures = _gold_failures(grader, problems, reward, view or View())
+    readings = [(p.gold.strip(), *parse_spec(reward).kind.read_gold(p.gold)) for p in problems]
     if failures is None:
         notes.append("gold answers not checked: only the reward knows how a right answer is written")
     try:
@@ -108,6 +116,8 @@ def check(recipe: Recipe, grader: Grader, view: View | None = None) -> CheckRepo
         rows={name: len(part) for name, part in parts.items()},
         dropped=dict(splits.dropped),
         gold_failures=failures,
+        gold_rules=dict(Counter(rule for _, _, rule in readings)),
+        gold_read=tuple((cell, text) for cell, text, _ in readings if text != cell)[:_SHOWN],
         **lengths,
         overlap=len(find_overlap([*splits.train, *splits.validation], splits.evaluation)),
         prompt=template.render(splits.train[0].question),
@@ -165,9 +175,15 @@ def _gold_failures(
     with view.phase("grading gold answers", len(problems)) as on_done:
         for start in range(0, len(problems), _CHUNK):
             chunk = problems[start : start + _CHUNK]
-            cases = [Case(p.gold, str(kind.written_gold(p.gold)), p.question, p.meta) for p in chunk]
+            answers = [kind.read_gold(p.gold)[0] for p in chunk]
+            cases = [
+                Case(p.gold, str(kind.written_gold(answer)), p.question, p.meta)
+                for p, answer in zip(chunk, answers, strict=True)
+            ]
             for problem, verdict in zip(chunk, grader.grade_many(reward, cases), strict=True):
-                if verdict.reason != "equal":
-                    failures.append(GoldFailure(problem.id, problem.gold, verdict.reason, verdict.extracted))
+                why = kind.unreadable_gold(problem.gold, problem.question)
+                if why or verdict.reason != "equal":
+                    reason = why or verdict.reason
+                    failures.append(GoldFailure(problem.id, problem.gold, reason, verdict.extracted))
             on_done(len(chunk))
     return tuple(failures)

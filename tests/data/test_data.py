@@ -219,6 +219,10 @@ def test_math_golds_agree_with_those_of_math_500(shared: Path) -> None:
         ("choice", "Z", "is neither a letter A-J nor an option"),
         ("choice * concise:600", "12", "is neither a letter A-J nor an option"),
         ("gsm8k", "?", "the gsm8k reward reads no answer in '?'"),
+        ("math", r"\frac{1}{", "its braces do not match"),
+        ("math", "We count them and see that 14 are left", "'14' only stands in it; write the answer alone"),
+        ("math", "#### Step 1: add\nwe get 5 and 9\n#### Step 2: conclude", "write the answer alone"),
+        ("gsm8k", "#### Step 1: add\nwe get 5 and 9\n#### Step 2: conclude", "write the answer alone"),
     ],
 )
 def test_an_unreadable_gold_is_an_error_naming_its_line(
@@ -251,6 +255,9 @@ def test_an_unreadable_gold_is_an_error_naming_its_line(
         ("gsm8k", "1/2"),
         ("gsm8k", "purple"),  # a word after #### is read and compared
         ("math", r"\text{purple}"),
+        ("math", "The answer is 14."),
+        ("math", "the days between one new moon and the next"),  # words are compared as words
+        ("gsm8k", "He has 14 left."),
         ("math", "purple"),
         ("math", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
         ("math", "x \\in [0, \\infty)"),

@@ -15,6 +15,7 @@ MAX_ANSWER = 2_000
 #: A gold cell with one of these announces its answer; another one is the answer.
 _ANNOUNCED = re.compile(r"####|boxed|fbox|answer|\bans\b|答案|</think", re.IGNORECASE)
 _PLAIN = re.compile(r"[-+\d.,/\s]*")
+_HEADING = re.compile(r"\W*(?:step|part|case|question|problem)\s+\d", re.IGNORECASE)
 #: Rules that guess: the last value of a text is no gold answer.
 _GUESSES = frozenset({"last_math", "last_number"})
 
@@ -110,18 +111,23 @@ class Math(Kind):
         shown = f"the {self.name} reward reads no answer in {quoted(gold[:80])}"
         if _braces_open(text):
             return f"{shown}: its braces do not match"
-        found = extract(gold) if rule == "whole" and not self.numeric else None
-        guessed = found.text if found and found.rule in _GUESSES and re.search(r"[\d$\\]", gold) else None
-        if (rule in _GUESSES and not self.numeric) or (
-            "####" in gold and rule != "hash" and "box" not in rule
-        ):
-            guessed = text
+        guessed = text if self._only_guessed(gold, text, rule) else None
+        found = extract(gold) if guessed is None and rule == "whole" and not self.numeric else None
+        if found and found.rule in _GUESSES and re.search(r"[\d$\\]", gold):
+            guessed = found.text
         if guessed is not None:
             return f"{shown}: {quoted(guessed)} only stands in it; write the answer alone"
         written = self.written_gold(text)
         assert written is not None
         outcome = self.grade(Case(gold, written, question), "")
         return shown if isinstance(outcome, Outcome) and outcome.reason == "no_answer" else None
+
+    def _only_guessed(self, gold: str, text: str, rule: str) -> bool:
+        """True where the cell has a heading for an answer, or prose with a value somewhere."""
+        marked = "####" in gold and rule != "hash" and "box" not in rule
+        return (
+            bool(_HEADING.match(gold)) or marked or (rule in _GUESSES and not self.numeric and text != gold)
+        )
 
     def _gold(self, gold: str) -> str:
         return self.read_gold(gold)[0]
