@@ -92,7 +92,7 @@ def read_problems(data: DataSection, split: str, path: str | None) -> Loaded:
     if not kept:
         what = f"no row has {'an answer' if data.source == 'math' else f'the level {_MATH_HARD_LEVEL!r}'}"
         raise DataError(what, f"{table.rows[0].where}: level", "check that this is the right file")
-    notes = (*table.notes, *_system_messages(table.rows, data))
+    notes = (*table.notes, *_system_messages(table.rows, data, split))
     return Loaded([problem for problem, _ in kept.values()], dropped, notes)
 
 
@@ -130,13 +130,13 @@ def column_of(row: Row, named: str | None, known: tuple[str, ...], what: str) ->
     raise DataError(f"no column {' or '.join(candidates)}", f"{row.where}: {what}", todo)
 
 
-def _system_messages(rows: Sequence[Row], data: DataSection) -> list[str]:
+def _system_messages(rows: Sequence[Row], data: DataSection, split: str) -> list[str]:
     """A note if the questions come with system messages, which are not part of a problem."""
     known = (data.question_column,) if data.question_column else QUESTION_COLUMNS
     asked = ((row, find_column(row.fields, known)) for row in rows if not row.error)
     count = sum(has_system_message(cell(row.fields, column)) for row, column in asked if column)
     return (
-        [f"{count} questions come with a system message, left out: data.prompt sets the prompt"]
+        [f"{count} questions of {split} come with a system message, left out: data.prompt sets it"]
         if count
         else []
     )

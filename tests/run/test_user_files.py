@@ -84,7 +84,7 @@ def test_files_of_other_tools_are_read(name: str, tmp_path: Path) -> None:
     (problem,) = loaded.problems
     assert (problem.question, problem.gold) == ("What is 2 + 3?", "5")
     said = {"semicolons.csv": "semicolons", "mark.csv": "semicolons", "tabs.csv": "tabs"}
-    said["chat-with-a-system-message.jsonl"] = "1 questions come with a system message, left out"
+    said["chat-with-a-system-message.jsonl"] = "1 questions of train come with a system message, left out"
     assert len(loaded.notes) == (name in said) and said.get(name, "") in "".join(loaded.notes)
 
 
