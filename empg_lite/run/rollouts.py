@@ -16,17 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from empg_lite.core.cells import (
-    ANSWER_COLUMNS,
-    NotKept,
-    cell,
-    completion_text,
-    distinct_keys,
-    find_column,
-    finite,
-    gold_text,
-    question_text,
-)
 from empg_lite.core.errors import DataError, MissingInput
 from empg_lite.core.rationale import FAILURES, ORIGINS, VERDICTS, Rationale, problem_id
 from empg_lite.core.safe_text import encodable
@@ -214,6 +203,8 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _parse_object(text: str, where: str) -> dict[str, Any]:
+    from empg_lite.core.cells import NotKept, distinct_keys, finite  # lazy: a run writes rows, and reads none
+
     try:
         record = json.loads(text, object_pairs_hook=distinct_keys, parse_float=finite)
     except NotKept as error:
@@ -269,6 +260,8 @@ def _parse_rationale(record: dict[str, Any], where: str, seen: dict[str, int]) -
 
 def _given(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A record as fields of a rationale: question and gold answer as training data has them, and ``meta``."""
+    from empg_lite.core.cells import completion_text, question_text
+
     found = {k: v for k, v in record.items() if k in _TYPES and (v is not None or k in _NOT_NULL)}
     if "completion" in found:
         found["completion"] = completion_text(found["completion"])
@@ -296,6 +289,8 @@ def read_gold(record: Mapping[str, Any], where: str) -> str:
     Raises:
         DataError: there is none.
     """
+    from empg_lite.core.cells import ANSWER_COLUMNS, cell, find_column, gold_text
+
     column = find_column(record, ANSWER_COLUMNS, answer=True)
     todo = "write the right answer under `gold`"
     if column is None or cell(record, column) in (None, ""):
