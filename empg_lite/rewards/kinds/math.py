@@ -29,6 +29,14 @@ def _read_gold(gold: str, numeric: bool) -> Answer:
     return bare if answer is None or (answer.rule == "whole" and "<" not in gold) else answer
 
 
+def _pair(gold: str, answer: Answer, question: str | None) -> Pair:
+    """What is compared: the box alone, or with the base or scale word beside it where that is meant."""
+    pair = Pair.of(gold, answer.text, question)
+    if answer.beside and pair.equal() is False:
+        return Pair.of(gold, answer.text + answer.beside, question)
+    return pair
+
+
 class Math(Kind):
     """Decides plain answers here and sends the rest to the algebra worker.
 
@@ -68,7 +76,7 @@ class Math(Kind):
         gold = self._gold(case.gold)
         if max(len(gold), len(answer.text)) > MAX_ANSWER:
             return Outcome("equal" if gold == answer.text else "too_long", answer)
-        pair = Pair.of(gold, answer.text, case.question)
+        pair = _pair(gold, answer, case.question)
         if pair.blank:
             same = pair.gold.lower() == pair.prediction.lower()
             return Outcome("equal", answer) if same else Outcome("no_answer")
@@ -93,7 +101,7 @@ class Math(Kind):
             steps.append(f"read the gold answer {quoted(gold)} from a worked solution")
         if max(len(gold), len(answer.text)) > MAX_ANSWER:
             return [*steps, f"an answer over {MAX_ANSWER} characters is compared as text only"]
-        pair = Pair.of(gold, answer.text, case.question)
+        pair = _pair(gold, answer, case.question)
         if pair.blank:
             return [
                 *steps,

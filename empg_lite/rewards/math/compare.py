@@ -30,6 +30,7 @@ _RATIO_MARK = re.compile(r":|(?<=\d)\s*(?:\\text\{\s*to\s*\}|\bto\b)\s*(?=\d)")
 _MODULUS = re.compile(
     r"(?P<value>.+?)[\s,(]*(?:\\pmod|\\text\{\s*\(?mod\s*\}|\bmod\b)\s*\{?\s*(?P<modulus>\w+)\s*\}?\s*\)?"
 )
+_SCALE = re.compile(r"(?<=\d)\s*(?:\\text\{\s*)?(dozen|hundred|thousand|million|billion|trillion)s?\b\s*\}?")
 _ABBREVIATION = re.compile(r"[kKM]|[bm]n")
 _STRUCTURED = re.compile(r"\\(?:begin|mathbb|setminus|backslash|cap|emptyset|cup)")
 _ASKING = re.compile(
@@ -43,6 +44,15 @@ _ASKING = re.compile(
 def asks_percentage(question: str | None) -> bool:
     """True where a problem asks for a percentage, so that 20 and 20% are the same answer."""
     return question is not None and _ASKING.search(question) is not None
+
+
+def _without_asked_scale(prediction: str, question: str | None) -> str:
+    """``2 dozen`` without the scale word, where the problem asks how many dozen."""
+    scale = _SCALE.search(prediction) if question else None
+    if scale is None or question is None:
+        return prediction
+    asked = rf"\b(?:how (?:many|much)|in) {scale[1]}s?\b"
+    return _SCALE.sub(" ", prediction) if re.search(asked, question, re.IGNORECASE) else prediction
 
 
 def _squeezed(text: str) -> str:
@@ -344,7 +354,7 @@ class Pair(NamedTuple):
     @classmethod
     def of(cls, gold: str, prediction: str, question: str | None = None) -> Pair:
         """Normalize both; ``question`` is the problem's text."""
-        normalized = normalize(prediction)
+        normalized = _without_asked_scale(normalize(prediction), question)
         return cls(normalize(gold), normalized, "%" in normalized and asks_percentage(question))
 
     @property

@@ -55,10 +55,15 @@ RULES = {
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The text of an answer and the rule that found it."""
+    """The text of an answer and the rule that found it.
+
+    Attributes:
+        beside: what follows the box and may belong to the answer: a base (``_8``) or a scale word.
+    """
 
     text: str
     rule: str
+    beside: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,10 +242,7 @@ def _read_boxes(text: str, boxes: list[_Box]) -> Answer | None:
     contents: list[str] = []
     for box, following in zip(boxes, [*boxes[1:], None], strict=True):
         percent = _PERCENT_AFTER.match(text, box.end)
-        more = _BASE_AFTER.match(text, box.end) or SCALES_AFTER.match(text, box.end)
-        contents.append(
-            box.content.strip() + (r"\%" if percent else more.group().lstrip("$") if more else "")
-        )
+        contents.append(box.content.strip() + (r"\%" if percent else ""))
         if following is None:
             break
         between = text[box.end : following.start]
@@ -249,7 +251,9 @@ def _read_boxes(text: str, boxes: list[_Box]) -> Answer | None:
         if _PROSE.search(between) and (_THUS.search(between) or not _JOINED.search(between)):
             contents.clear()  # not a list: the sentence moved on to another value
     distinct = list(dict.fromkeys(contents))
-    return Answer(", ".join(distinct), "boxed" if boxes[-1].closed else "boxed_unclosed")
+    after = _BASE_AFTER.match(text, boxes[-1].end) or SCALES_AFTER.match(text, boxes[-1].end)
+    beside = after.group().lstrip("$") if after and len(distinct) == 1 else ""
+    return Answer(", ".join(distinct), "boxed" if boxes[-1].closed else "boxed_unclosed", beside)
 
 
 def _tidy(content: str) -> str:

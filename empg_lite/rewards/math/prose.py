@@ -27,7 +27,7 @@ _UNDERSCORES = re.compile(
     r"(?<!\w)__(?=\S)([^_\n]+)(?<=\S)__(?!\w)|(?<![\w}\\)])_([-$]{0,2}\d[\d.,]*)_(?!\w)"
 )
 #: A mark after a number or a number with words: "42!", "-$42!", "x = 42!", "42 marbles!"; no other factorial.
-_EXCLAIMED = re.compile(r"(?:[^!\\^*/+()]*(?<![\w.,])(?:\d[\d.,]*%?)(?: [A-Za-z][A-Za-z ]*)?)(?P<marks>!+)")
+_EXCLAIMED = re.compile(r"[^!\\^*/+()]*(?<![\w.,])\d[\d.,]*(?:/\d+)?%?(?: [A-Za-z][A-Za-z ]*)?(?P<marks>!+)")
 _CLOSED = re.compile(r"(?:(?<=\$)|(?<=\\\))|(?<=\\\]))!+\Z")
 
 _CURRENCY = r"\\?[$€£¥₹]\s?"
@@ -47,11 +47,11 @@ _NUMBER_BEFORE = r"(?<![\w.,])\$?\d[\d.,]*"
 _BOUND_BEFORE = re.compile(
     r"\b(?:(?:at (?:the )?(?:very )?(?:least|most)"
     r"|(?:more|less|fewer|greater|larger|smaller|higher|lower) than(?: or equal to)?"
-    r"|(?:(?:is|are|was|were|be|of|costs?|takes?|weighs?|spends?|earns?|pays?|needs?|ha[sd]|have) "
-    r"(?:well |just )?|\A\W*)(?:over|under|above|below|beyond|up to)"
+    r"|(?:is|are|was|were|be|of|costs?|takes?|weighs?|spends?|earns?|pays?|needs?|ha[sd]|have) "
+    r"(?:well |just )?(?:over|under|above|below|beyond|up to)"
     rf"|exceed(?:s|ed)?|between {_NUMBER_BEFORE} and){_OPEN}"
     rf"|ratio\b[^.\n]{{0,60}}(?P<first> {_NUMBER_BEFORE} to\s+\Z))"
-    r"|(?<![\w.])\d[\d.,]*[–—-]\Z",
+    rf"|(?:\A|\n)\W*(?:over|under|above|below|beyond|up to){_OPEN}|(?<![\w.])\d[\d.,]*[–—-]\Z",
     re.IGNORECASE,
 )
 _DENIAL_BEFORE = re.compile(
