@@ -161,7 +161,9 @@ def raw_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _as_line(record: Mapping[str, Any], before: str) -> str:
     """A row as JSON; what was written in other scripts than ASCII stays readable."""
-    text = json.dumps(record, ensure_ascii=before.isascii())
+    if before.isascii():
+        return json.dumps(record)
+    text = json.dumps(record, ensure_ascii=False)
     return text if encodable(text) else json.dumps(record)
 
 

@@ -124,6 +124,17 @@ def test_a_snapshot_of_the_hub_is_a_folder_of_shards(tmp_path: Path) -> None:
         load_splits(a_recipe(source="local", path=str(tmp_path), eval_split="validation"))
 
 
+def test_a_note_is_said_once_for_both_splits(tmp_path: Path) -> None:
+    """By ``check`` and at the start of a run: both show the notes of the splits."""
+    rows = "".join(f"q{n};{n}\n" for n in range(20))
+    for name in ("train.csv", "test.csv"):
+        (tmp_path / name).write_text("question;answer\n" + rows.replace("q", name[:2]))
+    notes = load_splits(a_recipe(source="local", path=str(tmp_path))).notes
+    assert notes == tuple(f"{name}: semicolons separate its columns" for name in ("train.csv", "test.csv"))
+    (tmp_path / "one.csv").write_text("question;answer\n" + rows)
+    assert len(load_splits(a_recipe(source="local", path=str(tmp_path / "one.csv"))).notes) == 1
+
+
 def test_other_columns_reach_the_users_reward_as_json(tmp_path: Path) -> None:
     when = datetime.date(2026, 1, 31)
     table = {"question": ["q"], "answer": ["1"], "price": [Decimal("1.50")], "day": [when], "image": [b"\0"]}

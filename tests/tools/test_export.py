@@ -269,6 +269,10 @@ def test_sft_dataset_holds_the_distinct_right_rationales(cli, run: Path, tmp_pat
     from trl.data_utils import is_conversational
 
     assert {"prompt", "completion"} <= set(rows.column_names) and not is_conversational(rows[0])
+    assert cli("export", run, "--to", "sft-dataset", "--out", out)[0] == 0, "the same rows again"
+    out.write_text("theirs")
+    code, _, err = cli("export", run, "--to", "sft-dataset", "--out", out)
+    assert code == 2 and "another file exists" in err and out.read_text() == "theirs"
 
 
 class Hub:
