@@ -162,8 +162,8 @@ def test_a_micro_batch_stops_growing_where_it_gains_nothing() -> None:
 )
 def test_rows_stop_growing_where_they_gain_little(device: str, problems: int, rows: int) -> None:
     """On a CPU beyond 64, unless a step has more samples; below that it is what fits."""
-    recipe, shape = load_recipe("gsm8k-0.5b", [f"sampler.problems_per_step={problems}"]), KNOWN["0.5B"]
-    assert recipe.sampler.samples_per_problem == 8
+    groups = [f"sampler.problems_per_step={problems}", "sampler.samples_per_problem=8", "sampler.tries=null"]
+    recipe, shape = load_recipe("gsm8k-0.5b", groups), KNOWN["0.5B"]
     assert plan_recipe(recipe, shape, Machine(device, 10**12)).settings.batch_rows == rows
     short = plan_recipe(recipe, shape, Machine(device, 3 * 10**9))
     assert 8 <= short.settings.batch_rows < rows and short.fits

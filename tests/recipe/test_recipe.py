@@ -205,7 +205,8 @@ def test_tiny_recipe() -> None:
     recipe = load_recipe("tiny")
     assert recipe.data.source == "tiny"
     assert not recipe.model.load_in_4bit and recipe.model.dtype == "float32"
-    assert (recipe.sampler.problems_per_step, recipe.sampler.samples_per_problem) == (16, 8)
+    assert (recipe.sampler.problems_per_step, recipe.sampler.samples_per_problem) == (64, 1)
+    assert recipe.tries is not None and recipe.tries.tries == 8
 
 
 def test_found_from_any_folder_and_from_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,7 +316,7 @@ def test_any_recipe_survives_a_round_trip(
 def test_overrides_are_type_checked() -> None:
     overrides = ["run.steps=3", "run.steps=4", "run.eval_limit=null", "model.load_in_4bit=false"]
     overrides += ["optim.learning_rate=1e-4", "optim.micro_batch_tokens=4096", "em.baseline=1"]
-    recipe = load_recipe("gsm8k-0.5b", overrides, seed=7)
+    recipe = load_recipe("gsm8k-0.5b", ["sampler.tries=null", *overrides], seed=7)
     assert (recipe.run.steps, recipe.run.seed, recipe.run.eval_limit) == (4, 7, None)
     assert (recipe.optim.learning_rate, recipe.optim.micro_batch_tokens) == (1e-4, 4096)
     assert recipe.em.baseline == 1.0 and recipe.model.load_in_4bit is False
