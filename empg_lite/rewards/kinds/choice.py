@@ -19,9 +19,9 @@ _LABEL = re.compile(r"(?<!\w)(?:\(([A-J])\)|([A-J])[.):](?=\s))\s*")
 _WRAPPER = re.compile(r"\\(?:text|textbf|textit|mathbf|mathrm|textrm|mathsf|operatorname)\s*\{([^{}]*)\}")
 _CALLED = r"(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|letter|answer)\s*:?\s*)?"
 _LETTER = r"[(\[]?([A-Ja-j])[)\]]?"
-_ALONE = re.compile(rf"{_CALLED}{_LETTER}[.:]?", re.IGNORECASE)
+_ALONE = re.compile(rf"{_CALLED}{_LETTER}[.:!]*", re.IGNORECASE)
 _LABELED = re.compile(
-    rf"{_CALLED}(?:[(\[]([A-J])[)\]]|([A-J])\s*[).:])[.:]?\s*(.*)", re.IGNORECASE | re.DOTALL
+    rf"{_CALLED}(?:[(\[]([A-J])[)\]]|([A-J])(?:\s*[).:]|\s[-–—]\s))[.:]?\s*(.*)", re.IGNORECASE | re.DOTALL
 )
 _SEVERAL = re.compile(
     rf"{_CALLED}{_LETTER}(?:\s*(?:,|;|/|&|\band\b|\bor\b|\s)\s*{_CALLED}{_LETTER})+[.:]?", re.IGNORECASE
@@ -34,7 +34,11 @@ _IS_CORRECT = re.compile(
 _DENIED = re.compile(
     r"\b(?:not|cannot|incorrect|wrong|false|eliminated?|excluded?|ruled? out)\b|n['’]t\b", re.IGNORECASE
 )
-_MENTION = re.compile(r"(?<!\w)\(([A-J])\)|\b(?:option|choice)\s+\(?([A-J])\b", re.IGNORECASE)
+_MENTION = re.compile(
+    r"(?<!\w)\(([A-J])\)|\b(?:option|choice)\s+\(?([A-J])\b"
+    r"|\b(?:choose|pick|select)\s+\(?(?-i:([A-J]))\b",
+    re.IGNORECASE,
+)
 
 
 def options_of(question: str) -> dict[str, str]:
@@ -100,7 +104,7 @@ def read_choice(prediction: str, options: dict[str, str]) -> Answer | None:
     sentences = [part for part in re.split(r"\n|(?<=[.!?])\s+", whole[-_MAX:]) if part.strip()]
     last = sentences[-1] if sentences else ""
     correct = {match[1] for match in _IS_CORRECT.finditer(last)}
-    mentioned = correct or {(m[1] or m[2]).upper() for m in _MENTION.finditer(last)}
+    mentioned = correct or {(m[1] or m[2] or m[3]).upper() for m in _MENTION.finditer(last)}
     if mentioned:
         if not correct and _DENIED.search(last):
             return None
@@ -116,7 +120,7 @@ def _unwrapped(text: str) -> str:
         text = (
             _WRAPPER.sub(r"\1", text)
             .strip()
-            .strip("*_`$\"“”' ")
+            .strip("*_`$\"“”' ✅✓✔☑\ufe0f")
             .removeprefix(r"\(")
             .removesuffix(r"\)")
             .strip()

@@ -24,12 +24,13 @@ import re
 from dataclasses import dataclass
 
 from empg_lite.rewards.math.exact import read_exact
-from empg_lite.rewards.math.normalize import normalize, restore_escapes
+from empg_lite.rewards.math.normalize import normalize, restore_escapes, without_domain
 from empg_lite.rewards.math.prose import (
     NUMBER,
     SCALES_AFTER,
     balanced,
     calm,
+    denied,
     last_number,
     qualified,
     undecorated,
@@ -92,7 +93,7 @@ _PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _MAYBE = re.compile(r"\b(?:maybe|perhaps|possibly)\b", re.IGNORECASE)
 _COULD_BE = re.compile(r"\b(?:could|may|might) be\W*(?:either|equal to)?\W*$", re.IGNORECASE)
 _PERCENT_AFTER = re.compile(r"[\s$]*(?:\\?%|(?:percent|pct|per cent)\b)", re.IGNORECASE)
-_BASE_AFTER = re.compile(r"\s?_\s?(?:\{[^{}]{1,12}\}|\w)|[\s$]*\(?base (?:\w+)\)?", re.IGNORECASE)
+_BASE_AFTER = re.compile(r"\s?_\s?(?:\{[^{}]{1,12}\}|\w)|[\s$]*(?:in )?\(?base (?:\w+)\)?", re.IGNORECASE)
 #: What a prompt says for the answer, echoed.
 _PLACEHOLDER = re.compile(
     r"\W*(?:\\text\W*)?(?:(?:(?:your|the|final|my) )*answer(?: here)?)?\W*", re.IGNORECASE
@@ -112,12 +113,12 @@ _NO_CONTENT = re.compile(
 _REMARK = re.compile(
     r",?\s+(?:because|since|rounded|correct to|to the nearest"
     r"|as (?:we|the|there|it|he|she|they)|which|where|given that)\b|,\s+(?:so|but|not)\b"
-    r"|\s\((?=or\b|i\.e\.|\$?[\d.]+\s?\\?%)|\s\((?=[^()\\]{0,200}[A-Za-z]{3})",
+    r"|\s\((?=or\b|i\.e\.|\$?[\d.]+\s?\\?%)|\s\((?!\s*base\b)(?=[^()\\]{0,200}[A-Za-z]{3})",
     re.IGNORECASE,
 )
 #: Words after a number and a comma, unless they change it: "72, in total, so that is all".
 _ASIDE = re.compile(
-    r",\s+(?!(?:and|or|minus|plus|less|times|to|but|squared|cubed|per ?cent|dozen|hundred|thousand"
+    r"[,;]\s+(?!(?:and|or|minus|plus|less|times|to|but|squared|cubed|per ?cent|dozen|hundred|thousand"
     r"|million)\b)"
     r"[a-z]{2,}[A-Za-z ,;'’-]*\Z"
 )
@@ -126,8 +127,9 @@ _RESERVED = re.compile(
     re.IGNORECASE,
 )
 _LEAD = re.compile(
-    r"(?:(?:so|thus|hence|therefore|then|finally|between|we (?:get|have|find|obtain)(?: that)?"
-    r"|it follows that|this (?:means|gives)(?: that)?)(?:[,:]\s*|\s+)){1,4}",
+    r"(?:(?:it['’]s|that['’]s|so|thus|hence|therefore|then|finally|between"
+    r"|we (?:get|have|find|obtain)(?: that)?|it follows that|this (?:means|gives)(?: that)?)"
+    r"(?:[,:]\s*|\s+)){1,4}",
     re.IGNORECASE,
 )
 _VALUES = re.compile(
@@ -282,7 +284,7 @@ def _phrase_end(text: str, start: int) -> int:
 def _last_phrase(text: str, *, start: int = 0, final_only: bool = False) -> tuple[str, str] | None:
     """The rest of the sentence after the last "answer is", and the rule's name."""
     for match in reversed(list(_PHRASE.finditer(text, start))):
-        if final_only and not match.group("final"):
+        if (final_only and not match.group("final")) or denied(match.group() + " "):
             continue
         begin = _PHRASE_START.match(text, match.end())
         assert begin is not None
@@ -411,7 +413,7 @@ def _is_number(text: str) -> bool:
 
 def _fragment(content: str, rule: str, numeric: bool) -> Answer | None:
     """The answer in an announced phrase: all of it, or the last value in it; None where that is denied."""
-    content = calm(_tidy(_without_remark(content)))
+    content = _tidy(calm(_tidy(_without_remark(content))))
     if numeric:
         if _is_number(content):
             return Answer(_unfenced(content), rule)
@@ -466,7 +468,7 @@ def extract(text: str, *, numeric: bool = False) -> Answer | None:
     if phrase:
         return _fragment(*phrase, numeric)
     stripped = balanced(_tidy(text))
-    bare = _tidy(_without_lead(stripped))
+    bare = without_domain(_tidy(_without_lead(stripped)))
     if numeric or not re.fullmatch(r"\d+!", text.strip()):  # 5! alone is mathematics
         bare = calm(bare)
     if not stripped:

@@ -19,7 +19,8 @@ _SIGNS = {
     r"\approx ": "≈", r"\pm ": "±", r"\mp ": "∓", r"\cup ": "∪", r"\cap ": "∩", r"\in ": "∈",
     r"\emptyset ": "∅", r"\surd ": "√", r"\surd[3]": "∛", r"\surd[4]": "∜", r"\langle ": "⟨〈",
     r"\rangle ": "⟩〉", r"\mathbb{R}": "ℝ", r"\mathbb{Z}": "ℤ", r"\equiv ": "≡", r"\setminus ": "∖",
-    "...": "…", r"^\circ ": "°º", "-": "−", ":": "∶", ".": "٫。", ",": "٬、", "%": "٪", "'": "′’‘",
+    r"\mu ": "µ", r"\Omega ": "\u2126", "...": "…",
+    r"^\circ ": "°º", "-": "−", ":": "∶", ".": "٫。", ",": "٬、", "%": "٪", "'": "′’‘",
     '"': "“”",
 }  # fmt: skip
 _COMMANDS = {char: spelling for spelling, chars in _SIGNS.items() for char in chars}
@@ -88,7 +89,7 @@ _WHITE = re.compile(r"\s+")  # collapsed early: later expressions are slow on lo
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|emph|mbox|hbox|mathrm|operatorname\*?)\s*\{")
 _STYLE = re.compile(
     r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|math(?:bf|it|sf|tt|normal|cal)|boldsymbol|bm"
-    r"|underline|boxed|fbox|bf|rm|it|phantom|hphantom|ensuremath|strut|hfill)(?![a-zA-Z])"
+    r"|underline|uline|boxed|fbox|bf|rm|it|phantom|hphantom|ensuremath|strut|hfill)(?![a-zA-Z])"
 )
 _COLOR = re.compile(r"\\(?:text)?color\s*(?:\[[^\[\]]*\])?\s*\{[^{}]*\}")
 _LABELED_TEXT = re.compile(r"\\text\{\s*[A-Za-z][A-Za-z ]{0,40}:\s*(?=[^{}:,\s][^{}:,]*\})")
@@ -346,6 +347,11 @@ def _unstopped(text: str) -> str:
     return bare + after if bare.endswith("\\") and after != "." else bare
 
 
+def without_domain(text: str) -> str:
+    r"""Without "for all real x" at the end; ``for all x > 0`` stays."""
+    return _FOR_ALL.sub("", text) if "for" in text else text
+
+
 def normalize(answer: str) -> str:
     r"""One spelling of an answer: ``\dfrac12`` and ``½`` become ``\frac{1}{2}``, ``１０`` becomes ``10``.
 
@@ -368,6 +374,4 @@ def normalize(answer: str) -> str:
     text = _FACTORIAL_EQUALS.sub(r"\\ne ", text).replace("*", r"\cdot ")
     text = _ASCII_NAME.sub(lambda m: r"\pi " if m.group().lower() == "pi" else r"\infty ", text)
     text = _WHITE.sub(" ", text).strip().rstrip(".,;: ").lstrip(",;:= ")
-    if " for" in text or "{for" in text or r"\forall" in text:
-        text = _FOR_ALL.sub("", text)
-    return _decimal_point(text.removeprefix("+").lstrip())
+    return _decimal_point(without_domain(text).removeprefix("+").lstrip())

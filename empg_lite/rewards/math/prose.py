@@ -28,14 +28,14 @@ _UNDERSCORES = re.compile(
 )
 #: A mark after a number or a number with words: "42!", "-$42!", "x = 42!", "42 marbles!"; no other factorial.
 _EXCLAIMED = re.compile(r"[^!\\^*/+()]*(?<![\w.,])\d[\d.,]*(?:/\d+)?%?(?: [A-Za-z][A-Za-z ]*)?(?P<marks>!+)")
-_CLOSED = re.compile(r"(?:(?<=\$)|(?<=\\\))|(?<=\\\]))!+\Z")
+_CLOSED = re.compile(r"(?:(?<=[$*])|(?<=\\\))|(?<=\\\]))!+\Z")
 
 _CURRENCY = r"\\?[$€£¥₹]\s?"
 NUMBER = re.compile(
     r"(?<![\w.\\^])(?:(?<![\w)\]}$] )(?<![)\]}$])[-+−–]\s?|(?<=[A-Za-z:=,] )[-−–](?=\\?[$€£¥₹]\s?\d))?"
     rf"(?:{_CURRENCY})?[-−–]?"
     r"(?:\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\}"
-    r"|\d+(?::\d+)+(?:\s?[AaPp]\.?[Mm]\b)?"
+    r"|\d+(?:(?:\s:\s|:)\d+)+(?:\s?[AaPp]\.?[Mm]\b)?"
     r"|(?:(?<=[€£¥₹])|(?<=[€£¥₹] )|(?<=\\\$))\d+,\d\d(?!\d)|\d{1,3}(?:\.\d{3})*,\d\d\s?[€£¥₹]"
     r"|(?:\d{1,3}(?:(?:,|\{,\}|,\\!)\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:\s?/\s?\d+(?!\.?\d))?|\.\d+)"
     r"(?:\s?(?:\\times|\\cdot|[×·*x])\s?10\s?\^\s?(?:\{\s?[-−]?\d+\s?\}|[-−]?\d+)|[eE][-−+]?\d+(?!\w))?"
@@ -63,7 +63,7 @@ SCALES_AFTER = re.compile(
     r"(?:[\s$]*-?(?:hundred|thousand|million|billion|trillion|dozen)s?\b)+", re.IGNORECASE
 )
 _AFTER = re.compile(
-    rf"{SCALES_AFTER.pattern}|(?:[kKM]|bn|mn)(?![\w^])"
+    rf"{SCALES_AFTER.pattern}|\s?(?-i:[kKM]|bn|mn)(?=[\s.,;!?)$]|\Z)"
     r"|\s(?:squared|cubed|factorial|halves|thirds|(?:fif|six|eigh|nin|ten|hundred|thousand)ths)\b",
     re.IGNORECASE,
 )
@@ -126,6 +126,11 @@ def balanced(text: str) -> str:
             bare = text.removesuffix(closing)
             text = text if opening != closing and opening in bare else bare.rstrip()
     return text
+
+
+def denied(text: str) -> bool:
+    """True for words that deny what follows them."""
+    return _DENIAL_BEFORE.search(text) is not None
 
 
 def without_contrast(text: str) -> str:

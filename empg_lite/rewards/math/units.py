@@ -12,7 +12,8 @@ _SCALES |= {
 _LETTER_SCALES = {"k": "10^{3}", "m": "10^{6}", "mn": "10^{6}", "bn": "10^{9}"}
 _ABBREVIATED = re.compile(r"(\W*\d[\d,.]*)\s?([kKM]|[bm]n)")
 _ATTACHED = "cm|mm|km|kg|mg|ml|kl|ft|in|lbs?|oz|yd|mi|mph|kph|hrs?|mins?|secs?|sq|usd|eur|gb|mb|kb|hz|khz"
-_LETTERS = "m|g|s|h|l|L"
+_ATTACHED += "|nm|ms|ev|kev|mev|pa|kpa|kw|kj|kn|mol|rpm"
+_LETTERS = "m|g|s|h|l|L|N|J|W|V"
 _NOT_UNITS = re.compile(
     r"(?:and|or|mod|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|if|when|for|not|to|base|am|pm|noon|midnight"
     r"|percent|pct|percentage)",
@@ -44,7 +45,7 @@ _TEXT_TAIL = re.compile(
 #: Left behind by a unit: the dot of a product of units, a Greek prefix.
 _UNIT_REST = re.compile(rf"(?<=\}})\s*{_POWER}?\s*(?:\\cdot|/)$|(?<=[\d}})])\s*\\mu$")
 _GREEK_UNIT = re.compile(
-    r"(?<=[\d})])\s*(?:(?:\\text\{\s*[kMm]\s*\}|[kM]|\\mu)?\s*\\Omega|\\mu\s*(?:\\text\{\s*)?[mgsLlFACVTHWJM]\s*\}?)$"
+    r"(?<=[\d})])\s*(?:(?:\\text\{\s*[kMm]\s*\}|[kM]|\\mu)?\s*\\Omega|\\AA|\\mathring\s*\{\s*A\s*\}|\\mu\s*(?:\\text\{\s*)?[mgsLlFACVTHWJM]\s*\}?)$"
 )
 _WORDS_TAIL = re.compile(
     r"(?:(?<=[\d})%!])|(?<=\\pi))(\s*)([A-Za-z][A-Za-z./\s-]*)(?:\^\s*(?:\{\s*[23]\s*\}|[23])|[23])?$"
