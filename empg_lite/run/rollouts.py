@@ -262,14 +262,15 @@ def _parse_rationale(record: dict[str, Any], where: str, seen: dict[str, int]) -
 
 def _given(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A record as fields of a rationale: question and gold answer as training data has them, and ``meta``."""
-    from empg_lite.core.cells import completion_text, question_text
+    from empg_lite.core.cells import completion_text, find_column, question_text
 
     found = {k: v for k, v in record.items() if k in _TYPES and (v is not None or k in _NOT_NULL)}
     if "completion" in found:
         found["completion"] = completion_text(found["completion"])
     if not found.get("question"):
-        asked = "prompt" if isinstance(record.get("prompt"), list) else "problem"
-        if record.get(asked) is not None:
+        chat = isinstance(record.get("prompt"), list)  # as text, it is the whole prompt
+        asked = find_column(record, ("problem", "prompt", "messages") if chat else ("problem", "messages"))
+        if asked and record[asked] is not None:
             found["question"] = question_text(record[asked], f"{where}: {asked}")
     if isinstance(found.get("prompt"), list):  # messages: the question is known, the prompt is not
         del found["prompt"]

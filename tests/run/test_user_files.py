@@ -176,6 +176,7 @@ GRADED: dict[str, bytes] = {
     "an-answer-behind-hashes": lines({**RIGHT, "answer": "2 + 3 = 5\n#### 5"}),
     "nested": lines({**RIGHT, "reward_model": {"ground_truth": "5"}}),
     "chat": lines({"prompt": TOLD, "completion": SAID, "answer": "5"}),
+    "messages": lines({"messages": TOLD, "completion": "\\boxed{5}", "answer": "5"}),
     "problem": lines({"problem": "What is 2 + 3?", "completion": "\\boxed{5}", "answer": "5"}),
     "mark": MARK + lines(ANSWERED),
     "no-last-line-break": lines(ANSWERED).strip(),
