@@ -15,6 +15,8 @@ MAX_ANSWER = 2_000
 #: A gold cell with one of these announces its answer; another one is the answer.
 _ANNOUNCED = re.compile(r"####|boxed|fbox|answer|\bans\b|答案|</think", re.IGNORECASE)
 _PLAIN = re.compile(r"[-+\d.,/\s]*")
+#: Words: a number stands in a sentence. Formulas have none.
+_PROSE = re.compile(r"[A-Za-z]{2,}[\s.,:]|\s[A-Za-z]{2,}")
 _HEADING = re.compile(r"\W*(?:step|part|case|question|problem)\s+\d", re.IGNORECASE)
 #: Rules that guess: the last value of a text is no gold answer.
 _GUESSES = frozenset({"last_math", "last_number"})
@@ -23,7 +25,8 @@ _GUESSES = frozenset({"last_math", "last_number"})
 @functools.lru_cache(maxsize=1024)  # the K rationales of a problem share its gold answer
 def _read_gold(gold: str, numeric: bool) -> Answer:
     bare = Answer(gold.strip(), "whole")
-    if _PLAIN.fullmatch(gold) or not (numeric or _ANNOUNCED.search(gold)):
+    said = numeric and "\\" not in gold and _PROSE.search(gold)
+    if _PLAIN.fullmatch(gold) or not (said or _ANNOUNCED.search(gold)):
         return bare
     answer = extract(gold, numeric=numeric)
     return bare if answer is None or (answer.rule == "whole" and "<" not in gold) else answer
