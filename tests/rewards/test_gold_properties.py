@@ -89,11 +89,21 @@ WRAPS = [
     "$\\boxed{{{}}}$.",
     "The final answer is ${}$.",
     "\\( {} \\)",
+    "The answer is ${}$!",
+]
+MORE_WRAPS = [
+    "The answer is ${}$ \u2705",
+    "$\\text{{Answer: }} {}$",
+    "<b>${}$</b>",
+    "**Answer:** ${}$",
+    "$\\underline{{{}}}$",
 ]
 UNITS = ["{} cm", "{}\\text{{ apples}}", "{}\\ \\text{{dollars}}", "${}$ miles per hour"]
 
 
-@pytest.mark.parametrize("wrap", WRAPS + UNITS)
+@pytest.mark.parametrize(
+    "wrap", [*WRAPS, *UNITS, *(pytest.param(wrap, marks=pytest.mark.slow) for wrap in MORE_WRAPS)]
+)
 def test_wrapping_changes_no_verdict(grader: Grader, golds: Golds, wrap: str) -> None:
     """Of equal and of unequal pairs; units are put behind plain numbers only."""
     texts = [gold for gold, _, _ in (*golds.gsm8k[::2], *golds.math) if gold.strip()]
@@ -108,6 +118,22 @@ def test_wrapping_changes_no_verdict(grader: Grader, golds: Golds, wrap: str) ->
         assert (other is texts) == all(bare), "the first round is equal, the second mostly not"
     print(f"{len(changed)} of {2 * len(texts)} verdicts changed under {wrap}: {changed[:5]}")
     assert len(changed) <= len(texts) // 1000, changed[:5]
+
+
+WORDS = ["minus {}", "{} thousand", "{} dozen", "at least {}", "more than {}", "not {}", "{} or more", "{}%"]
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_word_that_changes_a_number_makes_it_wrong(grader: Grader, golds: Golds, word: str) -> None:
+    """Behind "the answer is" and in a sentence; 0 is left out, which minus and thousand leave as it is."""
+    numbers = [g for g, _, _ in (*golds.gsm8k, *golds.math) if re.fullmatch(r"-?[\d.,]*[1-9][\d.,]*", g)]
+    assert len(numbers) > len(golds.gsm8k)
+    numbers = numbers if len(golds.gsm8k) > 1000 else numbers[::16]
+    for spec in ("gsm8k", "math"):
+        for text in ("The answer is {}.", "So it is {}."):
+            pairs: list[Pair] = [(n, text.format(word.format(n)), None) for n in numbers]
+            kept = [p for p, right in zip(pairs, accepted(grader, spec, pairs), strict=True) if right]
+            assert not kept, (spec, kept[:5])
 
 
 def test_a_changed_digit_makes_it_wrong(grader: Grader, golds: Golds) -> None:
