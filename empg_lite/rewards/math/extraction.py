@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import string
 from dataclasses import dataclass
 
 from empg_lite.rewards.math.exact import read_exact
@@ -120,8 +121,9 @@ _REMARK = re.compile(
 _ASIDE = re.compile(
     r"[,;]\s+(?!(?:and|or|minus|plus|less|times|to|but|squared|cubed|per ?cent|dozen|hundred|thousand"
     r"|million)\b)"
-    r"[a-z]{2,}[A-Za-z ,;'’-]*\Z"
+    r"[a-z]{2,}"
 )
+_WORDS = string.ascii_letters + " ,;'’-"
 _RESERVED = re.compile(
     r"\b(?:at|more|less|fewer|not|unless|except|if|when|ones?|two|three|four|five|six|seven|eight|nine|ten)\b",
     re.IGNORECASE,
@@ -397,12 +399,12 @@ def _without_lead(content: str) -> str:
 
 def _without_remark(content: str) -> str:
     """``18, because ...`` without the reason; ``so 18`` without the conjunction."""
-    content = _without_lead(content)
+    content = _without_lead(re.sub(r"\s{2,}", " ", content))
     remark = _REMARK.search(content)
     if remark and re.search(r"\w", content[: remark.start()]):
         content = content[: remark.start()]
-    aside = _ASIDE.search(content)
-    if aside and not _RESERVED.search(aside.group()) and re.search(r"\d", content[: aside.start()]):
+    aside = _ASIDE.search(content, len(content.rstrip(_WORDS)))
+    if aside and not _RESERVED.search(content, aside.start()) and re.search(r"\d", content[: aside.start()]):
         content = content[: aside.start()]
     return content
 

@@ -15,8 +15,7 @@ _CHEER = (
     "[\u2600-\u265f\u2668-\u26d3\u26d5-\u2715\u2719-\u274b\u274d\u274f-\u2752\u2757-\u27bf\u2b50\u2b55"
     "\U0001f300-\U0001f44d\U0001f44f-\U0001f6aa\U0001f6ac-\U0001faff]"
 )
-_CHEERS_AFTER = re.compile(rf"(?:\s*{_CHEER}[\ufe0f\u200d]*)+\s*\Z")
-_CHEERS_BEFORE = re.compile(rf"\A\s*(?:{_CHEER}[\ufe0f\u200d]*\s*)+")
+_CHEERS = re.compile(rf"(?:{_CHEER}|[\s\ufe0f\u200d])*")
 _TAG = re.compile(
     r"<(?P<tag>b|i|u|em|strong|mark|big|ins|code|center|span|font|p|div)(?:\s[^<>\n]{0,100})?>(?P<inside>[^<]*)"
     r"</(?P=tag)\s*>",
@@ -89,7 +88,8 @@ def undecorated(text: str) -> str:
     """Without emoji and check marks at either end, unless there is nothing else."""
     if text.isascii():
         return text
-    bare = _CHEERS_BEFORE.sub("", _CHEERS_AFTER.sub("", text))
+    start, end = (match.end() if (match := _CHEERS.match(t)) else 0 for t in (text, text[::-1]))
+    bare = text[start : len(text) - end]
     return bare if re.search(r"[\w\\]", bare) else text
 
 
