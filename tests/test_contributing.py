@@ -71,7 +71,7 @@ from rationales import rationale
 from empg_lite.core.rationale import group_rationales
 from empg_lite.loop.estep import weigh
 from empg_lite.recipe.file import load_recipe
-recipe = load_recipe("tiny", ["em.weighting=squared"])
+recipe = load_recipe("tiny", ["sampler.tries=null", "em.weighting=squared"])
 groups = group_rationales(rationale(sample_index=k, reward=r) for k, r in enumerate((0.5, 1.0)))
 (group,) = weigh(groups, weighting=recipe.em.weighting)
 print(recipe.em.weighting, [r.weight for r in group.rationales])

@@ -21,7 +21,8 @@ from empg_lite.recipe.file import load_recipe
     ],
 )
 def test_the_card_says_how_problems_were_sampled(overrides: list[str], sampled: str) -> None:
-    recipe = load_recipe("tiny", overrides).resolved()
+    groups = ["sampler.tries=null", "sampler.problems_per_step=16", "sampler.samples_per_problem=8"]
+    recipe = load_recipe("tiny", [*groups, "run.steps=25", *overrides]).resolved()
     assert f"* Method: {sampled}" in adapter_card(Provenance(recipe, None, None))
 
 

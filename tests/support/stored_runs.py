@@ -13,6 +13,14 @@ from empg_lite.recipe.file import dump_recipe, load_recipe
 from empg_lite.recipe.schema import Recipe
 from empg_lite.run.rollouts import RolloutHeader, encode_rollouts
 
+#: Fixed groups, whatever the demo samples by.
+GROUPS = [
+    "sampler.tries=null",
+    "sampler.problems_per_step=16",
+    "sampler.samples_per_problem=8",
+    "optim.learning_rate=2e-3",
+    "run.steps=25",
+]
 HEADER = RolloutHeader(model="tiny", reward_name="gsm8k")
 
 
@@ -107,7 +115,7 @@ def make_run(
     answers: list[tuple[Rationale, Rationale]] | None = None,
 ) -> Path:
     """A finished run; without ``answers`` one that was never evaluated."""
-    recipe = change(load_recipe("tiny", seed=seed).resolved())
+    recipe = change(load_recipe("tiny", GROUPS, seed=seed).resolved())
     (folder / "rollouts").mkdir(parents=True)
     (folder / "recipe.yaml").write_text(
         dump_recipe(recipe, "made by: empg-lite train --recipe tiny"), "utf-8"
