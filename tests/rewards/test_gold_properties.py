@@ -128,7 +128,7 @@ def test_a_word_that_changes_a_number_makes_it_wrong(grader: Grader, golds: Gold
     """Behind "the answer is" and in a sentence; 0 is left out, which minus and thousand leave as it is."""
     numbers = [g for g, _, _ in (*golds.gsm8k, *golds.math) if re.fullmatch(r"-?[\d.,]*[1-9][\d.,]*", g)]
     assert len(numbers) > len(golds.gsm8k)
-    numbers = numbers if len(golds.gsm8k) > 1000 else numbers[::16]
+    numbers = numbers[:: 4 if len(golds.gsm8k) > 1000 else 16]
     for spec in ("gsm8k", "math"):
         for text in ("The answer is {}.", "So it is {}."):
             pairs: list[Pair] = [(n, text.format(word.format(n)), None) for n in numbers]

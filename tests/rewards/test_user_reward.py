@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from processes import HANGS, alive, one_line, wait_until
 from empg_lite.core.errors import DataError, GraderUnusable, MissingInput
 from empg_lite.recipe.file import load_recipe
 from empg_lite.rewards import Case, Grader, pin
-from empg_lite.rewards.worker.python import checked_terms
+from empg_lite.rewards.worker.python import checked_terms, load_function
 from empg_lite.run.rollouts import read_rollouts
 
 # ---- your own function -------------------------------------------------------------------------------
@@ -342,3 +343,21 @@ def test_other_columns_reach_the_function(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     problems = load_problems(DataSection(source="local", path=str(tmp_path / "d.jsonl")), "train")
     assert problems[0].meta == {"unit": "km", "tests": [1, 2]}
+
+
+@pytest.mark.parametrize("signature", ["completion, gold", "completion, gold, question, meta, weight"])
+def test_a_function_with_other_arguments_is_told_the_signature(signature: str) -> None:
+    def setup(arguments: str) -> dict[str, str]:
+        source = base64.b64encode(f"def reward({arguments}):\n    return 1\n".encode()).decode()
+        return {"path": "mine.py", "function": "reward", "source": source}
+
+    with pytest.raises(TypeError) as raised:
+        load_function(setup(signature))
+    said = str(raised.value)
+    assert f"reward({signature})" in said and "define `def reward(completion, gold, question, meta)`" in said
+    for fits in (
+        "completion, gold, question, meta",
+        "gold, **others",
+        "completion, gold, question, meta, n=1",
+    ):
+        assert load_function(setup(fits))(completion="", gold="", question="", meta={}) == 1

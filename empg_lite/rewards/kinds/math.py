@@ -16,7 +16,7 @@ MAX_ANSWER = 2_000
 _ANNOUNCED = re.compile(r"####|boxed|fbox|answer|\bans\b|答案|</think", re.IGNORECASE)
 _PLAIN = re.compile(r"[-+\d.,/\s]*")
 #: Words: a number stands in a sentence. Formulas have none.
-_PROSE = re.compile(r"[A-Za-z]{2,}[\s.,:]|\s[A-Za-z]{2,}")
+_PROSE = re.compile(r"^A\s*:|[A-Za-z]{2,}[\s.,:]|\s[A-Za-z]{2,}")
 _HEADING = re.compile(r"\W*(?:step|part|case|question|problem)\s+\d", re.IGNORECASE)
 #: Rules that guess: the last value of a text is no gold answer.
 _GUESSES = frozenset({"last_math", "last_number"})
