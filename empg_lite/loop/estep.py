@@ -147,27 +147,27 @@ class Drawn:
 
 
 class _AsScored:
-    """Has rationales graded as they end, and passes each on once its verdict is in."""
+    """Passes rationales that are being graded on once their verdicts are in."""
 
-    def __init__(self, scorer: Scorer, tell: Callable[[Rationale], None] | None) -> None:
-        self.scorer, self.tell = scorer, tell
-        self.waiting: list[Rationale] = []
+    def __init__(self, scorer: Scorer, tell: Callable[[Rationale], None]) -> None:
+        self._scorer, self._tell = scorer, tell
+        self._waiting: list[Rationale] = []
 
     def ended(self, r: Rationale) -> None:
-        """Start grading it. A verdict that takes longer is passed on when a later rationale ends."""
-        self.scorer.submit(r)
-        self.waiting.append(r)
-        self._pass_on([w for w in self.waiting if self.scorer.ready(w)])
+        """A verdict that takes longer is passed on when a later rationale ends."""
+        self._waiting.append(r)
+        ready = [self._scorer.ready(w) for w in self._waiting]
+        there = [w for w, yes in zip(self._waiting, ready, strict=True) if yes]
+        self._waiting = [w for w, yes in zip(self._waiting, ready, strict=True) if not yes]
+        self._pass_on(there)
 
     def finish(self) -> None:
         """Pass on the rest, waiting for each verdict."""
-        self._pass_on(self.waiting)
+        self._pass_on(self._waiting)
 
     def _pass_on(self, rows: Sequence[Rationale]) -> None:
-        for r in list(rows):
-            self.waiting.remove(r)
-            if self.tell:
-                self.tell(*self.scorer.scored([r]))
+        for r in self._scorer.scored(rows):
+            self._tell(r)
 
 
 def draw_and_score(
@@ -199,7 +199,12 @@ def draw_and_score(
     started, sampled, nats, world = time.perf_counter(), 0.0, 0.0, learner.world
     reward = str(learner.recipe.data.reward)
     scorer = Scorer(grader, reward, known, lambda n: on_done(n * world.size))
-    scored = _AsScored(scorer, on_scored)
+    passing = _AsScored(scorer, on_scored) if on_scored else None
+
+    def ended(r: Rationale) -> None:
+        scorer.submit(r)
+        if passing:
+            passing.ended(r)
 
     def ask(mine: Sequence[Problem]) -> list[list[Rationale]]:
         nonlocal sampled, nats
@@ -213,11 +218,12 @@ def draw_and_score(
             step=step,
             policy_step=policy_step,
             have=have,
-            on_rationale=scored.ended,
+            on_rationale=ended,
         )
         sampled = time.perf_counter()
         nats = draw.nats
-        scored.finish()
+        if passing:
+            passing.finish()
         rows = iter(scorer.scored(flatten(draw.groups)))
         return [[next(rows) for _ in group.rationales] for group in draw.groups]
 

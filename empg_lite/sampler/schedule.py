@@ -167,8 +167,8 @@ class InTurns(Schedule):
         self.turns = turns
         asks = [(i, ask) for i in range(len(turns)) if (ask := turns.ask(i))]
         self.waiting = deque(sorted(asks, key=lambda item: (len(item[1].prompt), item[0])))
-        self.held: dict[int, tuple[int, tuple[int, ...]]] = {}  # row -> slot, prompt: until the verdict is in
-        self._prompts: dict[int, tuple[int, ...]] = {}  # by slot
+        self.held: dict[int, int] = {}  # row -> slot, until the verdict on its last sample is in
+        self._prompts: dict[int, tuple[int, ...]] = {}  # slot -> what its row has cached
 
     def _schedule(self) -> bool:
         while True:
@@ -193,15 +193,15 @@ class InTurns(Schedule):
             wait: for one verdict, if none is in.
         """
         again: list[tuple[int, Ask]] = []
-        for row, (slot, prompt) in list(self.held.items()):
+        for row, slot in list(self.held.items()):
             if not (wait or self.turns.ready(slot)):
                 continue
             wait = False
             del self.held[row]
             ask = self.turns.ask(slot)
-            if ask and ask.prompt == prompt:
+            if ask and ask.prompt == self._prompts[slot]:
                 again.append((row, ask))
-                self.running[row] = _Sequence((slot, 0), len(prompt))
+                self.running[row] = _Sequence((slot, 0), len(ask.prompt))
             elif ask:
                 self.waiting.append((slot, ask))
         if again:
@@ -232,5 +232,5 @@ class InTurns(Schedule):
 
     def _ended(self, row: int, sequence: _Sequence, completion: Completion) -> None:
         slot = sequence.index[0]
-        self.held[row] = slot, self._prompts[slot]
+        self.held[row] = slot
         self.turns.ended(slot, completion)

@@ -35,6 +35,24 @@ def gaps(policy: Any, rows: list, sampled: list, batched: Any, mask: Any) -> tup
     return in_batch, by_itself
 
 
+def draws(policy: Any, n_problems: int, samples: int, new_tokens: int) -> tuple[list, list, list]:  # type: ignore[type-arg]
+    """Prompts of different lengths, and their samples by the native engine and by ``generate``."""
+    from empg_lite.sampler import Decoding, Prompt, make_sampler, sample_key
+
+    prompts = [
+        Prompt(
+            policy.encode_prompt("word " * (1 + 3 * i))[1],
+            tuple(sample_key(0, 1, str(i), k) for k in range(samples)),
+        )
+        for i in range(n_problems)
+    ]
+    native, reference = (
+        make_sampler(policy, engine).sample(prompts, Decoding(new_tokens))
+        for engine in ("native", "generate")
+    )
+    return prompts, native, reference
+
+
 def probe(backend: str, model: str, four_bit: bool, n_problems: int, samples: int, new_tokens: int) -> dict:  # type: ignore[type-arg]
     from empg_lite.policy import load_policy
     from empg_lite.recipe.schema import ModelSection
@@ -49,7 +67,6 @@ def probe(backend: str, model: str, four_bit: bool, n_problems: int, samples: in
     from empg_lite.core.rationale import Rationale
     from empg_lite.loop.mstep import FitSettings, m_step
     from empg_lite.policy.policy import collate
-    from empg_lite.sampler import Decoding, Prompt, make_sampler, sample_key
 
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -59,15 +76,7 @@ def probe(backend: str, model: str, four_bit: bool, n_problems: int, samples: in
     frozen = [(n, p) for n, p in policy.model.named_parameters() if not p.requires_grad]
     base = digest(frozen)
 
-    prompts = [
-        Prompt(
-            policy.encode_prompt("word " * (1 + 3 * i))[1],
-            tuple(sample_key(0, 1, str(i), k) for k in range(samples)),
-        )
-        for i in range(n_problems)
-    ]
-    native = make_sampler(policy, "native").sample(prompts, Decoding(new_tokens))
-    reference = make_sampler(policy, "generate").sample(prompts, Decoding(new_tokens))
+    prompts, native, reference = draws(policy, n_problems, samples, new_tokens)
     completions = [c for row in native for c in row]
     rows = [(p.ids, c.ids) for p, row in zip(prompts, native, strict=True) for c in row]
     with torch.no_grad():
