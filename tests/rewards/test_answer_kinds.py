@@ -66,7 +66,7 @@ ROWS = r"""
 = gsm8k | 1500000 | The answer is $1.5 million.
 = gsm8k | 1500000 | The answer is 1.5M
 ! gsm8k | 1.5 | The answer is 1.5M
-= math | 70 | \boxed{70} thousand
+! math | 70 | \boxed{70} thousand
 = math | 70000 | \boxed{70} thousand dollars
 = math | 70000 | $70$ thousand
 ! math | 70 | $70$ thousand
@@ -113,7 +113,25 @@ ROWS = r"""
 ! math | 42 | The value cannot be $42$.
 = math | 42 | The answer is exactly 42.
 = math | 42 | The answer is only 42.
-= math | 42 | It must be at least $\boxed{42}$.
+! math | 42 | It must be at least $\boxed{42}$.
+! math | 42 | at most \boxed{42}
+! math | 42 | It is more than $\boxed{42}$.
+! math | 42 | \boxed{42} or more
+! math | 42 | It cannot be $\boxed{42}$.
+= math | 42 | No number other than $\boxed{42}$ can work.
+= math | 29 | It occurs between 23 and $\boxed{29}$.
+= math | 73 | There are $\boxed{73}$ squares that hold 5 or more dots.
+= math | 195 | So $\boxed{195}$ numbers have at least one 5.
+= gsm8k | 195 | So there are 195 numbers with at least one five.
+= gsm8k | 30 | There are 30 homes with two or more pets.
+! gsm8k | 30 | There are 30 homes or more.
+= math | -5 | $x = -\boxed{5}$
+! math | 5 | $x = -\boxed{5}$
+= math | -5 | The answer is minus $\boxed{5}$.
+= math | 5 | $20 - 15 - \boxed{5}$
+= math | 5 | - \boxed{5}
+= math | -1-x | $y = -\boxed{1+x}$
+! math | 1-x | $y = -\boxed{1+x}$
 # an equation that ends in a value says that value
 = math | 293 | \boxed{m+n=293}
 ! math | 293 | \boxed{m+n=294}
@@ -422,6 +440,19 @@ def test_what_changes_a_number_is_not_lost(grader: Grader, spec: str, number: st
     refused = [v for v in verdicts[: len(right)] if v.reward != 1]
     paid = [(text, v) for text, v in zip(wrong, verdicts[len(right) :], strict=True) if v.reward]
     assert not refused and not paid, (refused, paid)
+
+
+def test_a_bound_that_the_problem_asks_for_may_be_repeated(grader: Grader) -> None:
+    least, most = "What is the smallest number of coins?", "How many coins can he have at most?"
+    for text, asking, paid in (
+        (r"He has at least $\boxed{42}$ coins.", least, 1),
+        (r"He has at least $\boxed{42}$ coins.", most, 0),
+        (r"He has at least $\boxed{42}$ coins.", "How many coins has he, if at least one?", 0),
+        (r"He has more than $\boxed{42}$ coins.", least, 0),
+        ("He has at most 42 coins.", most, 1),
+        ("He has at most 42 coins.", least, 0),
+    ):
+        assert grader.grade("math", "42", text, asking).reward == paid, (text, asking)
 
 
 def test_a_scale_that_the_problem_asks_for_may_be_repeated(grader: Grader) -> None:

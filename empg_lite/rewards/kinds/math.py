@@ -33,7 +33,7 @@ def _read_gold(gold: str, numeric: bool) -> Answer:
 
 
 def _pair(gold: str, answer: Answer, question: str | None) -> Pair:
-    """What is compared: the box alone, or with the base or scale word beside it where that is meant."""
+    """What is compared: the box alone, or with the base beside it where that is meant."""
     pair = Pair.of(gold, answer.text, question)
     if answer.beside and pair.equal() is False:
         return Pair.of(gold, answer.text + answer.beside, question)

@@ -32,6 +32,18 @@ _MODULUS = re.compile(
 )
 _SCALE = re.compile(r"(?<=\d)\s*(?:\\text\{\s*)?(dozen|hundred|thousand|million|billion|trillion)s?\b\s*\}?")
 _ABBREVIATION = re.compile(r"[kKM]|[bm]n")
+_BOUND = re.compile(r"(?:\\text\{\s*)?at (?:the )?(?:very )?(?P<which>least|most)\b\s*\}?\s*", re.IGNORECASE)
+_ASKS_LEAST = re.compile(
+    r"(?<!at )\bleast\b|\b(?:minim(?:um|al|i[sz]e)|fewest|smallest|lowest|shortest|cheapest|as few)\b"
+    r"|\bhow (?:many|much|long|far|high)\b[^?.]*\b(?:must|needs?|ha(?:s|ve) to|required|necessary)\b",
+    re.IGNORECASE,
+)
+_ASKS_MOST = re.compile(
+    r"(?<!at )\bmost\b|\b(?:maxim(?:um|al|i[sz]e)|greatest|largest|highest|longest|biggest)\b"
+    r"|\bas (?:many|much)\b"
+    r"|\bhow (?:many|much|long|far|high)\b[^?.]*\b(?:can|could|at most)\b",
+    re.IGNORECASE,
+)
 _STRUCTURED = re.compile(r"\\(?:begin|mathbb|setminus|backslash|cap|emptyset|cup)")
 _ASKING = re.compile(
     r"\b(?:what|which|find|express|calculate|determine|compute|give|write|how)\b[^.?!]*?(?<![\d)}%] )"
@@ -53,6 +65,15 @@ def _without_asked_scale(prediction: str, question: str | None) -> str:
         return prediction
     asked = rf"\b(?:how (?:many|much)|in) {scale[1]}s?\b"
     return _SCALE.sub(" ", prediction) if re.search(asked, question, re.IGNORECASE) else prediction
+
+
+def _without_asked_bound(prediction: str, question: str | None) -> str:
+    """``at least 42`` as 42, where the problem asks for the least."""
+    bound = _BOUND.match(prediction) if question else None
+    if bound is None or question is None:
+        return prediction
+    asked = _ASKS_LEAST if bound["which"].lower() == "least" else _ASKS_MOST
+    return prediction[bound.end() :] if asked.search(question) else prediction
 
 
 def _squeezed(text: str) -> str:
@@ -354,7 +375,7 @@ class Pair(NamedTuple):
     @classmethod
     def of(cls, gold: str, prediction: str, question: str | None = None) -> Pair:
         """Normalize both; ``question`` is the problem's text."""
-        normalized = _without_asked_scale(normalize(prediction), question)
+        normalized = _without_asked_scale(_without_asked_bound(normalize(prediction), question), question)
         return cls(normalize(gold), normalized, "%" in normalized and asks_percentage(question))
 
     @property

@@ -28,9 +28,9 @@ from empg_lite.rewards.math.exact import read_exact
 from empg_lite.rewards.math.normalize import normalize, restore_escapes, without_domain
 from empg_lite.rewards.math.prose import (
     NUMBER,
-    SCALES_AFTER,
     balanced,
     calm,
+    changed_beside,
     denied,
     last_number,
     qualified,
@@ -60,7 +60,7 @@ class Answer:
     """The text of an answer and the rule that found it.
 
     Attributes:
-        beside: what follows the box and may belong to the answer: a base (``_8``) or a scale word.
+        beside: what follows the box and may belong to the answer: a base (``_8``).
     """
 
     text: str
@@ -255,9 +255,14 @@ def _read_boxes(text: str, boxes: list[_Box]) -> Answer | None:
         if _PROSE.search(between) and (_THUS.search(between) or not _JOINED.search(between)):
             contents.clear()  # not a list: the sentence moved on to another value
     distinct = list(dict.fromkeys(contents))
-    after = _BASE_AFTER.match(text, boxes[-1].end) or SCALES_AFTER.match(text, boxes[-1].end)
-    beside = after.group().lstrip("$") if after and len(distinct) == 1 else ""
-    return Answer(", ".join(distinct), "boxed" if boxes[-1].closed else "boxed_unclosed", beside)
+    rule = "boxed" if boxes[-1].closed else "boxed_unclosed"
+    if len(distinct) > 1:
+        return Answer(", ".join(distinct), rule)
+    whole = changed_beside(text, boxes[0].start, distinct[0], boxes[-1].end)
+    if whole is None:
+        return None
+    base = _BASE_AFTER.match(text, boxes[-1].end)
+    return Answer(whole, rule, base.group().lstrip("$") if base else "")
 
 
 def _tidy(content: str) -> str:
@@ -322,12 +327,15 @@ _MAX_NUMBER = 200
 def _bare(text: str) -> bool:
     """True where a text is nothing but an answer: mathematics, a quantity with its unit, or a few words."""
     unset = _TEXT_COMMAND.sub(" ", text)
-    words = [word for word in _WORD.findall(unset) if not word.isupper() and word not in _MATH_WORDS]
-    if _FOREIGN.search(unset) and re.search(r"[\d$\\]", unset):
+    said = (
+        m.group() for m in _WORD.finditer(unset) if not m.group().isupper() and m.group() not in _MATH_WORDS
+    )
+    words = len(list(itertools.islice(said, _MAX_WORDS + 1)))
+    if words > _MAX_WORDS or (_FOREIGN.search(unset) and re.search(r"[\d$\\]", unset)):
         return False
     if not words:
         return bool(re.search(r"[^\s!-/:-@\[\]^-`{-~]", text))
-    if len(words) > _MAX_WORDS or "\n" in text:
+    if "\n" in text:
         return False
     quantity = NUMBER.match(text.lstrip("*($\\"))
     if quantity is not None or _DATE.fullmatch(text):
@@ -346,7 +354,7 @@ _BRACKETED = re.compile(r"[(\[].*[)\]]", re.DOTALL)
 def _last_unfenced(text: str) -> tuple[str, int]:
     """The last run of mathematics without fences, and where it ends; ("", -1) if there is none."""
     found, end = "", -1
-    for match in _UNFENCED.finditer(text):
+    for match in _UNFENCED.finditer(text) if _MARKED.search(text) else ():
         if _MARKED.search(match.group()):
             found, end = match.group(), match.end()
     run = re.split(r"[.?!:;]\s", found.rstrip(" .,:;?!"))[-1].strip()
@@ -454,7 +462,8 @@ def extract(text: str, *, numeric: bool = False) -> Answer | None:
         text: a prediction, or a worked solution.
         numeric: the answer is known to be a number (GSM8K), so "the answer is ..." is read for its number.
     """
-    text = _CALCULATOR.sub("", restore_escapes(unemphasized(visible(text))))
+    text = restore_escapes(unemphasized(visible(text)))
+    text = _CALCULATOR.sub("", text) if "<<" in text else text
     line, line_is_number = _hash(text)
     if line_is_number:
         return Answer(line, "hash")
@@ -477,5 +486,5 @@ def extract(text: str, *, numeric: bool = False) -> Answer | None:
         return None
     if _bare(bare) and not (numeric and not _is_number(bare) and NUMBER.search(bare)):
         return Answer(_unfenced(bare), "whole")
-    stripped = without_contrast(_DENIED.sub("", stripped))
+    stripped = without_contrast(_DENIED.sub("", stripped) if "answer" in stripped.lower() else stripped)
     return (None if numeric else _listed(stripped)) or _last_value(stripped, numeric=numeric)

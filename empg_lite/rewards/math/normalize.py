@@ -160,6 +160,7 @@ _FOR_ALL = re.compile(
     r",?\s*(?:\\text\{)?\s*,?\s*(?:\\forall|(?<![a-z])for\s+(?:all|any|every|each))\s*(?:real(?:\s+numbers?)?|values?\s+of)?\s*\}?"
     r"\s*[a-z](?:\s*,\s*[a-z])*\s*(?:\\in\s*\\mathbb\s*\{?\s*R\s*\}?)?\s*\}?$"
 )
+_MAX_DOMAIN = 120  # characters: the expression is slow on a whole text
 _FACTORIAL_EQUALS = re.compile(r"(?<!\d)!=")
 
 #: LaTeX command or sign -> the commands that mean the same.
@@ -225,7 +226,11 @@ def _roots(text: str) -> str:
         at = match.end()
         if text[at : at + 1] == "(":
             end = _partner(text, at)
-            text = text[:at] + "{" + text[at + 1 : end] + "}" + text[end + 1 :]
+            inside = text[at + 1 : end]
+            inside = (
+                inside if end < len(text) else _unstopped(inside)
+            )  # unclosed: the full stop is not under it
+            text = text[:at] + "{" + inside + "}" + text[end + 1 :]
         elif (token := _UNDER_ROOT.match(text, at)) is not None:
             text = text[:at] + "{" + token.group() + "}" + text[token.end() :]
         elif text[at : at + 1] != "{":
@@ -349,7 +354,8 @@ def _unstopped(text: str) -> str:
 
 def without_domain(text: str) -> str:
     r"""Without "for all real x" at the end; ``for all x > 0`` stays."""
-    return _FOR_ALL.sub("", text) if "for" in text else text
+    head, tail = text[:-_MAX_DOMAIN], text[-_MAX_DOMAIN:]
+    return head + _FOR_ALL.sub("", tail) if "for" in tail else text
 
 
 def normalize(answer: str) -> str:

@@ -40,6 +40,7 @@ NUMBER = re.compile(
     r"(?:\s?(?:\\times|\\cdot|[×·*x])\s?10\s?\^\s?(?:\{\s?[-−]?\d+\s?\}|[-−]?\d+)|[eE][-−+]?\d+(?!\w))?"
     r"(?:\s?\\?%|\s(?:percent|pct|per cent)\b)?|[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]"
 )
+_NUMERAL = re.compile(r"[\d½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]")
 _OPEN = r"[\s*]*(?:\$|\\\(|\\\$)?\s*\Z"
 _SIGN_BEFORE = re.compile(rf"(?<![\d)\]}}$] )(?<!\w)(?:minus|negative){_OPEN}", re.IGNORECASE)
 _NUMBER_BEFORE = r"(?<![\w.,])\$?\d[\d.,]*"
@@ -66,12 +67,31 @@ _AFTER = re.compile(
     r"|\s(?:squared|cubed|factorial|halves|thirds|(?:fif|six|eigh|nin|ten|hundred|thousand)ths)\b",
     re.IGNORECASE,
 )
+_OR_MORE = (
+    r"(?:(?:or|and) (?:more|less|fewer|greater|larger|smaller|higher|lower|above|below|over|under|up"
+    r"|beyond)\b(?! (?:than|\d|\$))"
+    r"|at (?:the )?(?:very )?(?:least|most)(?=[^\w\s]|\s*\Z))"
+)
+#: Up to three words between: "42 apples or more", but not "42 homes with two or more pets".
 _BOUND_AFTER = re.compile(
-    r"\$?(?:(?: [A-Za-z]+){0,3}?,? (?:(?:or|and) (?:more|less|fewer|greater|larger|smaller|higher|lower"
-    r"|above|below|over|under|up|beyond)|at (?:the )?(?:very )?(?:least|most))\b"
+    rf"\$?(?:(?: (?!(?:one|two|three|four|five|six|seven|eight|nine|ten) )[A-Za-z]+){{0,3}}?,? {_OR_MORE}"
     r"|\+(?=\s+[A-Za-z]|[.!?]?\s*\Z))",
     re.IGNORECASE,
 )
+#: Around a box: a bound, a denial, a sign, a scale word.
+_BOUNDED_BOX = re.compile(
+    r"\b(?P<bound>at (?:the )?(?:very )?(?:least|most)"
+    r"|(?:more|less|fewer|greater|larger|smaller|higher|lower) than(?: or equal to)?)"
+    rf"(?: exactly)?{_OPEN}",
+    re.IGNORECASE,
+)
+_DENIED_BOX = re.compile(
+    rf"(?:\b(?:not|cannot|never)|n['’]t)(?: be)?(?: equal(?: to)?| exactly)?{_OPEN}", re.IGNORECASE
+)
+_SIGNED_BOX = re.compile(  # a unary minus: no space behind it, where it might be a bullet or a dash
+    r"(?:=\s*[-−–]\s*|(?:\A|[:>\n,.(\[{$]|[A-Za-z]{2}\s)\s*\$?[-−–])\Z"
+)
+_OR_MORE_BOX = re.compile(rf"[ $]*,? *{_OR_MORE}", re.IGNORECASE)
 _CONTRAST = re.compile(r",\s+(?:and\s+)?not\s+[-−$\\]{0,3}\d[\d.,]*")
 
 
@@ -115,7 +135,7 @@ def calm(text: str) -> str:
 def balanced(text: str) -> str:
     r"""Without closing braces and fences that open outside: ``} 460 \]`` of ``\[ \text{Sum: } 460 \]``."""
     depth, out = 0, []
-    for part in re.split(r"(?<!\\)([{}])", text):
+    for part in re.split(r"(?<!\\)([{}])", text) if "}" in text else [text]:
         depth += (part == "{") - (part == "}")
         if depth >= 0:
             out.append(part)
@@ -135,7 +155,7 @@ def denied(text: str) -> bool:
 
 def without_contrast(text: str) -> str:
     """``40, not 42`` without what it denies."""
-    return _CONTRAST.sub("", text)
+    return _CONTRAST.sub("", text) if "not" in text else text
 
 
 def qualified(text: str, start: int, end: int) -> Quantity:
@@ -153,7 +173,35 @@ def qualified(text: str, start: int, end: int) -> Quantity:
     return Quantity(text[start:end].strip(), start, end)
 
 
+def changed_beside(text: str, start: int, content: str, end: int) -> str | None:
+    """The content of a box from ``start`` to ``end`` with the sign, scale and bound beside it.
+
+    None where the words before it deny it.
+    """
+    near = max(0, start - 80)
+    if _DENIED_BOX.search(text, near, start):
+        return None
+    if scale := SCALES_AFTER.match(text, end):
+        content, end = f"{content} {scale.group().strip(' $-')}", scale.end()
+    if _SIGNED_BOX.search(text, near, start) or _SIGN_BEFORE.search(text, near, start):
+        content = f"-({content})" if re.search(r"[-+,=<>]", content) else f"-{content}"
+    bound, after = _BOUNDED_BOX.search(text, near, start), _OR_MORE_BOX.match(text, end)
+    return (
+        (f"{bound['bound']} " if bound else "") + content + (f" {after.group().strip(' $')}" if after else "")
+    )
+
+
+def _last_sentence_with_a_digit(text: str) -> int:
+    """Where it starts. No number reaches across a full stop and a space, or an empty line."""
+    digit = _NUMERAL.search(text[::-1])
+    end = len(text) - digit.start() if digit else 0
+    return max(0, *(text.rfind(stop, 0, end) for stop in (". ", ".\n", "\n\n")))
+
+
 def last_number(text: str) -> Quantity | None:
     """The last number of a text, qualified; None where there is none."""
-    spans = [match.span() for match in NUMBER.finditer(text)]
-    return qualified(text, *spans[-1]) if spans else None
+    for start in dict.fromkeys((_last_sentence_with_a_digit(text), 0)):  # few sentences are read twice
+        spans = [match.span() for match in NUMBER.finditer(text, start)]
+        if spans:
+            return qualified(text, *spans[-1])
+    return None
