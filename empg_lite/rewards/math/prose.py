@@ -91,6 +91,22 @@ _DENIED_BOX = re.compile(
 _SIGNED_BOX = re.compile(  # a unary minus: no space behind it, where it might be a bullet or a dash
     r"(?:=\s*[-−–]\s*|(?:\A|[:>\n,.(\[{$]|[A-Za-z]{2}\s)\s*\$?[-−–])\Z"
 )
+#: How the words end that change the box behind them; most boxes follow others.
+_TELLING = (
+    "least",
+    "most",
+    "than",
+    "to",
+    "exactly",
+    "not",
+    "never",
+    "be",
+    "'t",
+    "’t",
+    "minus",
+    "negative",
+    *"-−–",
+)
 _OR_MORE_BOX = re.compile(rf"[ $]*,? *{_OR_MORE}", re.IGNORECASE)
 _CONTRAST = re.compile(r",\s+(?:and\s+)?not\s+[-−$\\]{0,3}\d[\d.,]*")
 
@@ -179,13 +195,15 @@ def changed_beside(text: str, start: int, content: str, end: int) -> str | None:
     None where the words before it deny it.
     """
     near = max(0, start - 80)
-    if _DENIED_BOX.search(text, near, start):
+    told = text[near:start].rstrip(" $*(\\\n").lower().endswith(_TELLING)
+    if told and _DENIED_BOX.search(text, near, start):
         return None
     if scale := SCALES_AFTER.match(text, end):
         content, end = f"{content} {scale.group().strip(' $-')}", scale.end()
-    if _SIGNED_BOX.search(text, near, start) or _SIGN_BEFORE.search(text, near, start):
+    if told and (_SIGNED_BOX.search(text, near, start) or _SIGN_BEFORE.search(text, near, start)):
         content = f"-({content})" if re.search(r"[-+,=<>]", content) else f"-{content}"
-    bound, after = _BOUNDED_BOX.search(text, near, start), _OR_MORE_BOX.match(text, end)
+    bound = _BOUNDED_BOX.search(text, near, start) if told else None
+    after = _OR_MORE_BOX.match(text, end)
     return (
         (f"{bound['bound']} " if bound else "") + content + (f" {after.group().strip(' $')}" if after else "")
     )

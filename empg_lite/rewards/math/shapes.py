@@ -54,6 +54,7 @@ _BUILDER = re.compile(
     r"\s*[A-Za-z]\s*(?:\\in\s*\\mathbb\s*\{?\s*R\s*\}?|\\in\s*R)?"
     r"\s*(?:\\mid(?![a-z])|\||:|\\text\{\s*such that\s*\})"
 )
+_NUMBER = re.compile(r"[-+]?\d+(?:\.\d*)?%?", re.ASCII)  # most answers
 _MATRIX = re.compile(
     r"[(\[]?\s*\\begin\{(?P<env>[pb]?matrix|smallmatrix|array)\}(?:\{[^{}]*\})?(?P<body>.*)\\end\{(?P=env)\}\s*[)\]]?",
     re.DOTALL,
@@ -315,7 +316,7 @@ def _group(text: str, depth: int) -> Shape:
 def parse_shape(text: str, depth: int = 0) -> Shape:
     """Parse the outer structure of a normalized answer."""
     text = text.strip().strip(",;").strip()
-    if depth > _MAX_DEPTH:
+    if depth > _MAX_DEPTH or _NUMBER.fullmatch(text):
         return _leaf(text)
     groups = [piece for piece, _ in _split(text, {";"}) if piece.strip()]
     if len(groups) > 1:
