@@ -142,6 +142,9 @@ def test_exact_leaves_the_rest_undecided(text: str) -> None:
 @given(st.text(max_size=60))
 @example(r"\sqrt")
 @example(r"5\,")
+@example("6\u2668")
+@example("\u017f\\ ")
+@example("\u221a(")
 @settings(max_examples=150, deadline=None)
 def test_any_text_is_read_without_an_error(text: str) -> None:
     extract(text)

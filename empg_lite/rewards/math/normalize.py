@@ -227,9 +227,8 @@ def _roots(text: str) -> str:
         if text[at : at + 1] == "(":
             end = _partner(text, at)
             inside = text[at + 1 : end]
-            inside = (
-                inside if end < len(text) else _unstopped(inside)
-            )  # unclosed: the full stop is not under it
+            if end == len(text):  # nothing closes it: a full stop does not belong under it
+                inside = _unstopped(inside)
             text = text[:at] + "{" + inside + "}" + text[end + 1 :]
         elif (token := _UNDER_ROOT.match(text, at)) is not None:
             text = text[:at] + "{" + token.group() + "}" + text[token.end() :]

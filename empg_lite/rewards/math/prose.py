@@ -16,6 +16,8 @@ _CHEER = (
     "\U0001f300-\U0001f44d\U0001f44f-\U0001f6aa\U0001f6ac-\U0001faff]"
 )
 _CHEERS = re.compile(rf"(?:{_CHEER}|[\s\ufe0f\u200d])*")
+#: The same at the end, read backwards, with full stops and commas among them.
+_CHEERS_BACK = re.compile(rf"(?:[\s.,;:]*+(?:{_CHEER}|[\ufe0f\u200d]))*+")
 _TAG = re.compile(
     r"<(?P<tag>b|i|u|em|strong|mark|big|ins|code|center|span|font|p|div)(?:\s[^<>\n]{0,100})?>(?P<inside>[^<]*)"
     r"</(?P=tag)\s*>",
@@ -124,8 +126,9 @@ def undecorated(text: str) -> str:
     """Without emoji and check marks at either end, unless there is nothing else."""
     if text.isascii():
         return text
-    start, end = (match.end() if (match := _CHEERS.match(t)) else 0 for t in (text, text[::-1]))
-    bare = text[start : len(text) - end]
+    start, end = _CHEERS.match(text), _CHEERS_BACK.match(text[::-1])
+    assert start is not None and end is not None  # both match the empty text
+    bare = text[start.end() : len(text) - end.end()]
     return bare if re.search(r"[\w\\]", bare) else text
 
 
