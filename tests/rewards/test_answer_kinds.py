@@ -15,6 +15,11 @@ from empg_lite.rewards.explain import explain
 #: Kind, then ``= reward | gold | prediction`` where it earns 1, ``!`` where it does not.
 ROWS = r"""
 # thousands commas never stand inside brackets that hold parts
+= math | (100,200) | \boxed{x=100, y=200}
+= math | (100,200) | \boxed{y=200, x=100}
+! math | (100,200) | \boxed{x=200, y=100}
+! math | (100,200) | \boxed{x=100, t=200}
+! math | [100,200] | \boxed{x=100, y=200}
 ! math | (4,112) | \boxed{4112}
 ! math | 10200 | \boxed{(10,200)}
 ! math | 10200 | The point is (10,200).
@@ -40,6 +45,25 @@ ROWS = r"""
 = math | 1,000,000 | \boxed{1000000}
 ! math | f(1,200) | \boxed{f(1200)}
 # signs, scale words, bounds and denials belong to the number beside them
+! gsm8k | 42 | > 42
+! gsm8k | 42 | So $x \ge 42$.
+= gsm8k | 42 | The answer is <42>.
+! gsm8k | 42 | It is almost 42.
+= gsm8k | 42 | It is about 42.
+= gsm8k | 42 | That makes 42 instead of 40.
+! gsm8k | 40 | That makes 42 instead of 40.
+= gsm8k | 42 | The answer is 42 out of 50.
+! gsm8k | 50 | The answer is 42 out of 50.
+= gsm8k | 5 | It went down from 8 to 5.
+= gsm8k | -5 | He owes $5, so his balance is -$5
+= gsm8k | 24 | two dozen
+= gsm8k | 5 | The answer is five.
+! gsm8k | 5 | The answer is fifty.
+= math | \text{five} | \boxed{5}
+! math | \text{five} | \boxed{-5}
+= math | -205 | minus two hundred five
+! math | 2 | two thirds
+! math | 7 | five two
 = gsm8k | -5 | his balance is -$5.
 ! gsm8k | 5 | his balance is -$5.
 ! gsm8k | 5 | It is minus 5 degrees.
@@ -190,6 +214,16 @@ ROWS = r"""
 = math | 42 | \boxed{42 ✅}
 = math | 42 | The answer is 42 ✔️.
 # labels and emphasis
+= math | 460 | Answer => 460
+= gsm8k | 460 | --> 460
+= math | 460 | ⇒ 460
+! math | 460 | Answer > 460
+= math | 460 | ==460==
+= math | 460 | ~~461~~ 460
+! math | 461 | ~~461~~ 460
+= math | 460 | \boxed{\Large 460}
+= math | 460 | \framebox{460}
+! math | 460 | ==-460==
 = math | 460 | \text{ANSWER: } \$460
 ! math | 460 | \text{ANSWER: } \$461
 = math | 460 | \[ \text{The answer is } 460 \]
@@ -226,6 +260,16 @@ ROWS = r"""
 ! gsm8k | 30 | It arrives at 3:30 PM.
 = math | -5 | It dropped from 10 to -5.
 # letters
+= choice | B | <answer>B</answer>
+! choice | B | <think>B</think><answer>A</answer>
+= choice | B | A, C and D are too small. So it must be B.
+! choice | B | So it cannot be B.
+= choice | B | Let us go with B.
+! choice | B | So it must be B or C.
+= choice | A | The answer is A rather than B.
+! choice | B | The answer is A rather than B.
+= choice | A | The choice that fits is A.
+= choice | A | 选项 A
 = choice | A | The correct option is A, because 3 > 2.
 ! choice | B | The correct option is A, because 3 > 2.
 = choice | A | The answer is option (A): 12
@@ -245,6 +289,16 @@ ROWS = r"""
 = choice | A | Correct option: A) 12
 ! choice | A | Option A cannot be right.
 # remarks, qualifiers, units, bases, packages
+= math | 72 | 72 (seventy-two)
+! math | 72 | 72 (base 8)
+= math | 2516_8 | 2516_{(8)}
+! math | 2516_8 | 2516_{(7)}
+= math | 9.6 | 9.6 J/(kg·K)
+= math | 9.6 | 9.6\, \frac{m}{s}
+! math | 9.6 | 9.6\frac{m}{s}
+= math | \frac{x}{2} | \frac{x}{2} \text{ for } x\in\mathbb{R}
+! math | \frac{x}{2} | \frac{x}{3} \text{ for } x\in\mathbb{R}
+= math | x^2 | y = x^2 \text{ where } x \in \mathbb{R}
 = gsm8k | 72 | The answer is 72, in total, so the farmer earns that much.
 ! gsm8k | 71 | The answer is 72, in total, so the farmer earns that much.
 = math | 72 | The answer is 72, rounded to the nearest ten.
@@ -299,6 +353,8 @@ ROWS = r"""
 ! gsm8k | -3 | The answer is $1.2 \cdot 10^{-3}$.
 = gsm8k | 0.0012 | It equals 1.2 x 10^-3.
 # percent, echoed boxes, decimal commas beside a currency sign
+= math | 29.5 | EUR 29,50
+! math | 2950 | EUR 29,50
 = math | 198\% | 198
 ! math | 198\% | 199
 = math | 198\% | 1.98

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from empg_lite.rewards.kind import Case, Kind, Outcome
-from empg_lite.rewards.math import Answer, Pair, announced, extract, quoted
+from empg_lite.rewards.math import Answer, Pair, announced, extract, quoted, visible
 
 #: Rules by which the text itself announces its answer; the others guess at the last value.
 _POINTED = frozenset({"boxed", "boxed_unclosed", "hash", "answer_is", "final_answer_is"})
@@ -27,7 +27,9 @@ _SEVERAL = re.compile(
     rf"{_CALLED}{_LETTER}(?:\s*(?:,|;|/|&|\band\b|\bor\b|\s)\s*{_CALLED}{_LETTER})+[.:]?", re.IGNORECASE
 )
 #: "the correct option is" announces as "the answer is" does.
-_OPTION_IS = re.compile(r"\b(?:option|choice|letter)(?=\s*(?:is\b|:))", re.IGNORECASE)
+_OPTION_IS = re.compile(
+    r"\b(?:option|choice|letter)(?: (?:that|which) [^.,:\n]{1,40}?)?(?=\s*(?:is\b|:))", re.IGNORECASE
+)
 _IS_CORRECT = re.compile(
     r"(?<![\w.])\(?([A-J])\)? (?:is|must be) (?:the )?(?:(?:only )?(?:correct|right|best)|answer)(?: one)?\b"
 )
@@ -36,7 +38,9 @@ _DENIED = re.compile(
 )
 _MENTION = re.compile(
     r"(?<!\w)\(([A-J])\)|\b(?:option|choice)\s+\(?([A-J])\b"
-    r"|\b(?:choose|pick|select)\s+\(?(?-i:([A-J]))\b",
+    r"|\b(?:choose|pick|select|go with|must be|it is|it['’]s|therefore|thus|hence|so)[,:]?\s+"
+    r"\(?(?-i:([A-J]))\b(?!['’\w ])"
+    r"|选项\s*([A-J])",
     re.IGNORECASE,
 )
 
@@ -96,7 +100,7 @@ def read_choice(prediction: str, options: dict[str, str]) -> Answer | None:
         return Answer(letter, answer.rule) if letter else None
     if answer is None and ("boxed" in prediction or "fbox" in prediction):
         return None  # the box does not commit to one answer
-    whole = prediction.strip()
+    whole = visible(prediction).strip()
     letter = read_letter(whole, options) if 0 < len(whole) <= _MAX else None
     if letter is not None:
         return Answer(letter, "whole")
@@ -104,7 +108,7 @@ def read_choice(prediction: str, options: dict[str, str]) -> Answer | None:
     sentences = [part for part in re.split(r"\n|(?<=[.!?])\s+", whole[-_MAX:]) if part.strip()]
     last = sentences[-1] if sentences else ""
     correct = {match[1] for match in _IS_CORRECT.finditer(last)}
-    mentioned = correct or {(m[1] or m[2] or m[3]).upper() for m in _MENTION.finditer(last)}
+    mentioned = correct or {next(filter(None, m.groups())).upper() for m in _MENTION.finditer(last)}
     if mentioned:
         if not correct and _DENIED.search(last):
             return None

@@ -11,14 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from empg_lite.rewards.math.compare import Pair
-    from empg_lite.rewards.math.extraction import Answer, announced, extract
+    from empg_lite.rewards.math.extraction import Answer, announced, extract, visible
     from empg_lite.rewards.math.steps import comparison_steps, quoted, reading_steps
     from empg_lite.rewards.math.votes import ballot
 
-__all__ = ["Answer", "Pair", "announced", "ballot", "comparison_steps", "extract", "quoted", "reading_steps"]
+__all__ = [
+    "Answer",
+    "Pair",
+    "announced",
+    "ballot",
+    "comparison_steps",
+    "extract",
+    "quoted",
+    "reading_steps",
+    "visible",
+]
 _HOMES = {
     "compare": ("Pair",),
-    "extraction": ("Answer", "announced", "extract"),
+    "extraction": ("Answer", "announced", "extract", "visible"),
     "steps": ("comparison_steps", "quoted", "reading_steps"),
     "votes": ("ballot",),
 }

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from typing import NamedTuple
 
-from empg_lite.rewards.math.exact import read_exact
+from empg_lite.rewards.math.exact import Exact, read_exact
 from empg_lite.rewards.math.normalize import normalize
 from empg_lite.rewards.math.real_line import read_conditions
 from empg_lite.rewards.math.shapes import Shape, as_intervals, is_quantity, parse_shape, valued
 from empg_lite.rewards.math.units import strip_units, unabbreviated
-from empg_lite.rewards.math.words import as_words, choice, numeral, plain
+from empg_lite.rewards.math.words import as_words, choice, numeral, plain, spoken
 
 #: Compares two shapes that structure cannot decide: (what, gold, prediction), where ``what`` is
 #: ``expression``, ``equation``, ``relation`` or ``other``.
@@ -153,6 +153,13 @@ def _choices_equal(gold: str, prediction: str) -> bool | None:
     return one[0] == other[0] and not (one[1] and other[1] and _squeezed(one[1]) != _squeezed(other[1]))
 
 
+def _exact(text: str) -> Exact | None:
+    """The value of a number, in digits or in words."""
+    exact = read_exact(text)
+    said = spoken(text) if exact is None else None
+    return exact if said is None else Exact(Fraction(said))
+
+
 def decide_plain(gold: str, prediction: str, percent_asked: bool) -> tuple[bool | None, str]:
     """Compare normalized expressions without structure, by text and value: (equal, how it was decided)."""
     if _squeezed(gold) == _squeezed(prediction):
@@ -172,7 +179,7 @@ def decide_plain(gold: str, prediction: str, percent_asked: bool) -> tuple[bool 
         return gold_base == prediction_base, "numerals of a base: digits and base must agree"
     if not _ABBREVIATION.search(gold):
         prediction = unabbreviated(prediction)
-    exact_gold, exact_prediction = read_exact(gold), read_exact(prediction)
+    exact_gold, exact_prediction = _exact(gold), _exact(prediction)
     if exact_gold and exact_prediction:
         value = exact_prediction.value
         if percent_asked and exact_prediction.percent and not exact_gold.percent:
@@ -254,13 +261,24 @@ def _bags(gold: Shape, prediction: Shape, leaf: Leaf) -> bool | None:
     if one is not None and other is not None and set(one) == set(other):
         return _ordered(list(one.values()), [other[label] for label in one], leaf)
     if gold.kind != prediction.kind:
-        return False
+        point, named = (gold, other) if gold.kind == "tuple" else (prediction, one)
+        if named is None or point.label or point.text != "()" or not _coordinates(named):
+            return False
+        parts = [named[label] for label in sorted(named)]
+        left, right = (point.items, parts) if point is gold else (parts, point.items)
+        return _ordered(left, right, leaf)
     if gold.kind == "tuple":
         return gold.text == prediction.text and _ordered(gold.items, prediction.items, leaf)
     labeled = [any(item.label for item in shape.items) for shape in (gold, prediction)]
     if (one is not None and not labeled[1]) or (other is not None and not labeled[0]):
         return _ordered(gold.items, prediction.items, leaf)
     return _unordered(gold.items, prediction.items, leaf)
+
+
+def _coordinates(labels: Iterable[str]) -> bool:
+    """True for letters that follow one another, as the names of a point's coordinates do: x, y."""
+    names = "".join(sorted(labels))
+    return len(names) > 1 and names in "abcdefghijklmnopqrstuvwxyz"
 
 
 def _as_equation(shape: Shape) -> Shape | None:

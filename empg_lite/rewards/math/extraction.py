@@ -101,7 +101,7 @@ _PLACEHOLDER = re.compile(
 )
 _PHRASE = re.compile(
     r"(?:(?:\b(?P<final>final\s+)?answers?\b|^[ \t]*(?:A|Ans\.?)(?=\s*:))[^\n.:=$\\]{0,60}?"
-    r"(?::|=|\b(?:is|are)\b|\bwould be\b|(?=\s*(?:\$|\\\(|\\\[))|(?<=answer)\W{0,4}\n)"
+    r"(?::|=+>?|-+>|→|\b(?:is|are)\b|\bwould be\b|(?=\s*(?:\$|\\\(|\\\[))|(?<=answer)\W{0,4}\n)"
     r"|^[ \t]*Ans\.(?=\s)|答案\s*(?:是|为|[:：]))",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -113,10 +113,13 @@ _NO_CONTENT = re.compile(
 )
 _REMARK = re.compile(
     r",?\s+(?:because|since|rounded|correct to|to the nearest"
-    r"|as (?:we|the|there|it|he|she|they)|which|where|given that)\b|,\s+(?:so|but|not)\b"
+    r"|as (?:we|the|there|it|he|she|they)|which|where|given that"
+    r"|instead of|rather than|as opposed to|(?:up|down) from|out of|compared (?:to|with))\b"
+    r"|,\s+(?:so|but|not)\b"
     r"|\s\((?=or\b|i\.e\.|\$?[\d.]+\s?\\?%)|\s\((?!\s*base\b)(?=[^()\\]{0,200}[A-Za-z]{3})",
     re.IGNORECASE,
 )
+_GLOSS = re.compile(r"\s\((?!base\b)[A-Za-z][A-Za-z -]{2,60}\)\Z")
 #: Words after a number and a comma, unless they change it: "72, in total, so that is all".
 _ASIDE = re.compile(
     r"[,;]\s+(?!(?:and|or|minus|plus|less|times|to|but|squared|cubed|per ?cent|dozen|hundred|thousand"
@@ -129,7 +132,8 @@ _RESERVED = re.compile(
     re.IGNORECASE,
 )
 _LEAD = re.compile(
-    r"(?:(?:it['’]s|that['’]s|so|thus|hence|therefore|then|finally|between"
+    r"(?:(?:[-=]+>|→|⇒|➡|\\(?:Rightarrow|rightarrow|implies|therefore)(?![a-z])"
+    r"|at(?= \d{1,2}:\d\d)|it['’]s|that['’]s|so|thus|hence|therefore|then|finally|between"
     r"|we (?:get|have|find|obtain)(?: that)?|it follows that|this (?:means|gives)(?: that)?)"
     r"(?:[,:]\s*|\s+)){1,4}",
     re.IGNORECASE,
@@ -148,7 +152,7 @@ _FENCE = re.compile(r"(?:\$\$?|\\[(\[])\s*")
 _PHRASE_END = re.compile(r"[.?](?=[\s*\"'”<]|$)|(?<=\w)!(?=\s+[A-Z][a-z])|\n")
 # Contents hold no further fence, so that a thousand unclosed ones are read once and not a thousand times.
 _MATH = re.compile(
-    r"\$\$(?P<a>[^$]+)\$\$|(?<!\\)\$(?P<b>(?:\\\$|[^$])+?)(?<!\\)\$"
+    r"\$\$(?P<a>[^$]+)\$\$|(?<!\\)\$(?P<b>(?:\\\$|[^$])+?)(?<!\\)\$(?!\d)"
     r"|\\\((?P<c>(?:[^\\]|\\[^()\[\]])+)\\\)|(?<!\\)\\\[(?P<d>(?:[^\\]|\\[^()\[\]])+)\\\]"
     r"|(?P<e>\\begin\{(?:align|gather|equation)\*?\}(?:[^\\]|\\(?!begin|end))+"
     r"\\end\{(?:align|gather|equation)\*?\})",
@@ -421,6 +425,12 @@ def _is_number(text: str) -> bool:
     return len(text) <= _MAX_NUMBER and read_exact(normalize(text)) is not None
 
 
+def _unglossed(text: str) -> str:
+    """``72 (seventy-two)`` without what the brackets say again in words."""
+    gloss = _GLOSS.search(text) if text.endswith(")") else None
+    return text[: gloss.start()] if gloss and _is_number(text[: gloss.start()]) else text
+
+
 def _fragment(content: str, rule: str, numeric: bool) -> Answer | None:
     """The answer in an announced phrase: all of it, or the last value in it; None where that is denied."""
     content = _tidy(calm(_tidy(_without_remark(content))))
@@ -481,7 +491,7 @@ def extract(text: str, *, numeric: bool = False) -> Answer | None:
     stripped = balanced(_tidy(text))
     bare = without_domain(_tidy(_without_lead(stripped)))
     if numeric or not re.fullmatch(r"\d+!", text.strip()):  # 5! alone is mathematics
-        bare = calm(bare)
+        bare = _unglossed(calm(bare))
     if not stripped:
         return None
     if _bare(bare) and not (numeric and not _is_number(bare) and NUMBER.search(bare)):

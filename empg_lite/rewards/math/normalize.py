@@ -89,7 +89,7 @@ _WHITE = re.compile(r"\s+")  # collapsed early: later expressions are slow on lo
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|emph|mbox|hbox|mathrm|operatorname\*?)\s*\{")
 _STYLE = re.compile(
     r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|math(?:bf|it|sf|tt|normal|cal)|boldsymbol|bm"
-    r"|underline|uline|boxed|fbox|bf|rm|it|phantom|hphantom|ensuremath|strut|hfill)(?![a-zA-Z])"
+    r"|underline|uline|boxed|fbox|framebox|bbox|tiny|small|large|Large|LARGE|huge|Huge|bfseries|bf|rm|it|phantom|hphantom|ensuremath|strut|hfill)(?![a-zA-Z])"
 )
 _COLOR = re.compile(r"\\(?:text)?color\s*(?:\[[^\[\]]*\])?\s*\{[^{}]*\}")
 _LABELED_TEXT = re.compile(r"\\text\{\s*[A-Za-z][A-Za-z ]{0,40}:\s*(?=[^{}:,\s][^{}:,]*\})")
@@ -153,11 +153,12 @@ _DECIMAL_COMMA = re.compile(r"[-+]?0,\d{3,}")  # no thousands group begins with 
 _CONTINENTAL = re.compile(r"([-+]?)(\d{1,3}(?:[. ]\d{3})+),(\d{1,2}|\d{4,})|([-+]?\d{1,3}(?:\.\d{3}){2,})")
 _SMALL = r"(\d+|\d{1,3}(?:[. ]\d{3})+),(\d\d)(?!\d)"  # a price with a decimal comma
 _PRICE = re.compile(
-    rf"(?:[€£¥₹₽]|\\\$)\s?{_SMALL}|(?<![\d,.]){_SMALL}(?=\s?(?:\\text\{{\s*)?(?:[€£¥₹₽]|\\\$|(?:EUR|euros?)\b))"
+    rf"(?:[€£¥₹₽]|\\\$|\bEUR)\s?{_SMALL}|(?<![\d,.]){_SMALL}(?=\s?(?:\\text\{{\s*)?(?:[€£¥₹₽]|\\\$|(?:EUR|euros?)\b))"
 )
 #: Behind a formula, where it names no narrower domain.
 _FOR_ALL = re.compile(
-    r",?\s*(?:\\text\{)?\s*,?\s*(?:\\forall|(?<![a-z])for\s+(?:all|any|every|each))\s*(?:real(?:\s+numbers?)?|values?\s+of)?\s*\}?"
+    r",?\s*(?:\\text\{)?\s*,?\s*(?:\\forall|(?<![a-z])for\s+(?:all|any|every|each)"
+    r"|(?<![a-z])(?:for|where)(?=\s*\}?\s*[a-z]\s*\\in\s*\\mathbb))\s*(?:real(?:\s+numbers?)?|values?\s+of)?\s*\}?"
     r"\s*[a-z](?:\s*,\s*[a-z])*\s*(?:\\in\s*\\mathbb\s*\{?\s*R\s*\}?)?\s*\}?$"
 )
 _MAX_DOMAIN = 120  # characters: the expression is slow on a whole text
@@ -354,7 +355,7 @@ def _unstopped(text: str) -> str:
 def without_domain(text: str) -> str:
     r"""Without "for all real x" at the end; ``for all x > 0`` stays."""
     head, tail = text[:-_MAX_DOMAIN], text[-_MAX_DOMAIN:]
-    return head + _FOR_ALL.sub("", tail) if "for" in tail else text
+    return head + _FOR_ALL.sub("", tail) if "for" in tail or "where" in tail else text
 
 
 def normalize(answer: str) -> str:

@@ -24,6 +24,8 @@ _TAG = re.compile(
     re.IGNORECASE,
 )
 _RAISED_TAG = re.compile(r"<(?P<tag>su[pb])>(?P<inside>[^<>{}\n]{1,40})</(?P=tag)>", re.IGNORECASE)
+_STRUCK = re.compile(r"~~[^~\n]+~~")  # taken back
+_HIGHLIGHT = re.compile(r"(?<![=\w])==(?=[^\s=])([^=\n]+)(?<=[^\s=])==(?![=\w])")
 _UNDERSCORES = re.compile(
     r"(?<!\w)__(?=\S)([^_\n]+)(?<=\S)__(?!\w)|(?<![\w}\\)])_([-$]{0,2}\d[\d.,]*)_(?!\w)"
 )
@@ -53,12 +55,13 @@ _BOUND_BEFORE = re.compile(
     r"(?:well |just )?(?:over|under|above|below|beyond|up to)"
     rf"|exceed(?:s|ed)?|between {_NUMBER_BEFORE} and){_OPEN}"
     rf"|ratio\b[^.\n]{{0,60}}(?P<first> {_NUMBER_BEFORE} to\s+\Z))"
-    rf"|(?:\A|\n)\W*(?:over|under|above|below|beyond|up to){_OPEN}|(?<![\w.])\d[\d.,]*[–—-]\Z",
+    rf"|(?:\A|\n)\W*(?:over|under|above|below|beyond|up to){_OPEN}|(?<![\w.])\d[\d.,]*[–—-]\Z"
+    r"|(?:(?<!\S)[<>]=?|[≤≥]|\\(?:le|ge|lt|gt|leq|geq|leqslant|geqslant)(?![a-z]))\s*\$?\Z",
     re.IGNORECASE,
 )
 _DENIAL_BEFORE = re.compile(
     rf"(?:\b(?:not|cannot|never)|n['’]t)(?: be)?(?: equal(?: to)?| exactly)?{_OPEN}"
-    rf"|\b(?:other than|anything but|far from){_OPEN}|(?<=\d) (?:or|and) \$?\Z",
+    rf"|\b(?:other than|anything but|far from|almost|nearly){_OPEN}|(?<=\d) (?:or|and) \$?\Z",
     re.IGNORECASE,
 )
 SCALES_AFTER = re.compile(
@@ -110,7 +113,12 @@ _TELLING = (
     *"-−–",
 )
 _OR_MORE_BOX = re.compile(rf"[ $]*,? *{_OR_MORE}", re.IGNORECASE)
-_CONTRAST = re.compile(r",\s+(?:and\s+)?not\s+[-−$\\]{0,3}\d[\d.,]*")
+_CONTRASTING = ("not", "instead of", "rather than", "as opposed to", " from", "out of", "compared")
+_CONTRAST = re.compile(
+    r"(?:,\s+(?:and\s+)?not"
+    r"|(?<=\w) (?:instead of|rather than|as opposed to|(?:up|down) from|out of|compared (?:to|with)))"
+    r"\s+[-−$\\]{0,3}\d[\d.,]*"
+)
 
 
 class Quantity(NamedTuple):
@@ -133,13 +141,15 @@ def undecorated(text: str) -> str:
 
 
 def unemphasized(text: str) -> str:
-    """Without HTML tags and underscores of emphasis; ``<sup>`` becomes a power."""
+    """Without HTML tags, Markdown emphasis and what is struck through; ``<sup>`` becomes a power."""
     if "</" in text:
         text = _RAISED_TAG.sub(
             lambda m: ("^" if m["tag"].lower() == "sup" else "_") + f"{{{m['inside']}}}", text
         )
         for _ in range(3):
             text = _TAG.sub(r"\g<inside>", text)
+    text = _STRUCK.sub(" ", text) if "~~" in text else text
+    text = _HIGHLIGHT.sub(r"\1", text) if "==" in text else text
     return _UNDERSCORES.sub(r"\1\2", text) if "_" in text else text
 
 
@@ -174,7 +184,7 @@ def denied(text: str) -> bool:
 
 def without_contrast(text: str) -> str:
     """``40, not 42`` without what it denies."""
-    return _CONTRAST.sub("", text) if "not" in text else text
+    return _CONTRAST.sub("", text) if any(word in text for word in _CONTRASTING) else text
 
 
 def qualified(text: str, start: int, end: int) -> Quantity:
@@ -187,7 +197,8 @@ def qualified(text: str, start: int, end: int) -> Quantity:
     bound = _BOUND_AFTER.match(text, end)
     end = bound.end() if bound else end
     for before in (_BOUND_BEFORE, _SIGN_BEFORE):
-        if match := before.search(text, near, start):
+        match = before.search(text, near, start)
+        if match and not (match.group() == "<" and text[end : end + 1] == ">"):  # <42> is in brackets
             start = match.start("first" if match.groupdict().get("first") else 0)
     return Quantity(text[start:end].strip(), start, end)
 

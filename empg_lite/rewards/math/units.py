@@ -47,11 +47,16 @@ _UNIT_REST = re.compile(rf"(?<=\}})\s*{_POWER}?\s*(?:\\cdot|/)$|(?<=[\d}})])\s*\
 _GREEK_UNIT = re.compile(
     r"(?<=[\d})])\s*(?:(?:\\text\{\s*[kMm]\s*\}|[kM]|\\mu)?\s*\\Omega|\\AA|\\mathring\s*\{\s*A\s*\}|\\mu\s*(?:\\text\{\s*)?[mgsLlFACVTHWJM]\s*\}?)$"
 )
+_PER_TAIL = re.compile(  # 9.6 J/(kg K)
+    r"(?<=\d) ?[A-Za-z]{1,3}\s?/\s?\((?:[A-Za-z]{1,3}(?:\^\{?[23]\}?)?(?:\s*(?:\\cdot)?\s*)){2}\)$"
+)
 _WORDS_TAIL = re.compile(
     r"(?:(?<=[\d})%!])|(?<=\\pi))(\s*)([A-Za-z][A-Za-z./\s-]*)(?:\^\s*(?:\{\s*[23]\s*\}|[23])|[23])?$"
 )
 _QUOTIENT_TAIL = re.compile(
-    r"(?<=[\d})])\s*\\frac\{\s*\\text\{[^{}]*\}\s*\}\{\s*\\text\{[^{}]*\}(?:\^\{?[23]\}?)?\s*\}$"
+    r"(?<=[\d})]) +\\frac\{\s*(?:m|km|cm|kg|g|J|N|mol|mi|ft|L)\s*\}"
+    r"\{\s*(?:s|h|hr|min|kg|K|mol|L|[cd]?m)(?:\^\{?[23]\}?)?\s*\}$"
+    r"|(?<=[\d})])\s*\\frac\{\s*\\text\{[^{}]*\}\s*\}\{\s*\\text\{[^{}]*\}(?:\^\{?[23]\}?)?\s*\}$"
 )
 #: Remarks before a number, except those that are part of it.
 _LEADING = re.compile(
@@ -92,7 +97,7 @@ def unabbreviated(text: str) -> str:
 def strip_units(text: str) -> str:
     r"""A normalized answer without trailing unit (``15 cm^2``) or leading remark (``\text{about } 5``)."""
     text = _QUOTIENT_TAIL.sub("", _LEADING.sub("", _NEGATIVE.sub("-", text)))
-    text = _GREEK_UNIT.sub("", text)
+    text = _PER_TAIL.sub("", _GREEK_UNIT.sub("", text))
     while (tail := _TEXT_TAIL.search(text)) is not None:
         words = tail.group(1).strip()
         kept = _CLOCK.fullmatch(words) or _NOT_UNITS.fullmatch(words) or _CHANGES.fullmatch(words)

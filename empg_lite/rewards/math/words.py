@@ -26,15 +26,48 @@ _EVERYTHING = re.compile(
 )
 _NAMES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 _NAMES |= {"eleven": 11, "twelve": 12, "sixteen": 16}
+_ONES = "one two three four five six seven eight nine"
+_TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_COUNTS = {word: value for value, word in enumerate(f"zero {_ONES} {_TEENS}".split())}
+_COUNTS |= {word: 10 * value for value, word in enumerate(_TENS.split(), 2)}
+_TIMES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6}
+_ONE, _TEEN, _TEN = (f"(?:{words.replace(' ', '|')})" for words in (_ONES, _TEENS, _TENS))
+_HUNDREDS = (
+    rf"(?:(?:a|{_ONE}) hundred(?: (?:{_TEN}(?: {_ONE})?|{_TEEN}|{_ONE}))?|{_TEN}(?: {_ONE})?|{_TEEN}|{_ONE})"
+)
+_SPOKEN = re.compile(
+    rf"(?:(?:minus|negative) )?(?:zero|(?:a|{_TEEN}|{_ONE}) dozen|(?:a|{_HUNDREDS}) million"
+    rf"|(?:(?:{_HUNDREDS}) million )?(?:(?:a|{_HUNDREDS}) thousand(?: {_HUNDREDS})?|{_HUNDREDS}))"
+)
+_MAX_SPOKEN = 100
 _BASE = re.compile(
     r"(?P<digits>[\dA-Za-z.]*\d[\dA-Za-z.]*)\s*(?:\\text\{)?\s*(?:,?\s*in\s+)?\(?base[\s~-]*\$?(?P<base>\w+)\$?\)?\s*\}?"
 )
-_NUMERAL = re.compile(r"([\dA-Za-z.]*[\dA-Z][\dA-Za-z.]*)_\{?\s*(?:\\text\{)?\s*(\w+)\s*\}*")
+_NUMERAL = re.compile(r"([\dA-Za-z.]*[\dA-Z][\dA-Za-z.]*)_\{?\s*\(?(?:\\text\{)?\s*(\w+)\s*\)?\}*")
 
 
 def plain(text: str) -> str:
     r"""Without the ``\text{}`` around words."""
     return _TEXT.sub(r"\1", text)
+
+
+def spoken(text: str) -> int | None:
+    """A whole number in words: ``twenty-five``, ``minus two thousand``, ``a dozen``; None for anything else.
+
+    >>> spoken("two hundred and five"), spoken("five two")
+    (205, None)
+    """
+    said = plain(text).lower().replace("-", " ").replace(" and ", " ").strip()
+    if len(said) > _MAX_SPOKEN or not _SPOKEN.fullmatch(said):
+        return None
+    total = part = 0
+    for word in said.split():
+        if word in ("thousand", "million"):
+            total, part = total + max(part, 1) * _TIMES[word], 0
+        else:
+            part = max(part, 1) * _TIMES[word] if word in _TIMES else part + _COUNTS.get(word, 0)
+    return -(total + part) if said.startswith(("minus", "negative")) else total + part
 
 
 def means_nothing(text: str) -> bool:
