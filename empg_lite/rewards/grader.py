@@ -27,8 +27,8 @@ _BOXED_RULES = frozenset({"boxed", "hash"})
 class Grader:
     """Grades predictions; a context manager that owns the worker processes.
 
-    Plain answers are decided in this process. Workers start when an answer first needs one: algebra and
-    regular expressions share a pool, each Reasoning Gym task and the user's function have their own.
+    Plain answers are decided in this process. Workers start when an answer first needs one: algebra,
+    regular expressions, each Reasoning Gym task and the user's function have a pool each.
     Thread-safe.
 
     Args:

@@ -209,7 +209,7 @@ def test_a_broken_grader_is_found_before_step_1(
 ) -> None:
     (tmp_path / "sympy.py").write_text("raise ImportError('half installed')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    for reward in ("math", "gsm8k", "regex:[a-m]"):
+    for reward in ("math", "gsm8k"):
         run = tmp_path / reward[:4]
         code, _, err = cli("train", "-r", recipe_file, "-o", run, "--set", f"data.reward='{reward}'")
         assert code == 69 and "half installed" in err.strip().splitlines()[-1], (reward, err)

@@ -46,7 +46,8 @@ class Regex(Kind):
                 return Outcome("no_answer")
             return Outcome("equal" if group == case.gold.strip() else "different", Answer(group, "pattern"))
 
-        return WorkerRequest({"op": "regex", "pattern": argument, "text": case.prediction}, read)
+        request = {"op": "regex", "pattern": argument, "text": case.prediction}
+        return WorkerRequest(request, read, setup={"kind": "regex"})
 
     def explain(self, case: Case, argument: str) -> list[str]:
         return [

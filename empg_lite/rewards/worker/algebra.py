@@ -1,12 +1,10 @@
-"""Algebra and regular expressions inside a worker.
+"""Algebra inside a worker.
 
-``{"op": "equal", "gold", "prediction", "percent"}`` -> ``{"equal": bool}`` or ``{"unparsable": why}``,
-``{"op": "regex", "pattern", "text"}`` -> ``{"match": null | {"group": str | null}}``.
+``{"op": "equal", "gold", "prediction", "percent"}`` -> ``{"equal": bool}`` or ``{"unparsable": why}``.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,11 +22,7 @@ def load(setup: Mapping[str, Any]) -> Answer:
         (r"\mathbb{R}\setminus\{1\}", r"(-\infty,1)\cup(1,\infty)"),
     ):
         assert _equal({"gold": gold, "prediction": prediction, "percent": False}) == {"equal": True}, gold
-    return _answer
-
-
-def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    return {"equal": _equal, "regex": _regex}[request["op"]](request)
+    return _equal
 
 
 def _equal(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,11 +31,3 @@ def _equal(request: Mapping[str, Any]) -> dict[str, Any]:
     # The grader works, as loading has shown, so the answer is at fault: a verdict that no policy can dodge.
     except (ValueError, TypeError, NotImplementedError, RecursionError, ArithmeticError) as error:
         return {"unparsable": f"{type(error).__name__}: {error}"[:300]}
-
-
-def _regex(request: Mapping[str, Any]) -> dict[str, Any]:
-    pattern = re.compile(request["pattern"])
-    if not pattern.groups:
-        return {"match": {"group": None} if pattern.search(request["text"]) else None}
-    groups = [match.group(1) for match in pattern.finditer(request["text"])]
-    return {"match": {"group": groups[-1]} if groups else None}
