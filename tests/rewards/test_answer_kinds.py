@@ -12,7 +12,7 @@ import pytest
 from empg_lite.rewards import Grader
 from empg_lite.rewards.explain import explain
 
-#: Kind, then ``= reward | gold | prediction`` where it earns 1, ``!`` where it does not.
+#: Kind, then ``= reward | gold | prediction`` where it earns 1, ``!`` where not; ``⏎`` is a line break.
 ROWS = r"""
 # thousands commas never stand inside brackets that hold parts
 = math | (100,200) | \boxed{x=100, y=200}
@@ -382,6 +382,36 @@ ROWS = r"""
 = gsm8k | 29.5 | The answer is 29,50 €.
 ! gsm8k | 2950 | The answer is 29,50 €.
 ! gsm8k | 50 | The answer is 29,50 €.
+# what a model says before and after its answer, in other languages, and letters beside mathematics
+= math | 42 | The answer should be 42.
+= math | 42 | The answer seems to be 42.
+! math | 42 | The answer should not be 42.
+= math | 42 | Die Antwort lautet 42.
+= gsm8k | 42 | La respuesta final es 42.
+! math | 42 | La respuesta no es 42.
+! math | 42 | Die Antwort ist nicht 42.
+! math | 42 | La réponse n'est pas 42.
+= math | 42 | 答：42
+= choice | C | Antwort:⏎⏎Antwort: C
+= choice | C | Ответ: C
+= choice | C | 정답: C
+! choice | C | La respuesta no es C.
+= gsm8k | 12 | 2*6=12⏎#### 12⏎⏎Question: Tom has 3 pens.⏎Answer: He has 3.⏎#### 3
+! gsm8k | 3 | 2*6=12⏎#### 12⏎⏎Question: Tom has 3 pens.⏎Answer: He has 3.⏎#### 3
+= math | 12 | So \boxed{12}.⏎⏎Problem: Find 1+1.⏎Solution: \boxed{2}
+= gsm8k | 17 | Q: What is 3*4?⏎A: 12⏎Q: What is 12+5?⏎A: 17
+= gsm8k | 17 | Question: how many are left?⏎#### 17
+! gsm8k | 41 | The answer is 42.⏎Question: once more?⏎The answer is 41.
+= choice | D | We need \boxed{\langle H\rangle \ll \Delta E}.⏎**Answer: D**
+! choice | E | We need \boxed{\langle H\rangle \ll \Delta E}.⏎**Answer: D**
+! choice | C | \boxed{B \text{ or } C}
+= choice | B | I would pick B — a safe choice.
+! choice | A | I would pick B — a safe choice.
+! choice | A | A perfect answer cannot be found.
+= math | 4\sqrt{2} | $4\sqrt(2)$
+! math | 4 | $4\sqrt(2)$
+= math | 22.2 | 22.2 C
+! math | 22.2 | 22.2 x
 # golds that announce, and the rest
 = math | The answer is 14. | \boxed{14}
 ! math | The answer is 14. | \boxed{15}
@@ -415,7 +445,7 @@ def _kinds() -> dict[str, list[tuple[bool, str, str, str]]]:
         if line.startswith("# "):
             rows = kinds.setdefault(line[2:], [])
         else:
-            spec, gold, prediction = line[2:].split(" | ", 2)
+            spec, gold, prediction = line[2:].replace("⏎", "\n").split(" | ", 2)
             rows.append((line[0] == "=", spec, gold, prediction))
     return kinds
 
@@ -430,7 +460,7 @@ def grader() -> Iterator[Grader]:
 
 
 def test_every_kind_has_both_directions() -> None:
-    assert len(KINDS) == 10 and sum(map(len, KINDS.values())) >= 300
+    assert len(KINDS) == 11 and sum(map(len, KINDS.values())) >= 300
     for kind, rows in KINDS.items():
         assert {paid for paid, *_ in rows} == {True, False}, kind
     assert len({row[1:] for rows in KINDS.values() for row in rows}) == sum(map(len, KINDS.values()))

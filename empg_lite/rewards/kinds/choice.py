@@ -39,7 +39,7 @@ _DENIED = re.compile(
 _MENTION = re.compile(
     r"(?<!\w)\(([A-J])\)|\b(?:option|choice)\s+\(?([A-J])\b"
     r"|\b(?:choose|pick|select|go with|must be|it is|it['’]s|therefore|thus|hence|so)[,:]?\s+"
-    r"\(?(?-i:([A-J]))\b(?!['’\w ])"
+    r"\(?(?-i:([A-J]))\b(?!['’\w]| (?!because|since)\w)"
     r"|选项\s*([A-J])",
     re.IGNORECASE,
 )
@@ -95,7 +95,8 @@ def read_choice(prediction: str, options: dict[str, str]) -> Answer | None:
     prediction = _OPTION_IS.sub("answer", prediction)
     answer = extract(prediction)
     if answer is not None and answer.rule in _POINTED:
-        phrase = announced(prediction) if answer.rule.endswith("answer_is") else None
+        after = prediction if answer.rule.endswith("answer_is") else prediction[prediction.rfind("boxed") :]
+        phrase = announced(after)
         letter = read_letter(answer.text, options) or (phrase and read_letter(phrase, options))
         return Answer(letter, answer.rule) if letter else None
     if answer is None and ("boxed" in prediction or "fbox" in prediction):

@@ -76,6 +76,12 @@ class _Box:
     closed: bool
 
 
+#: A model that runs on writes the next problem, and its answer, after the answer to this one.
+_ANSWERED = re.compile(r"^####\s*[-−$]?\d|boxed\s*\{\s*[^\s}]|\banswer is\b", re.IGNORECASE | re.MULTILINE)
+_NEXT_PROBLEM = re.compile(
+    r"^[ \t*#]{0,6}(?:Question|Problem|Exercise|Q|User|Human)[ \t]*\d{0,3}\W{0,2}:",
+    re.IGNORECASE | re.MULTILINE,
+)
 _THINKING_ENDS = re.compile(
     r"</\s*(?:think|thinking|thought|thoughts|reason|reasoning|reasoning_end|scratchpad)\s*>|\[/THINK\]|◁/think▷"
     r"|<\|end_of_thought\|>",
@@ -101,14 +107,24 @@ _PLACEHOLDER = re.compile(
 )
 _PHRASE = re.compile(
     r"(?:(?:\b(?P<final>final\s+)?answers?\b|^[ \t]*(?:A|Ans\.?)(?=\s*:))[^\n.:=$\\]{0,60}?"
-    r"(?::|=+>?|-+>|→|\b(?:is|are)\b|\bwould be\b|(?=\s*(?:\$|\\\(|\\\[))|(?<=answer)\W{0,4}\n)"
+    r"(?::|=+>?|-+>|→|\b(?:is|are)\b"
+    r"|\b(?:would|seems to|appears to) be\b|\b(?:must|should|will|has to) be\b(?=\W{0,4}\d)"
+    r"|(?=\s*(?:\$|\\\(|\\\[))|(?<=answer)\W{0,4}\n)"
     r"|^[ \t]*Ans\.(?=\s)|答案\s*(?:是|为|[:：]))",
     re.IGNORECASE | re.MULTILINE,
 )
+_ABROAD = (*"antwort respuesta réponse risposta resposta ответ jawaban cevap odpowiedź".split(),)
+_EAST = (*"答え 回答 正解 정답 답 答".split(),)
+_PHRASE_ABROAD = re.compile(
+    rf"\b(?:{'|'.join(_ABROAD)})\b(?P<final>(?!))?(?! (?:no|non|não|не)\b)[^\n.:=$\\\d]{{0,30}}?"
+    r"(?:\s?[:=]|\b(?:ist|lautet|es|est|è|é|adalah)\b)"
+    rf"|(?:{'|'.join(_EAST)})\s*(?:は|은|는|[:：])",
+    re.IGNORECASE,
+)
 #: What may follow "the answer is" without being an answer.
 _NO_CONTENT = re.compile(
-    r"(?:not|n't|(?:in)?correct|right|wrong|valid|invalid|reasonable|consistent|verified|confirmed|as follows"
-    r"|unknown|unclear)\b",
+    r"(?:not|n't|nicht|pas|(?:in)?correct|right|wrong|valid|invalid|reasonable|consistent|verified|confirmed"
+    r"|as follows|unknown|unclear)\b",
     re.IGNORECASE,
 )
 _REMARK = re.compile(
@@ -168,13 +184,16 @@ _FOREIGN = re.compile(r"[^\W\d_A-Za-z\u0370-\u03ff\u2100-\u214f]{2,}")
 
 
 def visible(text: str) -> str:
-    """The text that counts: after the last closing thinking tag, inside the last ``<answer>`` tag."""
+    """The text that counts: after the last closing thinking tag, inside the last ``<answer>`` tag, and
+    before the next problem that a model which runs on puts to itself."""
     ends = [match.end() for match in _THINKING_ENDS.finditer(text)]
     text = text[ends[-1] :] if ends else text
     if "<answer>" in text.lower():
         tagged = list(_ANSWER_TAG.finditer(text))
         text = tagged[-1].group(1) if tagged else text
-    return text
+    answered = _ANSWERED.search(text) if _NEXT_PROBLEM.search(text) else None
+    following = _NEXT_PROBLEM.search(text, answered.end()) if answered else None
+    return text[: following.start()] if following else text
 
 
 def find_boxes(text: str) -> list[_Box]:
@@ -292,9 +311,18 @@ def _phrase_end(text: str, start: int) -> int:
     return len(text)
 
 
+def _announcements(text: str, start: int) -> list[re.Match[str]]:
+    """In the order in which they stand."""
+    found = list(_PHRASE.finditer(text, start))
+    lower = text.lower()
+    if any(word in lower for word in (_ABROAD if text.isascii() else _ABROAD + _EAST)):
+        found = sorted([*found, *_PHRASE_ABROAD.finditer(text, start)], key=lambda match: match.start())
+    return found
+
+
 def _last_phrase(text: str, *, start: int = 0, final_only: bool = False) -> tuple[str, str] | None:
     """The rest of the sentence after the last "answer is", and the rule's name."""
-    for match in reversed(list(_PHRASE.finditer(text, start))):
+    for match in reversed(_announcements(text, start)):
         if (final_only and not match.group("final")) or denied(match.group() + " "):
             continue
         begin = _PHRASE_START.match(text, match.end())

@@ -79,7 +79,9 @@ _BARE_COMMAND = re.compile(r"(?<![\\a-zA-Z])([dt]?frac|boxed)(?=\s?\{)")
 
 def restore_escapes(text: str) -> str:
     r"""``\frac``, ``\boxed``, ``\text`` whose backslash was lost or read as an escape."""
-    text = _BARE_COMMAND.sub(r"\\\1", text)
+    escaped = sum(text.count("\\" + name) for name in ("frac", "dfrac", "tfrac", "boxed"))
+    if text.count("frac") + text.count("boxed") > escaped:
+        text = _BARE_COMMAND.sub(r"\\\1", text)
     if not re.search(r"[\x08\x0c\t]", text):
         return text
     return _EATEN.sub(lambda match: "\\" + str(match.lastgroup), text)
@@ -129,7 +131,7 @@ _PERCENT = re.compile(
     r"\\%|\\text\{\s*(?:per ?cent|percentage|pct|%)\s*\}|(?<![a-zA-Z])(?:per ?cent|pct)(?![a-zA-Z])"
 )
 _PERCENT_INSIDE = re.compile(r"\\text\{\s*%\s*")
-_ROOT = re.compile(r"(?:(?<![\\a-zA-Z])sqrt|\\surd(?![a-zA-Z]))\s*(?P<degree>\[\d\])?\s*")
+_ROOT = re.compile(r"(?:(?<![\\a-zA-Z])sqrt|\\sqrt(?=\s*\()|\\surd(?![a-zA-Z]))\s*(?P<degree>\[\d\])?\s*")
 _UNDER_ROOT = re.compile(r"\d+(?:\.\d+)?|\\[a-z]+|[A-Za-z]")
 _FUNCTION = re.compile(
     r"\\text\{[^{}]*\}|(?<![\\a-zA-Z])(?P<name>(?:arc)?(?:sin|cos|tan)|cot|sec|csc|ln|log|exp)(?![a-zA-Z])"

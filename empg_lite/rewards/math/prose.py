@@ -60,7 +60,8 @@ _BOUND_BEFORE = re.compile(
     re.IGNORECASE,
 )
 _DENIAL_BEFORE = re.compile(
-    rf"(?:\b(?:not|cannot|never)|n['’]t)(?: be)?(?: equal(?: to)?| exactly)?{_OPEN}"
+    r"(?:\b(?:not|cannot|never|nicht|pas|no es|non è|não é)|n['’]t)"
+    rf"(?: be)?(?: equal(?: to)?| exactly)?{_OPEN}"
     rf"|\b(?:other than|anything but|far from|almost|nearly){_OPEN}|(?<=\d) (?:or|and) \$?\Z",
     re.IGNORECASE,
 )
@@ -113,7 +114,7 @@ _TELLING = (
     *"-−–",
 )
 _OR_MORE_BOX = re.compile(rf"[ $]*,? *{_OR_MORE}", re.IGNORECASE)
-_CONTRASTING = ("not", "instead of", "rather than", "as opposed to", " from", "out of", "compared")
+_NEAR_END = 300  # characters in which what is denied could be taken for the answer
 _CONTRAST = re.compile(
     r"(?:,\s+(?:and\s+)?not"
     r"|(?<=\w) (?:instead of|rather than|as opposed to|(?:up|down) from|out of|compared (?:to|with)))"
@@ -184,7 +185,7 @@ def denied(text: str) -> bool:
 
 def without_contrast(text: str) -> str:
     """``40, not 42`` without what it denies."""
-    return _CONTRAST.sub("", text) if any(word in text for word in _CONTRASTING) else text
+    return text[:-_NEAR_END] + _CONTRAST.sub("", text[-_NEAR_END:])
 
 
 def qualified(text: str, start: int, end: int) -> Quantity:

@@ -13,7 +13,7 @@ _LETTER_SCALES = {"k": "10^{3}", "m": "10^{6}", "mn": "10^{6}", "bn": "10^{9}"}
 _ABBREVIATED = re.compile(r"(\W*\d[\d,.]*)\s?([kKM]|[bm]n)")
 _ATTACHED = "cm|mm|km|kg|mg|ml|kl|ft|in|lbs?|oz|yd|mi|mph|kph|hrs?|mins?|secs?|sq|usd|eur|gb|mb|kb|hz|khz"
 _ATTACHED += "|nm|ms|ev|kev|mev|pa|kpa|kw|kj|kn|mol|rpm"
-_LETTERS = "m|g|s|h|l|L|N|J|W|V"
+_LETTERS = "m|g|s|h|l|L|N|J|W|V|C|F"
 _NOT_UNITS = re.compile(
     r"(?:and|or|mod|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|if|when|for|not|to|base|am|pm|noon|midnight"
     r"|percent|pct|percentage)",
