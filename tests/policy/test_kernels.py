@@ -190,23 +190,6 @@ def test_kernels_borrowed_on_a_gpu(nf4: Any, monkeypatch: pytest.MonkeyPatch) ->
 
 @needs_unsloth
 @pytest.mark.unsloth
-def test_unsloths_shared_prefix_equals_the_packed_pass(model_dir: Path, tmp_path: Path) -> None:
-    """Its table of segments and its FlexAttention, forward; its mask, backward. And its buffers are freed.
-
-    On a CPU Unsloth has no layers of its own, and layers that ignore the table are detected.
-    """
-    facts = run_script("unsloth_probe.py", "prefix", str(model_dir), cwd=tmp_path)
-    assert facts["facts"]["backend"] == "unsloth" and facts["facts"]["fit"] == "packed"
-    assert facts["leak"] <= 1e-6
-    assert "log-probabilities differ" in facts["without its attention"]
-    assert facts["with it"] is None and facts["apart"] <= 1e-5
-    assert "log-probabilities differ" in facts["with positions that are off"]
-    assert facts["adapter as before"] and facts["no gradient left"]
-    assert facts["buffers while sampling"] and not facts["buffers afterwards"]
-
-
-@needs_unsloth
-@pytest.mark.unsloth
 @pytest.mark.slow
 def test_unsloths_kernels_under_tritons_interpreter(model_dir: Path, tmp_path: Path) -> None:
     """NF4's is a CUDA library and must be left out; the three Triton kernels sample as plain torch does."""

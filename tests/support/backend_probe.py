@@ -110,10 +110,13 @@ def probe(backend: str, model: str, four_bit: bool, n_problems: int, samples: in
     }
 
 
+def both_precisions(backend: str, model: str, *sizes: int) -> dict[str, Any]:
+    """What ``probe`` finds in full precision and in NF4."""
+    return {
+        name: probe(backend, model, four_bit, *sizes) for name, four_bit in (("full", False), ("nf4", True))
+    }
+
+
 if __name__ == "__main__":
     backend, model, *counts = sys.argv[1:]
-    found = {
-        name: probe(backend, model, four_bit, *map(int, counts))
-        for name, four_bit in (("full", False), ("nf4", True))
-    }
-    print(json.dumps(found))
+    print(json.dumps(both_precisions(backend, model, *map(int, counts))))

@@ -13,10 +13,13 @@ needs_unsloth = pytest.mark.skipif(
     importlib.util.find_spec("unsloth") is None, reason="Unsloth is not installed (extra `gpu`)"
 )
 
+#: Problems, samples of each, new tokens.
+SIZES = (4, 4, 12)
+
 
 def run_probe(backend: str, model: Path, cwd: Path) -> dict[str, Any]:
     """What ``backend_probe.py`` finds, in full precision and in NF4: one process, which imports once."""
-    return run_script("backend_probe.py", backend, str(model), "4", "4", "12", cwd=cwd)
+    return run_script("backend_probe.py", backend, str(model), *map(str, SIZES), cwd=cwd)
 
 
 def assert_sound(facts: dict) -> None:  # type: ignore[type-arg]

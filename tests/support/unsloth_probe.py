@@ -1,6 +1,7 @@
 """Run in a process of its own, for Unsloth patches what it is imported before: what is borrowed from it.
 
 python tests/support/unsloth_probe.py prefix|kernels MODEL_FOLDER
+python tests/support/unsloth_probe.py numbers MODEL_FOLDER PROBLEMS SAMPLES NEW_TOKENS
 Prints a JSON object on the last line. ``kernels`` wants TRITON_INTERPRET=1 in the environment.
 """
 
@@ -151,5 +152,14 @@ def kernels(model: str) -> dict[str, Any]:
     return result
 
 
+def numbers(model: str, *sizes: str) -> dict[str, Any]:
+    """What ``backend_probe.py`` finds, then ``prefix``: one import for both."""
+    from backend_probe import both_precisions
+
+    found = both_precisions("unsloth", model, *map(int, sizes))
+    return {**found, "prefix": prefix(model)}
+
+
 if __name__ == "__main__":
-    print(json.dumps({"prefix": prefix, "kernels": kernels}[sys.argv[1]](sys.argv[2])))
+    what, model, *sizes = sys.argv[1:]
+    print(json.dumps({"prefix": prefix, "kernels": kernels, "numbers": numbers}[what](model, *sizes)))
