@@ -90,31 +90,29 @@ def test_a_weighting(copy: Copy) -> None:
 
 
 @pytest.mark.parametrize("copy", ["a recipe key"], indirect=True)
-def test_a_recipe_key(copy: Copy) -> None:
-    """A motto that is shown when training begins: read, checked, recorded and listed."""
+def test_a_recipe_key_and_a_train_flag(copy: Copy) -> None:
+    """A motto that is shown when training begins: read, checked, recorded, listed. And ``train --cheer``."""
     copy.allowed.append("loop/train.py")  # the file that reads it
     copy.before("recipe/schema.py", "    steps: ", '    motto: Text = key("none", "shown at the start")')
     note = '        view.note(f"motto: {recipe.run.motto}")'
     copy.before("loop/train.py", "        while state.step < ", note)
-    assert "motto: onward" in copy.python(*TRAIN, *QUICK, "--set", "run.motto=onward")
-    assert "motto: onward" in (copy.folder / "run" / "recipe.yaml").read_text("utf-8")
-    assert "shown at the start" in copy.python("-m", "empg_lite", "recipes", "show", "tiny")
 
-
-@pytest.mark.parametrize("copy", ["a flag of `train`"], indirect=True)
-def test_a_train_flag(copy: Copy) -> None:
-    """``--motto TEXT``, from the command line and from Python."""
-    option = '    motto: Annotated[str, typer.Option(help="Shown at the start.")] = "",'
+    copy.allowed, copy.edited = files_of("a flag of `train`"), set()
+    option = '    cheer: Annotated[str, typer.Option(help="Shown at the start.")] = "",'
     copy.before("cli/train.py", "    allow_change: AllowChangeOption = None,\n    allow_code", option)
-    copy.before("cli/train.py", "        trackers=track or (),", "        motto=motto,")
+    copy.before("cli/train.py", "        trackers=track or (),", "        cheer=cheer,")
     middle = "    seeds: Sequence[int] = (),\n    resume: bool = False,\n    force: bool = False,"
-    copy.before("api.py", middle, '    motto: str = "",')
-    note = '    if motto and view is not None:\n        view.note(f"motto: {motto}")'
+    copy.before("api.py", middle, '    cheer: str = "",')
+    note = '    if cheer and view is not None:\n        view.note(f"cheer: {cheer}")'
     copy.before("api.py", "    require(trackers)\n", note)
     assert copy.edited == set(copy.allowed)
-    assert "motto: onward" in copy.python(*TRAIN, *QUICK, "--motto", "onward")
+
+    said = copy.python(*TRAIN, *QUICK, "--set", "run.motto=onward", "--cheer", "upward")
+    assert "motto: onward" in said and "cheer: upward" in said
+    assert "motto: onward" in (copy.folder / "run" / "recipe.yaml").read_text("utf-8")
+    assert "shown at the start" in copy.python("-m", "empg_lite", "recipes", "show", "tiny")
     code = "from empg_lite import api; from inspect import signature; print(signature(api.run))"
-    assert "motto" in copy.python("-c", code)
+    assert "cheer" in copy.python("-c", code)
 
 
 ENGINES = """
