@@ -1,4 +1,4 @@
-"""One training run of one method, on the bundled models: same sampler, data, reward and budget for all.
+"""One training run of one method by one recipe: same sampler, data, reward and budget for all.
 
 An arm of EM is the package itself: its weights, its M-step. The others take the same samples and rewards, and
 make their own step (``baselines.py``) with the same optimizer, warm-up and gradient clipping.
@@ -21,6 +21,7 @@ from memory import SuccessMemory
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from empg_lite.core.bundled import BUNDLED
 from empg_lite.core.rationale import Group, Problem, Rationale, flatten, group_rationales
 from empg_lite.core.view import View
 from empg_lite.data.sources import ProblemStream, load_splits
@@ -89,15 +90,15 @@ class Setting:
     def overrides(self) -> list[str]:
         """What differs from the task's recipe."""
         kl_stop = () if self.kl_stop is None else (f"em.kl_stop={self.kl_stop}",)
+        # What fits a model of a million parameters into a core's cache; neither changes the math.
+        fits = ("optim.micro_batch_tokens=1024", "sampler.batch_rows=256")
         return [
             f"optim.learning_rate={self.rate}",
             f"em.passes={self.passes}",
             f"sampler.problems_per_step={self.problems}",
             f"sampler.samples_per_problem={self.samples}",
             f"sampler.tries={'null' if self.tries is None else self.tries}",
-            # what fits this kind of model into a core's cache; neither changes the math
-            "optim.micro_batch_tokens=1024",
-            "sampler.batch_rows=256",
+            *(fits if self.task in BUNDLED else ()),
             *(() if self.warmup is None else (f"optim.warmup_steps={self.warmup}",)),
             *EM_ARMS.get(self.arm, ()),
             *kl_stop,
@@ -105,7 +106,9 @@ class Setting:
 
 
 def train_arm(setting: Setting) -> dict[str, Any]:
-    """Train once and measure. Seconds are CPU seconds of this process: one thread, nothing waits.
+    """Train once and measure.
+
+    Seconds are CPU seconds of this process (one thread, nothing waits), or on a GPU those of the clock.
 
     Returns:
         The setting, its curve (a record a step; ``greedy`` on validation rows every ten), and the figures of
@@ -119,13 +122,14 @@ def train_arm(setting: Setting) -> dict[str, Any]:
         fitting = [p for p in train if steps is None or p.meta["steps"] == str(steps)]
         train = random.Random(setting.seed).sample(fitting, setting.pool)
     sampler = learner.sampler()
+    clock = time.perf_counter if learner.policy.device.type == "cuda" else time.process_time
     worn: deque[list[Tensor]] = deque(maxlen=setting.stale + 1)  # the adapters of the last E-steps
     memory, curve, seconds = SuccessMemory(setting.memory), [], 0.0
     with Grader() as grader:
         evaluator = Evaluator(learner, sampler, grader, View())
         e_step = EStep(setting, learner, sampler, grader, ProblemStream(train, setting.seed))
         for step in range(1, setting.steps + 1):
-            started = time.process_time()
+            started = clock()
             worn.append(_adapter(learner.policy))
             with _wearing(learner.policy, worn[0]):
                 groups = e_step.draw(step, policy_step=step - len(worn))
@@ -135,7 +139,7 @@ def train_arm(setting: Setting) -> dict[str, Any]:
                 if setting.arm not in EM_ARMS and (setting.passes > 1 or setting.stale):
                     old = _logprobs(learner, flatten(groups))
             updates = _fit(learner, setting, groups, old, memory, step)
-            seconds += time.process_time() - started
+            seconds += clock() - started
             curve.append(_record(step, e_step.drawn, seconds, updates))
             if step % 10 == 0:
                 curve[-1]["greedy"] = evaluator.evaluate(validation[:CURVE]).summary()["pass@1"]
@@ -191,11 +195,12 @@ class EStep:
             policy_step=policy_step,
         )
         self.position += self.setting.problems
-        self.drawn = score(flatten(draw.groups), self.grader, "gsm8k")
+        self.drawn = score(flatten(draw.groups), self.grader, str(self.learner.recipe.data.reward))
         return group_rationales(_deceived(self.drawn, self.setting))
 
     def _in_turns(self, step: int) -> list[Group]:
-        rule, scorer = self.learner.recipe.tries, Deceived(self.grader, self.setting)
+        rule = self.learner.recipe.tries
+        scorer = Deceived(self.grader, str(self.learner.recipe.data.reward), self.setting)
         assert rule is not None
         asking = Asking(self.learner, self.stream, scorer, range(len(self.slots)), self.slots, step)
         self.sampler.take_turns(asking, self.learner.decoding)
@@ -225,8 +230,8 @@ class EStep:
 class Deceived(Scorer):
     """A scorer that lets a share of the wrong answers pass; ``true``: the rows as they are."""
 
-    def __init__(self, grader: Grader, setting: Setting) -> None:
-        super().__init__(grader, "gsm8k")
+    def __init__(self, grader: Grader, reward: str, setting: Setting) -> None:
+        super().__init__(grader, reward)
         self.setting, self.true = setting, list[Rationale]()
 
     def scored(self, rationales: Sequence[Rationale]) -> list[Rationale]:
@@ -303,7 +308,7 @@ def baseline_step(
                     logprobs,
                     logprobs.detach() if old is None else _in_rows([old[i] for i in batch])[0],
                     mask,
-                    advantages[batch],
+                    advantages[batch].to(logprobs.device),
                     rows=len(rows),
                     max_new_tokens=settings.max_new_tokens,
                 )
@@ -336,9 +341,9 @@ def _logprobs(learner: Learner, rows: Sequence[Rationale]) -> dict[int, Tensor]:
 
 def _in_rows(logprobs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Rows of their own length, padded to ``(B, T)``, and which places are real."""
-    lengths = torch.tensor([len(row) for row in logprobs])
     padded = pad_sequence(list(logprobs), batch_first=True)
-    return padded, torch.arange(padded.shape[1]) < lengths[:, None]
+    lengths = torch.tensor([len(row) for row in logprobs], device=padded.device)
+    return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
 
 
 # --- what the arms have in common -----------------------------------------------------------------

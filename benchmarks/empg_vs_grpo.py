@@ -24,6 +24,7 @@ from statistics import mean
 from typing import Any
 
 from machine import machine
+from study import Results, Study, shapes
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: one thread a run, as many runs as cores
 
@@ -44,45 +45,40 @@ CLOSE = ("empg", "dr_grpo", "grpo")
 #: Where an all-wrong group is common: the longest problems, four samples each.
 SCARCE = {"samples": 4, "pool_steps": 5}
 
-#: How methods may spend 64 samples a step: label -> arm, problems, samples of each, tries.
-SHAPES: dict[str, dict[str, Any]] = {
-    **{
-        f"empg tries {m} {p}x{k}": {"arm": "empg", "problems": p, "samples": k, "tries": m}
-        for m in (8, 16)
-        for p, k in ((32, 2), (64, 1), (16, 4))
+ROUND = ((32, 2), (64, 1), (16, 4))
+#: The methods on the bundled hard model, 64 samples a step.
+ON_TINY = Study(
+    HARD,
+    STEPS[HARD],
+    RATES[HARD],
+    {
+        "EMPG, tries": shapes("empg", *ROUND, tries=8) | shapes("empg", *ROUND, tries=16),
+        "EMPG, fixed groups": shapes("empg", (8, 8), (16, 4), (32, 2), (64, 1)),
+        "Dr.GRPO": shapes("dr_grpo", (8, 8), (16, 4), (32, 2)),
+        "GRPO": shapes("grpo", (8, 8), (16, 4), (32, 2)),
+        "Dr.GRPO, dynamic sampling": shapes("dr_grpo-dynamic", (8, 8), (16, 4)),
+        "REINFORCE, batch baseline": shapes("reinforce", (64, 1)),
     },
-    **{
-        f"{arm} {p}x{k}": {"arm": arm, "problems": p, "samples": k}
-        for arm, shapes in (
-            ("dr_grpo", ((8, 8), (16, 4), (32, 2))),
-            ("grpo", ((8, 8), (16, 4), (32, 2))),
-            ("dr_grpo-dynamic", ((8, 8), (16, 4))),
-            ("reinforce", ((64, 1),)),
-            ("empg", ((8, 8), (16, 4), (32, 2), (64, 1))),
-        )
-        for p, k in shapes
-    },
+)
+#: The same on a real model. Methods with groups take the shapes that were best on the bundled one.
+REAL = {
+    task: Study(
+        task,
+        30,
+        (2e-4, 4e-4, 8e-4),
+        {
+            "EMPG, tries": shapes("empg", (64, 1), (32, 2), tries=8),
+            "EMPG, fixed groups": shapes("empg", (16, 4)),
+            "Dr.GRPO": shapes("dr_grpo", (16, 4)),
+            "GRPO": shapes("grpo", (16, 4)),
+            "REINFORCE, batch baseline": shapes("reinforce", (64, 1)),
+        },
+        first=(100,),
+        rest=(101,),
+        seeds=tuple(range(6)),
+    )
+    for task in ("smollm2-135m", "smollm2-135m-gym")
 }
-#: The methods whose best shape and rate are compared: label -> the shapes to choose from.
-METHODS: dict[str, tuple[str, ...]] = {
-    "EMPG, tries": tuple(label for label, s in SHAPES.items() if s.get("tries")),
-    **{
-        name: tuple(label for label, s in SHAPES.items() if s["arm"] == arm and not s.get("tries"))
-        for name, arm in (
-            ("EMPG, fixed groups", "empg"),
-            ("Dr.GRPO", "dr_grpo"),
-            ("GRPO", "grpo"),
-            ("Dr.GRPO, dynamic sampling", "dr_grpo-dynamic"),
-            ("REINFORCE, batch baseline", "reinforce"),
-        )
-    },
-}
-
-#: A rate this far behind another on two seeds of a sweep is not tried on the other two.
-FAR_BEHIND = 0.04
-
-Results = dict[Setting, dict[str, Any]]
-
 
 # --- which runs -----------------------------------------------------------------------------------
 
@@ -125,58 +121,6 @@ def chosen(
     ]
 
 
-def shape_sweep(
-    labels: Iterable[str] = SHAPES, seeds: Iterable[int] = SWEEP_SEEDS, grid: Iterable[float] = RATES[HARD]
-) -> list[Setting]:
-    """Every rate for every shape, on seeds that no result uses."""
-    return [
-        Setting(HARD, rate=rate, seed=seed, steps=STEPS[HARD], test=False, **SHAPES[label])
-        for seed in seeds
-        for rate in grid
-        for label in labels
-    ]
-
-
-def rates_left(results: Results, label: str) -> list[float]:
-    """The rates of a shape that are not far behind its best one on the first two seeds."""
-    score = {
-        rate: mean(results[s]["pass@1"] for s in shape_sweep([label], SWEEP_SEEDS[:2], [rate]))
-        for rate in RATES[HARD]
-    }
-    return [rate for rate in score if score[rate] >= max(score.values()) - FAR_BEHIND]
-
-
-def best_shape(results: Results, method: str) -> tuple[str, float]:
-    """The shape and rate with the best mean greedy accuracy on validation rows; KeyError before the sweep."""
-    score = {
-        (label, rate): mean(results[s]["pass@1"] for s in shape_sweep([label], grid=[rate]))
-        for label in METHODS[method]
-        for rate in rates_left(results, label)
-    }
-    return max(score, key=lambda key: score[key])
-
-
-def best_of(results: Results, method: str, **changes: Any) -> list[Setting]:
-    """A method at its best shape and rate, on the seeds of the results."""
-    label, rate = best_shape(results, method)
-    plain = Setting(HARD, rate=rate, seed=0, steps=STEPS[HARD], **SHAPES[label])
-    return [replace(plain, seed=seed, **changes) for seed in SEEDS]
-
-
-def every_best(results: Results, **changes: Any) -> list[Setting]:
-    """All methods at their best, seed by seed, so that a busy machine is busy for all of them."""
-    runs = [best_of(results, method, **changes) for method in METHODS]
-    return [run[i] for i in range(len(SEEDS)) for run in runs]
-
-
-def equal_time(results: Results, method: str) -> list[Setting]:
-    """A method with as many steps as take the CPU seconds of EMPG with tries."""
-    ours, theirs = (
-        mean(results[s]["seconds"] for s in best_of(results, m)) for m in (next(iter(METHODS)), method)
-    )
-    return best_of(results, method, steps=round(STEPS[HARD] * ours / theirs))
-
-
 def remembering(
     results: Results, size: int, weights: Sequence[str] = ("group", "one"), **changes: Any
 ) -> list[Setting]:
@@ -213,14 +157,12 @@ STAGES: dict[str, Callable[[Results], list[Setting]]] = {
     ),
     # No larger value: at the default 0.005 the passes already end early in one step of a hundred.
     "kl-stop": lambda r: chosen(r, HARD, ("empg",), passes=4, kl_stop=0.001),
-    "sweep-shapes-first": lambda _: shape_sweep(seeds=SWEEP_SEEDS[:2]),
-    "sweep-shapes": lambda r: _each(
-        tuple(SHAPES), lambda label: shape_sweep([label], SWEEP_SEEDS[2:], rates_left(r, label))
-    ),
-    "methods": lambda r: every_best(r),
-    "methods-time": lambda r: _each(tuple(METHODS), lambda m: equal_time(r, m)),
-    "methods-noise": lambda r: _each((0.05, 0.02), lambda share: every_best(r, noise=share)),
-    "methods-stale": lambda r: every_best(r, stale=4),
+    "sweep-shapes-first": lambda _: ON_TINY.sweep_first(),
+    "sweep-shapes": ON_TINY.sweep_rest,
+    "methods": lambda r: ON_TINY.every(r),
+    "methods-time": lambda r: _each(tuple(ON_TINY.methods), lambda m: ON_TINY.equal_time(r, m)),
+    "methods-noise": lambda r: _each((0.05, 0.02), lambda share: ON_TINY.every(r, noise=share)),
+    "methods-stale": lambda r: ON_TINY.every(r, stale=4),
     "sweep-relatives": lambda _: sweep(HARD, arms=("rloo", "raft")),
     "relatives": lambda r: chosen(r, HARD, ("rloo", "raft")),
 }

@@ -7,8 +7,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from empg_vs_grpo import ARMS, HARD, TINY, Results
+from empg_vs_grpo import ARMS, HARD, TINY
 from empg_vs_grpo_report import LABELS, PAGE, base_of, greedy, interval, row_of, smooth
+from study import Results
 
 FIGURES = PAGE.parent / "figures"
 COLORS = {

@@ -2,52 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from statistics import mean
 from typing import Any
 
 from arms import Setting
-from empg_vs_grpo import (
-    HARD,
-    METHODS,
-    RATES,
-    SHAPES,
-    SWEEP_SEEDS,
-    Results,
-    best_of,
-    best_shape,
-    equal_time,
-    rates_left,
-    shape_sweep,
-)
+from empg_vs_grpo import ON_TINY, REAL
 from empg_vs_grpo_report import difference, greedy, points, t1, table, there
+from study import Results, Study
 
-#: The method that the others are compared with.
-OURS = next(iter(METHODS))
 #: Chooses a method's runs; KeyError while what it depends on is missing.
 Choice = Callable[[Results, str], list[Setting]]
 
 
-def shapes_table(results: Results) -> str:
-    """Greedy accuracy on validation rows by shape and rate; a rate dropped after two seeds in brackets."""
+def shapes_table(study: Study, results: Results) -> str:
+    """Greedy accuracy on validation rows by shape and rate; in brackets, a rate that was dropped early."""
     rows = []
-    for method, labels in METHODS.items():
-        for label in labels:
-            shape, cells = SHAPES[label], []
+    for method, ways in study.methods.items():
+        for label, shape in ways.items():
+            cells = []
             try:
-                left = rates_left(results, label)
-                best = best_shape(results, method)
+                left = study.rates_left(results, label)
+                best = study.best(results, method)
             except KeyError:
                 continue
-            for rate in RATES[HARD]:
-                seeds = SWEEP_SEEDS if rate in left else SWEEP_SEEDS[:2]
-                runs = there(results, shape_sweep([label], seeds, [rate]))
+            for rate in study.rates:
+                seeds = study.first + study.rest if rate in left else study.first
+                runs = there(results, study.tried(label, rate, seeds))
                 text = "" if runs is None else f"{100 * mean(map(greedy, runs)):.1f}"
                 text = f"**{text}**" if (label, rate) == best else text if rate in left else f"({text})"
                 cells.append(text)
             tries = str(shape.get("tries") or "")
             rows.append([method, f"{shape['problems']} × {shape['samples']}", tries, *cells])
-    return table(["method", "P × K", "tries", *(f"{r:g}" for r in RATES[HARD])], rows) if rows else ""
+    return table(["method", "P × K", "tries", *(f"{r:g}" for r in study.rates)], rows) if rows else ""
 
 
 def _runs(results: Results, choose: Choice, method: str) -> list[dict[str, Any]] | None:
@@ -57,12 +44,12 @@ def _runs(results: Results, choose: Choice, method: str) -> list[dict[str, Any]]
         return None
 
 
-def methods_table(results: Results, choose: Choice) -> str:
-    """Every method, and EMPG with tries minus it, paired by seed; '' until all of its runs are there."""
-    ours, rows = _runs(results, choose, OURS), []
-    if ours is None:
+def methods_table(study: Study, results: Results, choose: Choice) -> str:
+    """Every method at its best; '' until the runs of the first are there."""
+    if _runs(results, choose, study.ours) is None:
         return ""
-    for method in METHODS:
+    rows = []
+    for method in study.methods:
         runs = _runs(results, choose, method)
         if runs is None:
             continue
@@ -80,10 +67,10 @@ def methods_table(results: Results, choose: Choice) -> str:
     return table("method|P × K|rate|greedy|T=1|pass@8|samples|problems|CPU s".split("|"), rows)
 
 
-def ahead_table(results: Results, choose: Choice) -> str:
+def ahead_table(study: Study, results: Results, choose: Choice) -> str:
     """EMPG with tries minus each method, seed by seed."""
-    ours, rows = _runs(results, choose, OURS), []
-    for method in list(METHODS)[1:]:
+    ours, rows = _runs(results, choose, study.ours), []
+    for method in list(study.methods)[1:]:
         theirs = _runs(results, choose, method)
         if ours is None or theirs is None:
             continue
@@ -98,21 +85,24 @@ def pass8(run: dict[str, Any]) -> float:
     return float(run["pass@8"])
 
 
-def changed(**changes: Any) -> Choice:
+def changed(study: Study, **changes: Any) -> Choice:
     """The methods' runs with these changes."""
-    return lambda results, method: best_of(results, method, **changes)
+    return lambda results, method: study.runs(results, method, **changes)
 
 
 def method_tables(results: Results) -> dict[str, str]:
     """All of them by name."""
-    kinds: Sequence[tuple[str, Choice]] = (
-        ("methods", changed()),
-        ("methods-time", equal_time),
-        ("methods-noise-2", changed(noise=0.02)),
-        ("methods-noise-5", changed(noise=0.05)),
-        ("methods-stale", changed(stale=4)),
-    )
-    found = {"shapes": shapes_table(results)}
-    for name, choose in kinds:
-        found |= {name: methods_table(results, choose), f"{name}-ahead": ahead_table(results, choose)}
+    kinds: list[tuple[str, Study, Choice]] = [
+        ("methods", ON_TINY, changed(ON_TINY)),
+        ("methods-time", ON_TINY, ON_TINY.equal_time),
+        ("methods-noise-2", ON_TINY, changed(ON_TINY, noise=0.02)),
+        ("methods-noise-5", ON_TINY, changed(ON_TINY, noise=0.05)),
+        ("methods-stale", ON_TINY, changed(ON_TINY, stale=4)),
+        *((task, study, changed(study)) for task, study in REAL.items()),
+    ]
+    found = {"shapes": shapes_table(ON_TINY, results)}
+    found |= {f"{task}-shapes": shapes_table(study, results) for task, study in REAL.items()}
+    for name, study, choose in kinds:
+        found[name] = methods_table(study, results, choose)
+        found[f"{name}-ahead"] = ahead_table(study, results, choose)
     return found

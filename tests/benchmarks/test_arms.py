@@ -221,23 +221,25 @@ def test_a_method_gets_its_best_shape_and_rate_and_as_much_time() -> None:
 
     score = {1e-3: 0.5, 2e-3: 0.6, 4e-3: 0.57}
     results: dict[Setting, dict[str, Any]] = {}
-    for s in empg_vs_grpo.shape_sweep(seeds=empg_vs_grpo.SWEEP_SEEDS[:2]):
+    study = empg_vs_grpo.ON_TINY
+    for s in study.sweep_first():
         results[s] = made(s, score[s.rate] + (0.05 if s.samples == 4 else 0.0) + (0.2 if s.tries == 8 else 0))
-    assert empg_vs_grpo.rates_left(results, "grpo 16x4") == [2e-3, 4e-3]
+    assert study.rates_left(results, "grpo 16x4") == [2e-3, 4e-3]
     with pytest.raises(KeyError):
-        empg_vs_grpo.best_shape(results, "GRPO")
+        study.best(results, "GRPO")
     for s in empg_vs_grpo.STAGES["sweep-shapes"](results):
         assert s.rate != 1e-3
         results[s] = made(s, 0.9 if s.arm == "grpo" and s.rate == 4e-3 and s.samples == 2 else 0.6)
-    assert empg_vs_grpo.best_shape(results, "GRPO") == ("grpo 32x2", 4e-3)
-    assert empg_vs_grpo.best_shape(results, "EMPG, tries")[0] == "empg tries 8 16x4"
-    assert methods.methods_table(results, methods.changed()) == ""  # not run yet
+    assert study.best(results, "GRPO") == ("grpo 32x2", 4e-3)
+    assert study.best(results, "EMPG, tries")[0] == "empg tries 8 16x4"
+    assert methods.methods_table(study, results, methods.changed(study)) == ""  # not run yet
     for s in empg_vs_grpo.STAGES["methods"](results):
         tries = {"seconds": 20.0, "samples": 1920, "seen": 700}
         results[s] = made(s, 0.9 - 0.01 * (s.seed % 2) if s.tries else 0.7) | tries
         if s.arm == "grpo":
             results[s]["seconds"] = 10.0
-    table = methods.ahead_table(results, methods.changed())
+    table = methods.ahead_table(study, results, methods.changed(study))
     assert table.count("8 of 8 | +") == 10 and "| +19.5 ± 0.4 | 8 of 8 |" in table
-    assert {s.steps for s in empg_vs_grpo.equal_time(results, "GRPO")} == {60}
-    assert "(50" in methods.shapes_table(results) and "**" in methods.shapes_table(results)
+    assert {s.steps for s in study.equal_time(results, "GRPO")} == {60}
+    shapes = methods.shapes_table(study, results)
+    assert "(50" in shapes and "**" in shapes
