@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from crash_harness import dies
 from rationales import rationale
 
 from empg_lite.core.errors import DataError, MissingInput, UsageError
@@ -79,6 +80,31 @@ def test_sample_completes_its_file_and_then_changes_nothing(recipe: Recipe, tmp_
     rows = read_rollouts(whole)[0].rationales
     assert [r.step for r in rows[::8]] == [1, 1, 1, 2, 2, 2, 3]
     assert all((r.reward, r.reason, r.weight) == (None, None, None) for r in rows)
+
+
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_sample_killed_at_a_change_to_the_disk(recipe_file: Path, tmp_path: Path, every: int) -> None:
+    """And again while it completes the file, which begins with cutting off what the first kill left."""
+    recipe = load_recipe(str(recipe_file), [*NO_EVAL, "sampler.max_new_tokens=4"])
+
+    def job() -> object:
+        return sample(recipe, None, out, SampleOptions(problems=7))
+
+    out, first = tmp_path / "whole.jsonl", 1
+    job()
+    whole, out = out.read_bytes(), tmp_path / f"{first}.jsonl"
+    while dies(job, first):
+        for second in range(1, 12) if every == 1 else [first % 4 + 1]:
+            left = out.read_bytes() if out.exists() else None
+            dies(job, second)
+            job()
+            assert out.read_bytes() == whole, (first, second)
+            out.unlink()
+            if left is not None:
+                out.write_bytes(left)
+        first += every
+        out = tmp_path / f"{first}.jsonl"
+    assert out.read_bytes() == whole and first > 14
 
 
 def test_other_arguments_need_append(recipe: Recipe, recipe_file: Path, tmp_path: Path) -> None:

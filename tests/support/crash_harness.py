@@ -271,6 +271,22 @@ def _wrap_store(calls: list[tuple[str, str]], at: int, how: str) -> None:
     store._fsync_dir = fsync_dir
 
 
+def dies(job: Callable[[], object], at: int) -> bool:
+    """Do a job in a forked child, killed at its ``at``-th change to the disk; False where it has fewer."""
+    pid = os.fork()
+    if not pid:
+        code = 70
+        try:
+            _wrap_store([], at, "kill")
+            job()
+            code = 0
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code in (0, -signal.SIGKILL), code
+    return code != 0
+
+
 def record_durable(run: Path, trees: Path) -> None:
     """Save, as ``trees/N``, the state that is guaranteed to survive a power failure after call N.
 
