@@ -19,11 +19,15 @@ from uuid import UUID
 from empg_lite.core.errors import DataError
 from empg_lite.core.safe_text import encodable
 
-#: In the order in which they are tried. ``messages`` is a chat: a question, and its answer if it ends in one.
-QUESTION_COLUMNS = ("question", "problem", "prompt", "messages")
-ANSWER_COLUMNS = ("gold", "answer", "solution", "reward_model.ground_truth", "messages")
+#: Columns of chats: a question, and its answer if it ends in one.
+CHATS = ("messages", "conversations")
+#: In the order in which they are tried.
+QUESTION_COLUMNS = ("question", "problem", "prompt", *CHATS)
+ANSWER_COLUMNS = ("gold", "answer", "solution", "ground_truth", "reward_model.ground_truth", *CHATS)
 #: Columns whose text is a worked solution, which marks its final answer.
-_WORKED = ("solution", "messages")
+_WORKED = ("solution", *CHATS)
+#: Who speaks in a message of the form ``{"from", "value"}``.
+_ROLES = {"human": "user", "gpt": "assistant"}
 #: Decimal digits that a double, and those that a single-precision float, keeps.
 _DOUBLE, _SINGLE = 15, range(6, 10)
 _SINGLE_MAX = 3.4e38
@@ -64,7 +68,7 @@ def _has(fields: Mapping[str, Any], column: str, answer: bool) -> bool:
         value = cell(fields, column)
     except KeyError:
         return False
-    return not (answer and column == "messages") or _said_last(value) is not None
+    return not (answer and column in CHATS) or _said_last(value) is not None
 
 
 def column_names(fields: Mapping[str, Any]) -> Iterator[str]:
@@ -106,7 +110,8 @@ def question_text(value: Any, where: str) -> str:
 
 
 def as_messages(value: Any) -> list[tuple[str, str]] | None:
-    """A list of ``{"role", "content"}`` as (role, text) pairs; None where it is something else.
+    """A list of ``{"role", "content"}``, or ``{"from", "value"}``, as (role, text) pairs; None where it is
+    something else.
 
     The content may be a list of parts, if all of them are text.
     """
@@ -114,16 +119,19 @@ def as_messages(value: Any) -> list[tuple[str, str]] | None:
         return None
     found = []
     for message in value:
-        if not isinstance(message, Mapping) or not isinstance(role := message.get("role"), str):
+        if not isinstance(message, Mapping):
             return None
-        content = message.get("content")
+        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        if not isinstance(role, str):
+            return None
         if isinstance(content, list):
             parts = [part.get("text") for part in content if isinstance(part, Mapping)]
             texts = [text for text in parts if isinstance(text, str)]
             content = "".join(texts) if len(texts) == len(content) else None
         if not isinstance(content, str):
             return None
-        found.append((role.strip().lower(), content))
+        role = role.strip().lower()
+        found.append((_ROLES.get(role, role), content))
     return found
 
 
@@ -164,7 +172,7 @@ def gold_text(value: Any, column: str, where: str, *, worked: bool = False) -> s
     Raises:
         DataError: it holds none.
     """
-    if column == "messages":
+    if column in CHATS:
         value = _said_last(value)
     text = checked_text(_number_or_text(value, where), where)
     if "####" in text:

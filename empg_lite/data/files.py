@@ -19,7 +19,7 @@ from io import BufferedReader, StringIO
 from pathlib import Path
 from typing import Any
 
-from empg_lite.core.cells import NotKept, distinct_keys
+from empg_lite.core.cells import NotKept, as_messages, distinct_keys
 from empg_lite.core.errors import DataError, MissingInput
 from empg_lite.core.safe_text import safe
 
@@ -157,16 +157,20 @@ def _json_rows(path: Path) -> Iterator[Row]:
     """A list of rows, or one row per line: what the file holds counts, not how it is called."""
     with _open(path) as file:
         first = next((line for line in file if line.strip()), b"").removeprefix(b"\xef\xbb\xbf").strip()
-    if first.startswith(b"[") or (_kind(path) == ".json" and not _is_object(first)):
+    if first.startswith(b"[") or (_kind(path) == ".json" and not _is_row(first)):
         return _list_rows(path)
     return _line_rows(path)
 
 
-def _is_object(line: bytes) -> bool:
+def _is_row(line: bytes) -> bool:
+    """True for an object of columns; False also for lists of rows, or of cells, under names."""
     try:
-        return isinstance(json.loads(line), dict)
+        value = json.loads(line)
     except (ValueError, RecursionError):
         return False
+    if not isinstance(value, dict):
+        return False
+    return not value or any(not isinstance(each, list) or as_messages(each) for each in value.values())
 
 
 def _line_rows(path: Path) -> Iterator[Row]:
@@ -183,10 +187,12 @@ def _line_rows(path: Path) -> Iterator[Row]:
 def _list_rows(path: Path) -> Iterator[Row]:
     with _open(path) as file:
         text = _decode(file.read(), path, 1)
-    values = _from_json(text, path, 1)
+    values = _from_json(text, path, 1, "repair the list there")
     if not isinstance(values, list):
-        inner = [name for name, value in values.items() if isinstance(value, list)] if values else []
-        todo = f"write the list under {inner[0]!r} alone" if inner else "write a list, or one row per line"
+        todo = "write a list of rows, or one row per line"
+        if isinstance(values, dict):
+            named = [name for name, rows in values.items() if isinstance(rows, list) and _all_rows(rows)]
+            todo = f"write the list under {named[0]!r} alone" if named else todo
         raise DataError("not a list of rows", f"{path}:1", todo)
     decoder, line, counted, at = json.JSONDecoder(), 1, 0, text.index("[") + 1
     for value in values:  # decoded again one by one to find where each starts
@@ -194,6 +200,10 @@ def _list_rows(path: Path) -> Iterator[Row]:
         line, counted = line + text.count("\n", counted, start), start
         yield _row(value, f"{path}:{line}")
         at = decoder.raw_decode(text, start)[1]
+
+
+def _all_rows(values: list[Any]) -> bool:
+    return bool(values) and all(isinstance(value, dict) for value in values)
 
 
 _BETWEEN_ROWS = re.compile(r"[\s,]*")
@@ -264,7 +274,9 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
             raise DataError(f"not Parquet ({reason})", f"{path}:{number + 1}", "export it again") from None
 
 
-def _from_json(text: str, path: Path, first_line: int) -> Any:
+def _from_json(
+    text: str, path: Path, first_line: int, todo: str = "repair the row: one object on one line"
+) -> Any:
     try:
         return json.loads(text, object_pairs_hook=distinct_keys)
     except json.JSONDecodeError as error:
@@ -275,7 +287,7 @@ def _from_json(text: str, path: Path, first_line: int) -> Any:
         reason, line = "a number with too many digits", first_line
     except RecursionError:
         reason, line = "nested too deep", first_line
-    raise DataError(f"not JSON ({reason})", f"{path}:{line}", "repair the row: one object on one line")
+    raise DataError(f"not JSON ({reason})", f"{path}:{line}", todo)
 
 
 def _row(value: Any, where: str) -> Row:

@@ -121,8 +121,8 @@ class DataSection(Section):
     reward: Text | None = key(None, f"reward: {', '.join(REWARDS)}; null: by source")
     max_prompt_tokens: Tokens | None = key(None, "longer prompts are dropped and counted; null: by source")
     hub_config: Text | None = key(None, "configuration (subset) of a hub dataset")
-    question_column: Text | None = key(None, "question column; null: question, problem or prompt")
-    answer_column: Text | None = key(None, "answer column; null: gold, answer or solution")
+    question_column: Text | None = key(None, "question column; null: question, problem, prompt, chat")
+    answer_column: Text | None = key(None, "answer column; null: gold, answer, solution, ground_truth, chat")
     skip_bad_rows: bool = key(False, "skip and count unusable rows instead of rejecting the file")
 
     @field_validator("source")

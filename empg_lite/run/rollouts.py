@@ -262,14 +262,14 @@ def _parse_rationale(record: dict[str, Any], where: str, seen: dict[str, int]) -
 
 def _given(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A record as fields of a rationale: question and gold answer as training data has them, and ``meta``."""
-    from empg_lite.core.cells import completion_text, find_column, question_text
+    from empg_lite.core.cells import CHATS, completion_text, find_column, question_text
 
     found = {k: v for k, v in record.items() if k in _TYPES and (v is not None or k in _NOT_NULL)}
     if "completion" in found:
         found["completion"] = completion_text(found["completion"])
     if not found.get("question"):
         chat = isinstance(record.get("prompt"), list)  # as text, it is the whole prompt
-        asked = find_column(record, ("problem", "prompt", "messages") if chat else ("problem", "messages"))
+        asked = find_column(record, ("problem", "prompt", *CHATS) if chat else ("problem", *CHATS))
         if asked and record[asked] is not None:
             found["question"] = question_text(record[asked], f"{where}: {asked}")
     if isinstance(found.get("prompt"), list):  # messages: the question is known, the prompt is not

@@ -32,6 +32,7 @@ PARTS = [
 ]
 PLAIN = {"question": "What is 2 + 3?", "answer": "5"}
 PLAIN_MATH = {"problem": "What is 2 + 3?", "answer": 5}
+SHARE = [{"from": "human", "value": "What is 2 + 3?"}, {"from": "gpt", "value": "It is \\boxed{5}."}]
 NESTED = {"prompt": ASKED, "reward_model": {"style": "rule", "ground_truth": "5"}, "extra_info": {"index": 3}}
 
 
@@ -68,6 +69,37 @@ READ: dict[str, bytes] = {
     "tabs.tsv": b"question\tanswer\nWhat is 2 + 3?\t5\n",
     "decimals.parquet": parquet({"question": ["What is 2 + 3?"], "answer": [Decimal("5.00")]}),
     "noise.jsonl": lines(PLAIN | {"answer": 5.000000000000000}),
+    "from-and-value.jsonl": lines({"conversations": SHARE}),
+    "from-and-value.parquet": parquet({"conversations": [SHARE]}),
+    "one-chat.json": lines({"messages": CHAT}),
+    "ground-truth.jsonl": lines({"prompt": "What is 2 + 3?", "ground_truth": "5", "data_source": "x"}),
+    "other-scripts.json": json.dumps([{"messages": CHAT, "其他字段": "é"}], ensure_ascii=False).encode(),
+    "shards.parquet": parquet(
+        {"images": [[]], "problem": ["What is 2 + 3?"], "answer": ["5"], "choices": [None]}
+    ),
+    "windows.jsonl": lines(PLAIN).replace(b"\n", b"\r\n"),
+}
+
+#: Name of the file -> its content and what the one line about it says.
+NOT_READ: dict[str, tuple[bytes, str]] = {
+    "broken-line.jsonl": (lines(PLAIN) + b'{"question": "x", answer: 2}\n', r":2 · repair the row"),
+    "over-lines.jsonl": (json.dumps(PLAIN, indent=1).encode(), r":1 · repair the row"),
+    "python.jsonl": (b"{'question': 'q', 'answer': '1'}\n", r":1 · repair the row"),
+    "two-on-a-line.jsonl": (lines(PLAIN).strip() * 2 + b"\n", r":1 · repair the row"),
+    "trailing-comma.json": (b"[\n" + lines(PLAIN).strip() + b",\n]", r":3 · repair the list there"),
+    "under-a-name.json": (json.dumps({"data": [PLAIN]}).encode(), "write the list under 'data' alone"),
+    "cells-under-names.json": (b'{"question": ["q"], "answer": ["1"]}', "write a list of rows"),
+    "lists.json": (json.dumps([SHARE]).encode(), "a row is an object of columns"),
+    "list-as-answer.jsonl": (lines(PLAIN | {"answer": ["5"]}), "the answer is a list.*write it as text"),
+    "truth-as-answer.jsonl": (lines(PLAIN | {"answer": True}), "true or false"),
+    "no-answer.jsonl": (lines({"prompt": "q", "chosen": "5"}), "columns here: 'prompt', 'chosen'"),
+    "alpaca.json": (b'[{"instruction": "q", "input": "", "output": "5"}]', "set data.question_column"),
+    "utf-16.csv": ("question,answer\nq,5\n".encode("utf-16"), ":1 · save the file as UTF-8"),
+    "latin-1.csv": ("question,answer\né,5\n".encode("latin-1"), ":2 · save the file as UTF-8"),
+    "unmarked-chat.jsonl": (
+        lines({"conversations": [*SHARE[:1], {"from": "gpt", "value": "5"}]}),
+        "mark the",
+    ),
 }
 
 
@@ -86,6 +118,24 @@ def test_files_of_other_tools_are_read(name: str, tmp_path: Path) -> None:
     said = {"semicolons.csv": "semicolons", "mark.csv": "semicolons", "tabs.csv": "tabs"}
     said["chat-with-a-system-message.jsonl"] = "1 questions of train come with a system message, left out"
     assert len(loaded.notes) == (name in said) and said.get(name, "") in "".join(loaded.notes)
+
+
+@pytest.mark.parametrize("name", NOT_READ)
+def test_what_cannot_be_read_is_said_in_one_line(name: str, tmp_path: Path) -> None:
+    content, said = NOT_READ[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=said) as refused:
+        load(tmp_path / name)
+    assert name in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_rows_need_not_have_the_same_columns(tmp_path: Path) -> None:
+    rows = [{"question": "a", "answer": "1"}, {"question": "b", "answer": "2", "level": 3, "x": {"k": None}}]
+    (tmp_path / "a.jsonl").write_bytes(lines(*rows))
+    assert [dict(p.meta) for p in load(tmp_path / "a.jsonl").problems] == [
+        {},
+        {"level": "Level 3", "x": {"k": None}},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -187,6 +237,13 @@ GRADED: dict[str, bytes] = {
     "their-weight": lines({**ANSWERED, "weight": 2.5}),
     "long-numbers": lines({**ANSWERED, "n": 2**80, "x": 0.1 + 0.2, "tiny": 5e-324}),
     "nan": lines({**ANSWERED, "x": float("nan")}),
+    "ground-truth": lines({**RIGHT, "ground_truth": "5", "data_source": "x", "ability": None}),
+    "a-chat-with-its-answer": lines({"conversations": SHARE, "completion": "\\boxed{5}", "source": "x"}),
+    "ascii": b'{"\\u4f5c": "\\u00e9", "completion": "\\\\boxed{5}", "question": "q", "answer": "5"}\n',
+    "empty-values": lines({**ANSWERED, "a": "", "b": [], "c": {}, "d": None, "e": False}),
+    "many-columns": lines({f"column {n}": n for n in range(200)} | ANSWERED),
+    "many-rows": lines(*({**ANSWERED, "id": n} for n in range(50))),
+    "scored-elsewhere": lines({**ANSWERED, "score": 0.3, "advantage": -1, "logprobs": [-0.1, -2e-9]}),
 }
 
 
@@ -261,3 +318,94 @@ def test_their_columns_are_meta_to_everyone_else(tmp_path: Path) -> None:
     file.write_bytes(lines({**ANSWERED, "id": 17, "meta": {"level": 3}}))
     (row,) = read_rollouts(file)[0].rationales
     assert (row.gold, dict(row.meta)) == ("5", {"answer": "5", "id": 17, "level": 3})
+
+
+# --- every command --------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_there_are_forty_files_of_each_kind() -> None:
+    assert len(READ) + len(NOT_READ) >= 40 and len(GRADED) + len(REFUSED) >= 40
+
+
+def checked(cli: Cli, recipe: Path, folder: Path, files: dict[str, bytes], refused: bool) -> None:
+    """``check`` reads each file or refuses it in one line, and leaves the folder as it was."""
+    evaluation = folder / "test.jsonl"
+    evaluation.write_bytes(lines({"question": "What is 3 + 3?", "answer": "6"}))
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    before = contents(folder)
+    for name in files:
+        data = ("--set", "data.source=local", "--set", f"data.path={folder / name}")
+        whole = ("--set", "data.validation=0", "--set", f"data.eval_path={evaluation}")
+        code, _, err = cli("check", "--recipe", recipe, *data, *whole, "--set", "data.reward=math", "--json")
+        assert (code == 65 and err.count("\n") == 1 and name in err) if refused else code in (0, 1), (
+            name,
+            err,
+        )
+    assert contents(folder) == before
+
+
+def test_check_leaves_files_as_they_are(cli: Cli, recipe_file: Path, tmp_path: Path) -> None:
+    """Two of the forty; the slow set takes all."""
+    (tmp_path / "theirs").mkdir()
+    checked(
+        cli,
+        recipe_file,
+        tmp_path / "theirs",
+        {name: READ[name] for name in ("nested.parquet",)},
+        False,
+    )
+    checked(
+        cli, recipe_file, tmp_path / "theirs", {"under-a-name.json": NOT_READ["under-a-name.json"][0]}, True
+    )
+
+
+@pytest.mark.slow
+def test_check_leaves_all_files_as_they_are(cli: Cli, recipe_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    checked(cli, recipe_file, tmp_path / "theirs", READ, False)
+    checked(
+        cli,
+        recipe_file,
+        tmp_path / "theirs",
+        {name: content for name, (content, _) in NOT_READ.items()},
+        True,
+    )
+
+
+@pytest.mark.slow
+def test_other_commands_leave_files_as_they_are(cli: Cli, recipe_file: Path, tmp_path: Path) -> None:
+    """What ``score`` graded is fitted, graded again, listed and evaluated: no key of any row changes."""
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for name, content in GRADED.items():
+        (theirs / f"{name}.jsonl").write_bytes(content)
+        assert cli("score", theirs / f"{name}.jsonl", "--reward", "math")[0] == 0
+    rows = {file: rows_of(file) for file in theirs.iterdir()}
+    before = contents(theirs)
+    changes = ("--set", "run.eval_every=0", "--set", "data.reward=math", "--set", "data.prompt=plain")
+    run = tmp_path / "run"
+    code, _, err = cli("fit", *rows, "--recipe", recipe_file, *changes, "--output-dir", run, "--force")
+    assert code == 0, err
+    kept = {
+        (r.completion, json.dumps(dict(r.meta), sort_keys=True))
+        for file in sorted((run / "rollouts").iterdir())
+        for part in read_rollouts(file)
+        for r in part.rationales
+    }
+    assert len(kept) > 20 and any('"many"' in meta or '"column 7": 7' in meta for _, meta in kept)
+    for row in (row for some in rows.values() for row in some):
+        cases = tmp_path / "cases.jsonl"
+        cases.write_bytes(lines({**row, "gold": "5", "prediction": "\\boxed{5}"}))
+        assert cli("grade", "--cases", cases)[0] == 0
+    assert cli("eval", run, "--limit", 1, "--out", theirs)[0] == 0
+    (answers,) = theirs.glob("*/greedy.jsonl")
+    assert {name: content for name, content in contents(theirs).items() if "/" not in name} == before
+    answers.write_bytes(GRADED["windows"])
+    code, _, err = cli("eval", run, "--limit", 1, "--out", theirs)
+    assert code and err.count("\n") == 1 and answers.read_bytes() == GRADED["windows"], err
+    assert {file: rows_of(file) for file in rows} == rows
