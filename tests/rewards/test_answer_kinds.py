@@ -383,6 +383,21 @@ ROWS = r"""
 ! gsm8k | 2950 | The answer is 29,50 €.
 ! gsm8k | 50 | The answer is 29,50 €.
 # what a model says before and after its answer, in other languages, and letters beside mathematics
+= math | 18 | The answer is 18<|im_end|>
+! math | 18 | The answer is 19<|im_end|>
+= gsm8k | 18 | 18</s>
+= math | 18 | a [ANSWER] 17 [/ANSWER] [ANSWER] 18 [/ANSWER]
+= math | 18 | <|begin_of_box|>18<|end_of_box|>
+= math | 42 | <s>41</s> 42
+! math | 41 | <del>41</del> 42
+= math | \frac13 | $\frac{1}{3}$ (or approximately 0.333)
+! math | 0.333 | $\frac{1}{3}$ (or approximately 0.333)
+! math | 3 | The answer is 3 (or 4).
+= math | 3/4 | The answer is 3/4 (or 0.75).
+= math | DNE | \boxed{\text{does not exist}}
+! math | 0 | \boxed{\text{does not exist}}
+= choice | B | The answer is B<|im_end|>
+! choice | B | The answer is C<|im_end|>
 = math | 42 | The answer should be 42.
 = math | 42 | The answer seems to be 42.
 ! math | 42 | The answer should not be 42.

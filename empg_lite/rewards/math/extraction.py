@@ -88,6 +88,8 @@ _THINKING_ENDS = re.compile(
     re.IGNORECASE,
 )
 _ANSWER_TAG = re.compile(r"<answer>\s*([^<\s](?:[^<]|<(?!/?answer>))*)", re.IGNORECASE)
+_BRACKETED_TAG = re.compile(r"\[(/?)answer\]", re.IGNORECASE)
+_SPECIAL = re.compile(r"<\|\w{2,30}\|>|</s>\s*\Z")  # tokens of a chat template, decoded with the text
 _CALCULATOR = re.compile(r"<<[^<>\n]{0,200}>>")
 _BRACES = re.compile(r"(?<!\\)\\++(?:boxed|fbox)(?![a-zA-Z])|\\[{}]|[{}]")
 _OPENED = re.compile(r"\s*\{")
@@ -135,6 +137,7 @@ _REMARK = re.compile(
     r"|\s\((?=or\b|i\.e\.|\$?[\d.]+\s?\\?%)|\s\((?!\s*base\b)(?=[^()\\]{0,200}[A-Za-z]{3})",
     re.IGNORECASE,
 )
+_ALTERNATIVE = re.compile(r"\s\(or\s+([-$\\\d][^()]*)\)")  # "3 (or 4)" does not commit itself
 _GLOSS = re.compile(r"\s\((?!base\b)[A-Za-z][A-Za-z -]{2,60}\)\Z")
 #: Words after a number and a comma, unless they change it: "72, in total, so that is all".
 _ASIDE = re.compile(
@@ -188,6 +191,8 @@ def visible(text: str) -> str:
     before the next problem that a model which runs on puts to itself."""
     ends = [match.end() for match in _THINKING_ENDS.finditer(text)]
     text = text[ends[-1] :] if ends else text
+    text = _SPECIAL.sub(" ", text) if "<|" in text or "</s>" in text else text
+    text = _BRACKETED_TAG.sub(r"<\1answer>", text) if "[/" in text else text
     if "<answer>" in text.lower():
         tagged = list(_ANSWER_TAG.finditer(text))
         text = tagged[-1].group(1) if tagged else text
@@ -440,6 +445,7 @@ def _without_lead(content: str) -> str:
 def _without_remark(content: str) -> str:
     """``18, because ...`` without the reason; ``so 18`` without the conjunction."""
     content = _without_lead(re.sub(r"\s{2,}", " ", content))
+    content = _ALTERNATIVE.sub(r" or \1", content) if "(or" in content else content
     remark = _REMARK.search(content)
     if remark and re.search(r"\w", content[: remark.start()]):
         content = content[: remark.start()]

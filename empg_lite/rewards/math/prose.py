@@ -24,7 +24,7 @@ _TAG = re.compile(
     re.IGNORECASE,
 )
 _RAISED_TAG = re.compile(r"<(?P<tag>su[pb])>(?P<inside>[^<>{}\n]{1,40})</(?P=tag)>", re.IGNORECASE)
-_STRUCK = re.compile(r"~~[^~\n]+~~")  # taken back
+_STRUCK = re.compile(r"~~[^~\n]+~~|<(s|del|strike)>[^<]*</\1>", re.IGNORECASE)  # taken back
 _HIGHLIGHT = re.compile(r"(?<![=\w])==(?=[^\s=])([^=\n]+)(?<=[^\s=])==(?![=\w])")
 _UNDERSCORES = re.compile(
     r"(?<!\w)__(?=\S)([^_\n]+)(?<=\S)__(?!\w)|(?<![\w}\\)])_([-$]{0,2}\d[\d.,]*)_(?!\w)"
@@ -116,7 +116,7 @@ _TELLING = (
 _OR_MORE_BOX = re.compile(rf"[ $]*,? *{_OR_MORE}", re.IGNORECASE)
 _NEAR_END = 300  # characters in which what is denied could be taken for the answer
 _CONTRAST = re.compile(
-    r"(?:,\s+(?:and\s+)?not"
+    r"\s\((?:or\s+)?(?:approximately|approx\.?|about|roughly|≈|~|\\approx)[^()]{0,60}\)|(?:,\s+(?:and\s+)?not"
     r"|(?<=\w) (?:instead of|rather than|as opposed to|(?:up|down) from|out of|compared (?:to|with)))"
     r"\s+[-−$\\]{0,3}\d[\d.,]*"
 )
@@ -143,13 +143,13 @@ def undecorated(text: str) -> str:
 
 def unemphasized(text: str) -> str:
     """Without HTML tags, Markdown emphasis and what is struck through; ``<sup>`` becomes a power."""
+    text = _STRUCK.sub(" ", text) if "~~" in text or "</" in text else text
     if "</" in text:
         text = _RAISED_TAG.sub(
             lambda m: ("^" if m["tag"].lower() == "sup" else "_") + f"{{{m['inside']}}}", text
         )
         for _ in range(3):
             text = _TAG.sub(r"\g<inside>", text)
-    text = _STRUCK.sub(" ", text) if "~~" in text else text
     text = _HIGHLIGHT.sub(r"\1", text) if "==" in text else text
     return _UNDERSCORES.sub(r"\1\2", text) if "_" in text else text
 

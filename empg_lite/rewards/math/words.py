@@ -15,8 +15,8 @@ _CHOICE = re.compile(r"\(?(?P<letter>[A-J])(?:[).:]+\s*(?P<rest>\S.*)|\)?)", re.
 _UNSPOKEN = re.compile(r"(?!(?<![^\s(])-(?=[\d.])|(?<=\d)[.:/](?=\d))[^A-Za-z\d]")
 _NOTHING = re.compile(
     r"(?:there (?:is|are|exists?) )?no (?:real |integer |such |possible |valid )*"
-    r"(?:solutions?|values?|roots?|numbers?)"
-    r"(?: exists?)?|(?:the )?empty set|none",
+    r"(?:solutions?|values?|roots?|numbers?|integers?|pairs?|triples?|functions?|polynomials?|arrangements?)"
+    r"(?: exists?)?|(?:the )?empty set|none|dne|(?:it |they )?(?:do|does)(?: not|n['’]t) exist",
     re.IGNORECASE,
 )
 _EVERYTHING = re.compile(
