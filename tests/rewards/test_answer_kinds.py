@@ -427,6 +427,27 @@ ROWS = r"""
 ! math | 4 | $4\sqrt(2)$
 = math | 22.2 | 22.2 C
 ! math | 22.2 | 22.2 x
+# what stands in a plain sentence or in a box with words
+= math | (2,4) | It is (2,4)!
+= math | (2,4) | The point is (2,4).
+! math | 4 | The point is (2,4).
+! math | (2,4) | The point is (4,2).
+= math | \{1,2,3\} | Hence the result is \{3,2,1\}.
+! math | \{1,2,3\} | Hence the result is \{3,2\}.
+= math | [8.1,12.8] | It equals [8.1,12.8].
+! math | [8.1,12.8] | It equals (8.1,12.8).
+= math | -5/2 | The total is -2 1/2.
+! math | 1/2 | The total is -2 1/2.
+= math | 52_8 | The result is 52_{8}.
+! math | 8 | The result is 52_{8}.
+= math | 460 | It is $460$ per week!
+= math | 27 | \boxed{The cost is \$27.00}
+! math | 27 | \boxed{The cost is \$28.00}
+= gsm8k | -5 | \boxed{His balance is negative 5 dollars}
+! gsm8k | 5 | \boxed{His balance is negative 5 dollars}
+! gsm8k | 5 | \boxed{The answer is not 5}
+= math | 460 | \boxed{Result: 460}
+= math | f(x)=0 | #### f(x) = 0 for all real x
 # golds that announce, and the rest
 = math | The answer is 14. | \boxed{14}
 ! math | The answer is 14. | \boxed{15}
@@ -475,7 +496,7 @@ def grader() -> Iterator[Grader]:
 
 
 def test_every_kind_has_both_directions() -> None:
-    assert len(KINDS) == 11 and sum(map(len, KINDS.values())) >= 300
+    assert len(KINDS) == 12 and sum(map(len, KINDS.values())) >= 300
     for kind, rows in KINDS.items():
         assert {paid for paid, *_ in rows} == {True, False}, kind
     assert len({row[1:] for rows in KINDS.values() for row in rows}) == sum(map(len, KINDS.values()))

@@ -25,7 +25,7 @@ import string
 from dataclasses import dataclass
 
 from empg_lite.rewards.math.exact import read_exact
-from empg_lite.rewards.math.normalize import normalize, restore_escapes, without_domain
+from empg_lite.rewards.math.normalize import normalize, restore_escapes, without_domain, without_label
 from empg_lite.rewards.math.prose import (
     NUMBER,
     balanced,
@@ -152,8 +152,8 @@ _RESERVED = re.compile(
 )
 _LEAD = re.compile(
     r"(?:(?:[-=]+>|→|⇒|➡|\\(?:Rightarrow|rightarrow|implies|therefore)(?![a-z])"
-    r"|at(?= \d{1,2}:\d\d)|it['’]s|that['’]s|so|thus|hence|therefore|then|finally|between"
-    r"|we (?:get|have|find|obtain)(?: that)?|it follows that|this (?:means|gives)(?: that)?)"
+    r"|at(?= \d{1,2}:\d\d)|it['’]s|that['’]s|(?:it|this|that) is|they are|so|thus|hence|therefore|then"
+    r"|finally|between|we (?:get|have|find|obtain)(?: that)?|it follows that|this (?:means|gives)(?: that)?)"
     r"(?:[,:]\s*|\s+)){1,4}",
     re.IGNORECASE,
 )
@@ -274,7 +274,7 @@ def _read_boxes(text: str, boxes: list[_Box]) -> Answer | None:
     contents: list[str] = []
     for box, following in zip(boxes, [*boxes[1:], None], strict=True):
         percent = _PERCENT_AFTER.match(text, box.end)
-        contents.append(box.content.strip() + (r"\%" if percent else ""))
+        contents.append(without_label(box.content.strip()) + (r"\%" if percent else ""))
         if following is None:
             break
         between = text[box.end : following.start]
@@ -385,7 +385,17 @@ def _bare(text: str) -> bool:
     )
 
 
-_BRACKETED = re.compile(r"[(\[].*[)\]]", re.DOTALL)
+_WORDY = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
+_PARTS = re.compile(r"(?:\\\{|[(\[{])[^()\[\]{}\n]*,[^()\[\]{}\n]*(?:\\\}|[)\]}])")
+
+
+def _within_brackets(text: str, start: int, end: int) -> str | None:
+    r"""The pair, interval or set around ``start`` to ``end``: ``(2,4)``, ``\{1,2\}``; None for a remark."""
+    line = text.rfind("\n", 0, start) + 1
+    for match in _PARTS.finditer(text, line):
+        if match.start() < start and end < match.end():
+            return None if _WORDY.search(match.group()) else match.group()
+    return None
 
 
 def _last_unfenced(text: str) -> tuple[str, int]:
@@ -419,10 +429,8 @@ def _last_value(text: str, *, numeric: bool = False) -> Answer | None:
         return Answer(math if (whole.start, whole.end) == (start, end) else whole.text, "last_math")
     if number is None or number.denied:
         return None
-    pair = (
-        not numeric and "," in number.text and _BRACKETED.fullmatch(text[number.start - 1 : number.end + 1])
-    )
-    return Answer(f"({number.text})" if pair else number.text, "last_number")
+    parts = None if numeric else _within_brackets(text, number.start, number.end)
+    return Answer(parts, "last_math") if parts else Answer(number.text, "last_number")
 
 
 def _listed(text: str) -> Answer | None:
@@ -486,7 +494,7 @@ def _hash(text: str) -> tuple[str, bool]:
     if start < 0:
         return "", False
     line, _, rest = text[start:].lstrip("#").strip().partition("\n")
-    line = calm(_tidy(line))
+    line = without_label(without_domain(calm(_tidy(line))))
     if _is_number(line):
         return _unfenced(line), True
     if "boxed" in rest or _HEADING.match(line):

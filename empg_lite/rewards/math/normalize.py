@@ -96,6 +96,11 @@ _STYLE = re.compile(
 _COLOR = re.compile(r"\\(?:text)?color\s*(?:\[[^\[\]]*\])?\s*\{[^{}]*\}")
 _LABELED_TEXT = re.compile(r"\\text\{\s*[A-Za-z][A-Za-z ]{0,40}:\s*(?=[^{}:,\s][^{}:,]*\})")
 _COUNTED_TEXT = re.compile(r"\\text\{\s*(-?\d[\d.,]*%?)(\s+[A-Za-z][A-Za-z ]*)\}")
+#: "Result: 460", "His balance is -5"; "The answer is not 5" stays as it is.
+_LABEL = re.compile(
+    r"[A-Z][A-Za-z]{2}[A-Za-z' ]{0,57}(?:\s(?:is|are|was|equals)|:)\s*"
+    r"(?=(?:minus |negative )?(?:\\?\$)?[-+]?[\d.\\({])"
+)
 #: siunitx: a number, and a number with its unit.
 _SI_NUMBER = re.compile(r"\\(?:num|ang)\s*(?:\[[^\[\]]*\])?\s*\{([^{}]*)\}")
 _SI_QUANTITY = re.compile(
@@ -354,6 +359,12 @@ def _unstopped(text: str) -> str:
     return bare + after if bare.endswith("\\") and after != "." else bare
 
 
+def without_label(text: str) -> str:
+    """``Result: 460`` and ``The cost is $27`` without the words."""
+    label = _LABEL.match(text)
+    return text[label.end() :] if label else text
+
+
 def without_domain(text: str) -> str:
     r"""Without "for all real x" at the end; ``for all x > 0`` stays."""
     head, tail = text[:-_MAX_DOMAIN], text[-_MAX_DOMAIN:]
@@ -368,7 +379,7 @@ def normalize(answer: str) -> str:
     """
     if answer.isascii() and answer.isdigit():
         return answer
-    text = _PRICE.sub(_price, undecorated(restore_escapes(answer)))
+    text = _PRICE.sub(_price, without_label(undecorated(restore_escapes(answer))))
     text = _POWER.sub("^", fold_unicode(text)).replace("**", "").replace("`", "")
     text = _TYPED_DEGREE.sub("", _unstopped(_ascii(_WHITE.sub(" ", text)))).replace("...", r"\ldots ")
     if "\\" in text:

@@ -19,7 +19,7 @@ _CHEERS = re.compile(rf"(?:{_CHEER}|[\s\ufe0f\u200d])*")
 #: The same at the end, read backwards, with full stops and commas among them.
 _CHEERS_BACK = re.compile(rf"(?:[\s.,;:]*+(?:{_CHEER}|[\ufe0f\u200d]))*+")
 _TAG = re.compile(
-    r"<(?P<tag>b|i|u|em|strong|mark|big|ins|code|center|span|font|p|div)(?:\s[^<>\n]{0,100})?>(?P<inside>[^<]*)"
+    r"<(?P<tag>b|i|u|em|strong|mark|big|ins|code|center|span|font|p|div)(?:\s[^<>\n]{0,100})?>(?P<inside>(?:[^<]|<(?![a-z/]))*)"
     r"</(?P=tag)\s*>",
     re.IGNORECASE,
 )
@@ -30,14 +30,17 @@ _UNDERSCORES = re.compile(
     r"(?<!\w)__(?=\S)([^_\n]+)(?<=\S)__(?!\w)|(?<![\w}\\)])_([-$]{0,2}\d[\d.,]*)_(?!\w)"
 )
 #: A mark after a number or a number with words: "42!", "-$42!", "x = 42!", "42 marbles!"; no other factorial.
-_EXCLAIMED = re.compile(r"[^!\\^*/+()]*(?<![\w.,])\d[\d.,]*(?:/\d+)?%?(?: [A-Za-z][A-Za-z ]*)?(?P<marks>!+)")
-_CLOSED = re.compile(r"(?:(?<=[$*])|(?<=\\\))|(?<=\\\]))!+\Z")
+_EXCLAIMED = re.compile(
+    r"[^!\\^*/+()]*(?<![\w.,])\d[\d.,]*(?:/\d+)?%?\$?(?: [A-Za-z][A-Za-z ]*)?(?P<marks>!+)"
+)
+_CLOSED = re.compile(r"(?:(?<=[$*%％\]])|(?<=\\[)\]}])|(?P<parts>\([^()]*,[^()]*\)))!+\Z")
 
 _CURRENCY = r"\\?[$€£¥₹]\s?"
 NUMBER = re.compile(
     r"(?<![\w.\\^])(?:(?<![\w)\]}$] )(?<![)\]}$])[-+−–]\s?|(?<=[A-Za-z:=,] )[-−–](?=\\?[$€£¥₹]\s?\d))?"
     rf"(?:{_CURRENCY})?[-−–]?"
-    r"(?:\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\}"
+    r"(?:\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\}|\d{1,4} \d{1,2}/\d{1,3}(?![\d/])"
+    r"|\d+_(?:\{\d\d?\}|\d\d?)(?!\d)"
     r"|\d+(?:(?:\s:\s|:)\d+)+(?:\s?[AaPp]\.?[Mm]\b)?"
     r"|(?:(?<=[€£¥₹])|(?<=[€£¥₹] )|(?<=\\\$))\d+,\d\d(?!\d)|\d{1,3}(?:\.\d{3})*,\d\d\s?[€£¥₹]"
     r"|(?:\d{1,3}(?:(?:,|\{,\}|,\\!)\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:\s?/\s?\d+(?!\.?\d))?|\.\d+)"
@@ -159,7 +162,7 @@ def calm(text: str) -> str:
     if not text.endswith("!"):
         return text
     match = _EXCLAIMED.fullmatch(text)
-    return text[: match.start("marks")] if match else _CLOSED.sub("", text)
+    return text[: match.start("marks")] if match else _CLOSED.sub(r"\g<parts>", text)
 
 
 def balanced(text: str) -> str:
