@@ -177,7 +177,7 @@ def frames_to_loss() -> list[str]:
         stacks.append(names[::-1])
         return real(*args, **kwargs)
 
-    users = [m for m in list(sys.modules.values()) if getattr(m, "m_step_loss", None) is real]
+    users = [m for m in list(sys.modules.values()) if getattr(m, "__dict__", {}).get("m_step_loss") is real]
     for module in users:
         module.m_step_loss = traced  # type: ignore[attr-defined]
     try:

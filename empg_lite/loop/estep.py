@@ -147,14 +147,17 @@ class Drawn:
 
 
 class _AsScored:
-    """Passes rationales that are being graded on once their verdicts are in."""
+    """Has rationales graded and, where there is someone to tell, passes them on with their verdicts."""
 
-    def __init__(self, scorer: Scorer, tell: Callable[[Rationale], None]) -> None:
+    def __init__(self, scorer: Scorer, tell: Callable[[Rationale], None] | None) -> None:
         self._scorer, self._tell = scorer, tell
         self._waiting: list[Rationale] = []
 
     def ended(self, r: Rationale) -> None:
         """A verdict that takes longer is passed on when a later rationale ends."""
+        self._scorer.submit(r)
+        if self._tell is None:
+            return
         self._waiting.append(r)
         ready = [self._scorer.ready(w) for w in self._waiting]
         there = [w for w, yes in zip(self._waiting, ready, strict=True) if yes]
@@ -167,6 +170,7 @@ class _AsScored:
 
     def _pass_on(self, rows: Sequence[Rationale]) -> None:
         for r in self._scorer.scored(rows):
+            assert self._tell is not None  # or no row waits
             self._tell(r)
 
 
@@ -199,12 +203,7 @@ def draw_and_score(
     started, sampled, nats, world = time.perf_counter(), 0.0, 0.0, learner.world
     reward = str(learner.recipe.data.reward)
     scorer = Scorer(grader, reward, known, lambda n: on_done(n * world.size))
-    passing = _AsScored(scorer, on_scored) if on_scored else None
-
-    def ended(r: Rationale) -> None:
-        scorer.submit(r)
-        if passing:
-            passing.ended(r)
+    grading = _AsScored(scorer, on_scored)
 
     def ask(mine: Sequence[Problem]) -> list[list[Rationale]]:
         nonlocal sampled, nats
@@ -218,12 +217,11 @@ def draw_and_score(
             step=step,
             policy_step=policy_step,
             have=have,
-            on_rationale=ended,
+            on_rationale=grading.ended,
         )
         sampled = time.perf_counter()
         nats = draw.nats
-        if passing:
-            passing.finish()
+        grading.finish()
         rows = iter(scorer.scored(flatten(draw.groups)))
         return [[next(rows) for _ in group.rationales] for group in draw.groups]
 
