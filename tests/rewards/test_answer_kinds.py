@@ -452,6 +452,9 @@ ROWS = r"""
 = math | The answer is 14. | \boxed{14}
 ! math | The answer is 14. | \boxed{15}
 = math | Answer: 14 | \boxed{14}
+= math | A: 14 | \boxed{14}
+! math | A: 14 | \boxed{15}
+= math | A: (2,4) | \boxed{(2,4)}
 = gsm8k | He has 14 left. | \boxed{14}
 = math | 24 | 2 dozen eggs
 ! math | 2 | 2 dozen eggs

@@ -13,7 +13,7 @@ from empg_lite.rewards.math import Answer, Pair, comparison_steps, extract, quot
 #: Longest answer that is compared as mathematics, in characters.
 MAX_ANSWER = 2_000
 #: A gold cell with one of these announces its answer; another one is the answer.
-_ANNOUNCED = re.compile(r"####|boxed|fbox|answer|\bans\b|答案|</think", re.IGNORECASE)
+_ANNOUNCED = re.compile(r"^\s*A\s*:|####|boxed|fbox|answer|\bans\b|答案|</think", re.IGNORECASE)
 _PLAIN = re.compile(r"[-+\d.,/\s]*")
 #: Words: a number stands in a sentence. Formulas have none.
 _PROSE = re.compile(r"^A\s*:|[A-Za-z]{2,}[\s.,:]|\s[A-Za-z]{2,}")

@@ -310,7 +310,7 @@ def _phrase_end(text: str, start: int) -> int:
     """Where the sentence that began at ``start`` ends; a period inside braces ends nothing."""
     fence = _FENCE.match(text, start)  # a line break inside display mathematics ends nothing
     for stop in itertools.islice(_PHRASE_END.finditer(text, fence.end() if fence else start), 8):
-        content = text[start : stop.start()]
+        content = balanced(text[start : stop.start()])  # a brace that opened before closes nothing here
         if content.count("{") <= content.count("}"):
             return stop.start()
     return len(text)
