@@ -145,6 +145,7 @@ def test_exact_leaves_the_rest_undecided(text: str) -> None:
 @example("6\u2668")
 @example("\u017f\\ ")
 @example("\u221a(")
+@example("Answer: ")
 @settings(max_examples=150, deadline=None)
 def test_any_text_is_read_without_an_error(text: str) -> None:
     extract(text)

@@ -362,7 +362,7 @@ def _unstopped(text: str) -> str:
 def without_label(text: str) -> str:
     """``Result: 460`` and ``The cost is $27`` without the words."""
     label = _LABEL.match(text)
-    return text[label.end() :] if label else text
+    return text[label.end() :] if label and re.search(r"[^\s.,;:]", text[label.end() :]) else text
 
 
 def without_domain(text: str) -> str:
