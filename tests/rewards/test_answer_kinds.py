@@ -136,6 +136,12 @@ ROWS = r"""
 ! math | 42 | The answer is greater than $42$.
 ! math | 42 | The value cannot be $42$.
 = math | 42 | The answer is exactly 42.
+! math | 2\sqrt3 | at least 2\sqrt{3}
+! math | 10 | at least 10\text{ units}
+! math | 2\sqrt3 | The length is more than 2\sqrt{3}.
+= math | 2\sqrt3 | The length is 2\sqrt{3}.
+! math | 2\sqrt3 | The length is not 2\sqrt{3}.
+= math | -2\sqrt3 | The value is minus 2\sqrt{3}.
 = math | 42 | The answer is only 42.
 ! math | 42 | It must be at least $\boxed{42}$.
 ! math | 42 | at most \boxed{42}

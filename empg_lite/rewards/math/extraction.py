@@ -408,6 +408,15 @@ def _last_unfenced(text: str) -> tuple[str, int]:
     return re.sub(r"^[aAI]\s", "", run), end
 
 
+def _math_at(text: str, start: int, math: str, end: int = -1) -> Answer | None:
+    """Mathematics that stands at ``start`` with the words that change it; None where they deny it."""
+    end = end if end >= 0 else start + len(math)
+    whole = qualified(text, start, end)
+    if whole.denied:
+        return None
+    return Answer(math if (whole.start, whole.end) == (start, end) else whole.text, "last_math")
+
+
 def _last_value(text: str, *, numeric: bool = False) -> Answer | None:
     """The last mathematics or the last number outside it, whichever comes later; None where it is denied."""
     math, start, end = "", -1, -1
@@ -421,12 +430,9 @@ def _last_value(text: str, *, numeric: bool = False) -> Answer | None:
     if not numeric and number_end > end:
         unfenced, unfenced_end = _last_unfenced(text[max(0, end) :])
         if unfenced and max(0, end) + unfenced_end >= number_end:
-            return Answer(unfenced, "last_math")
+            return _math_at(text, text.rfind(unfenced), unfenced)
     if math and (number is None or number.start < end - 1):  # it may share the closing $
-        whole = qualified(text, start, end)
-        if whole.denied:
-            return None
-        return Answer(math if (whole.start, whole.end) == (start, end) else whole.text, "last_math")
+        return _math_at(text, start, math, end)
     if number is None or number.denied:
         return None
     parts = None if numeric else _within_brackets(text, number.start, number.end)
