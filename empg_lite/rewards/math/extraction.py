@@ -506,7 +506,7 @@ def _hash(text: str) -> tuple[str, bool]:
     if "boxed" in rest or _HEADING.match(line):
         return "", False
     number = NUMBER.match(line)
-    if number is None or not _bare(line):
+    if number is None or len(line) > _MAX_NUMBER or not _bare(line):
         return line, False
     shown = number.group().strip()
     same = strip_units(normalize(line)) == normalize(shown)  # "12 eggs" is 12, "12 dozen" is not
