@@ -44,7 +44,7 @@ class Verdict:
         reason: one of ``rationale.VERDICTS``, or of ``rationale.FAILURES`` when the grader failed. It
             describes correctness alone: ``equal`` where that is 1, whatever shaping does to the reward.
         extracted: the answer read from the prediction.
-        rule: name of the rule that found it (``math.extraction.RULES``).
+        rule: name of the rule that found it (``math.boxes.RULES``).
         gold: the gold answer as it was passed in.
         seconds: from submission to verdict, excluding worker start-up and the wait for a free worker.
         terms: parts of a combined reward, including ``correct``; empty for a plain reward.

@@ -10,7 +10,8 @@ import pytest
 
 from empg_lite.rewards import Grader
 from empg_lite.rewards.explain import explain
-from empg_lite.rewards.math.extraction import RULES, extract
+from empg_lite.rewards.math.boxes import RULES
+from empg_lite.rewards.math.extraction import extract
 
 PAGE = Path(__file__).parents[2] / "docs" / "grading.md"
 

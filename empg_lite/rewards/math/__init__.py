@@ -10,8 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from empg_lite.rewards.math.boxes import Answer, visible
     from empg_lite.rewards.math.compare import Pair
-    from empg_lite.rewards.math.extraction import Answer, announced, extract, visible
+    from empg_lite.rewards.math.extraction import announced, extract
     from empg_lite.rewards.math.steps import comparison_steps, quoted, reading_steps
     from empg_lite.rewards.math.votes import ballot
 
@@ -28,7 +29,8 @@ __all__ = [
 ]
 _HOMES = {
     "compare": ("Pair",),
-    "extraction": ("Answer", "announced", "extract", "visible"),
+    "boxes": ("Answer", "visible"),
+    "extraction": ("announced", "extract"),
     "steps": ("comparison_steps", "quoted", "reading_steps"),
     "votes": ("ballot",),
 }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from empg_lite.rewards.math.boxes import RULES, Answer, find_boxes, hedged, last_sentence, visible
 from empg_lite.rewards.math.compare import Leaf, Pair, cheap_leaf, decide_plain, read_shape
-from empg_lite.rewards.math.extraction import RULES, Answer, find_boxes, hedged, last_sentence, visible
 
 if TYPE_CHECKING:
     from empg_lite.rewards.math.shapes import Shape
