@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from empg_lite.core.sizes import PREFILL_TOKENS, logit_rows
 from empg_lite.policy.attention import causal_attention
-from empg_lite.policy.packing import Rows
+from empg_lite.policy.packing import Rows, packed_prompts, shared_head
 from empg_lite.sampler.draw import Decoding, draw
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Decoder:
     def _prefill_batch(
         self, prompts: Sequence[Sequence[int]], number: int, rows_of: Sequence[tuple[int, int]]
     ) -> Tensor:
-        """Compute the prompts' keys and values and cache them in each of their rows.
+        """Compute the prompts' keys and values, of a head that they share once, and cache them in each row.
 
         Args:
             number: index of the first of these prompts.
@@ -109,10 +109,9 @@ class Decoder:
         Returns:
             ``(P, D)`` hidden states of the prompts' last tokens.
         """
-        device, network, lengths = self.head.device, self.network, [len(p) for p in prompts]
-        rows = Rows.of(lengths, 0, device)
-        packed = [token for prompt in prompts for token in prompt]
-        positions = [at for n in lengths for at in range(n)]
+        device, network, head = self.head.device, self.network, shared_head(prompts)
+        rows = Rows.of([len(p) for p in prompts], 0, device, head)
+        packed, positions = packed_prompts(prompts, head)
         angles = network.angles(torch.tensor(positions, device=device))
         source, target = self._copies(rows, number, rows_of)
 
@@ -126,9 +125,8 @@ class Decoder:
             q, k, v = (rows.pad(t).transpose(1, 2) for t in (q, k, v))
             out = causal_attention(q, k, v)
             x, update = network.after_attention(layer, x, rows.unpad(out.transpose(1, 2)).flatten(1))
-        ends = rows.lengths.cumsum(0) - 1
         assert update is not None
-        return network.add_norm(x[ends], update[ends], network.norm)[1]
+        return network.add_norm(x[rows.ends], update[rows.ends], network.norm)[1]
 
     def _copies(self, rows: Rows, number: int, rows_of: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """From each packed prompt token ``(m,)`` to its cache indices in each of its rows ``(m, G)``."""

@@ -18,7 +18,7 @@ from empg_lite.em import m_step_loss
 from empg_lite.loop.batching import packed_batches
 from empg_lite.policy import load_policy
 from empg_lite.policy.logprobs import chosen_logprobs, head_loss
-from empg_lite.policy.packing import pack, packed_hidden
+from empg_lite.policy.packing import SHARED_FROM, Rows, pack, packed_hidden, packed_prompts, shared_head
 from empg_lite.policy.policy import Policy, collate
 from empg_lite.recipe.schema import ModelSection
 
@@ -33,6 +33,10 @@ PAIRS: list[Pair] = [
     (SECOND, (60, 61, 62, 63, 64, 65, 256)),
     (FIRST, (40, 41, 99)),
 ]
+#: The same behind a head of twenty tokens; what all prompts share is one longer.
+HEAD = tuple(range(100, 120))
+HEADED: list[Pair] = [((*HEAD, *prompt), completion) for prompt, completion in PAIRS]
+both = pytest.mark.parametrize("pairs", [PAIRS, HEADED], ids=["apart", "headed"])
 
 
 def alone(policy: Policy, pair: Pair) -> Tensor:
@@ -79,6 +83,47 @@ def test_a_pack_holds_every_prompt_once() -> None:
     assert packed.completions.lengths.tolist() == [3, 1, 0, 6, 2]
 
 
+def test_a_head_that_all_prompts_share_is_packed_once() -> None:
+    packed, apart = pack(HEADED), pack(PAIRS)
+    assert packed.ids.tolist() == [
+        *HEAD,
+        5,
+        6,
+        7,
+        8,
+        9,
+        6,
+        *apart.ids.tolist()[7:],
+    ]  # the head, then the rest
+    assert packed.positions.tolist()[:26] == [*range(25), 21]
+    assert packed.positions.tolist()[26:] == [at + 20 for at in apart.positions.tolist()[7:]]
+    before = [packed.ids[i].item() for i in packed.scored]
+    assert before == [apart.ids[i].item() for i in apart.scored]
+    rows = packed.prompts.pad(packed.ids)
+    assert rows[0].tolist() == [*HEAD, *FIRST] and rows[1, :22].tolist() == [*HEAD, *SECOND]
+    torch.testing.assert_close(packed.prompts.unpad(rows), packed.ids[:26], rtol=0, atol=0)
+    short = [((*HEAD[:10], *prompt), completion) for prompt, completion in PAIRS]
+    assert len(pack(short).ids) == len(apart.ids) + 20  # too short a head to be worth it
+
+
+@given(
+    head=st.integers(0, 40),
+    tails=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), min_size=1, max_size=4),
+)
+def test_a_shared_head_leaves_every_prompt_as_it_is(head: int, tails: list[list[int]]) -> None:
+    prompts = [[*range(10, 10 + head), *tail] for tail in tails]
+    shared = shared_head(prompts)
+    assert all(p[:shared] == prompts[0][:shared] and shared < len(p) for p in prompts)
+    assert shared >= head or len(prompts) == 1 or head < SHARED_FROM
+    ids, positions = (torch.tensor(t) for t in packed_prompts(prompts, shared))
+    rows = Rows.of([len(p) for p in prompts], 0, torch.device("cpu"), shared)
+    for row, at, end, prompt in zip(rows.pad(ids), rows.pad(positions), rows.ends, prompts, strict=True):
+        assert row[: len(prompt)].tolist() == prompt
+        assert at[: len(prompt)].tolist() == [*range(len(prompt))]
+        assert ids[end] == prompt[-1] and positions[end] == len(prompt) - 1
+    torch.testing.assert_close(rows.unpad(rows.pad(ids)), ids, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("load_in_4bit", [False, True])
 def test_packed_logprobs_equal_the_models_own(model_dir: Path, load_in_4bit: bool) -> None:
     policy = load_fixture_policy(model_dir, load_in_4bit=load_in_4bit)
@@ -93,18 +138,21 @@ def test_packed_logprobs_equal_the_models_own(model_dir: Path, load_in_4bit: boo
 
 @pytest.mark.parametrize("load_in_4bit", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_packed_gradient_equals_row_by_row(model_dir: Path, checkpointing: bool, load_in_4bit: bool) -> None:
+@both
+def test_packed_gradient_equals_row_by_row(
+    model_dir: Path, checkpointing: bool, load_in_4bit: bool, pairs: list[Pair]
+) -> None:
     policy = load_fixture_policy(model_dir, load_in_4bit=load_in_4bit)
     policy.checkpointing = checkpointing
     weights = [2.0, 0.5, -1.0, 1.0, 0.25]
-    expected = gradient(policy, lambda: by_row(policy, PAIRS, weights).backward())
-    found = gradient(policy, lambda: weighted(policy, PAIRS, weights).backward())
+    expected = gradient(policy, lambda: by_row(policy, pairs, weights).backward())
+    found = gradient(policy, lambda: weighted(policy, pairs, weights).backward())
     assert torch.linalg.norm(found - expected) <= 1e-5 * expected.norm()
     with torch.no_grad():
-        assert weighted(policy, PAIRS, weights).item() == pytest.approx(
-            by_row(policy, PAIRS, weights).item(), rel=1e-5
+        assert weighted(policy, pairs, weights).item() == pytest.approx(
+            by_row(policy, pairs, weights).item(), rel=1e-5
         )
-    wrong = gradient(policy, lambda: weighted(policy, PAIRS, weights[::-1]).backward())  # negative control
+    wrong = gradient(policy, lambda: weighted(policy, pairs, weights[::-1]).backward())  # negative control
     assert torch.linalg.norm(wrong - expected) > 0.1 * expected.norm()
 
 
@@ -144,19 +192,20 @@ def test_in_bfloat16_packing_is_no_worse_than_padding(model_dir: Path, load_in_4
     assert {p.dtype for p in policy.trainable().values()} == {torch.float32}
 
 
-def test_in_double_precision_only_rounding_is_left(model_dir: Path) -> None:
+@both
+def test_in_double_precision_only_rounding_is_left(model_dir: Path, pairs: list[Pair]) -> None:
     policy = in_double(load_fixture_policy(model_dir))
-    hidden = [packed_hidden(policy.network, pack([pair])) for pair in PAIRS]
-    together = packed_hidden(policy.network, pack(PAIRS))
+    hidden = [packed_hidden(policy.network, pack([pair])) for pair in pairs]
+    together = packed_hidden(policy.network, pack(pairs))
     torch.testing.assert_close(together, torch.cat(hidden), rtol=1e-12, atol=1e-12)
 
     weights = [2.0, 0.5, -1.0, 1.0, 0.25]
-    parts = [[pair] for pair in PAIRS]  # not transformers' own pass: its norms are float32 whatever comes
+    parts = [[pair] for pair in pairs]  # not transformers' own pass: its norms are float32 whatever comes
     one_by_one = gradient(
         policy,
         lambda: [weighted(policy, part, [w]).backward() for part, w in zip(parts, weights, strict=True)],
     )
-    whole = gradient(policy, lambda: weighted(policy, PAIRS, weights).backward())
+    whole = gradient(policy, lambda: weighted(policy, pairs, weights).backward())
     assert whole.dtype == torch.float64
     assert torch.linalg.norm(whole - one_by_one) <= 1e-12 * whole.norm()
 

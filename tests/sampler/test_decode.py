@@ -27,6 +27,8 @@ from empg_lite.sampler.native import NativeSampler
 
 PROMPTS = [(1, 2, 3, 4, 5, 6, 7), (9, 8), (5,)]
 OWNER, KEYS = [0, 0, 1, 2, 2], [11, 12, 13, 14, 15]
+#: The same behind a head that all of them share.
+HEADED = [(*range(20, 40), *prompt) for prompt in PROMPTS]
 
 
 def own_logprobs(policy: Policy, ids: list[int]) -> Tensor:
@@ -36,17 +38,17 @@ def own_logprobs(policy: Policy, ids: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize("load_in_4bit", [False, True])
-@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize(("merged", "prompts"), [(False, PROMPTS), (True, PROMPTS), (False, HEADED)])
 def test_every_drawn_token_has_the_models_own_probability(
-    model_dir: Path, merged: bool, load_in_4bit: bool
+    model_dir: Path, merged: bool, prompts: list[tuple[int, ...]], load_in_4bit: bool
 ) -> None:
     """Rows of ragged prompts; slots are compacted on the way, and new prompts start while others continue."""
     policy = load_fixture_policy(model_dir, load_in_4bit=load_in_4bit)
     network = MergedCopy(policy.causal, torch.float32).network if merged else policy.network
-    rows = [list(PROMPTS[o]) for o in OWNER]
+    rows = [list(prompts[o]) for o in OWNER]
     with torch.no_grad():
-        decoder = Decoder(network, policy.head_weight, torch.float32, Decoding(20), 6, 30)
-        decoder.prefill(PROMPTS, OWNER, KEYS, range(len(OWNER)))
+        decoder = Decoder(network, policy.head_weight, torch.float32, Decoding(20), 6, 50)
+        decoder.prefill(prompts, OWNER, KEYS, range(len(OWNER)))
         for step in range(8):
             seen = max(map(len, rows)) + 1
             for place, row in enumerate(rows):
