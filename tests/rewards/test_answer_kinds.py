@@ -435,6 +435,9 @@ ROWS = r"""
 ! math | 22.2 | 22.2 x
 # what stands in a plain sentence or in a box with words
 = math | (2,4) | It is (2,4)!
+= math | 12 | It is 12 more than before.
+= math | 12 | That is 12 minutes less than the train takes.
+! math | 12 | It is 13 more than before.
 = math | (2,4) | The point is (2,4).
 ! math | 4 | The point is (2,4).
 ! math | (2,4) | The point is (4,2).

@@ -85,8 +85,9 @@ _RESERVED = re.compile(
 )
 _LEAD = re.compile(
     r"(?:(?:[-=]+>|→|⇒|➡|\\(?:Rightarrow|rightarrow|implies|therefore)(?![a-z])"
-    r"|at(?= \d{1,2}:\d\d)|it['’]s|that['’]s|(?:it|this|that) is|they are|so|thus|hence|therefore|then"
-    r"|finally|between|we (?:get|have|find|obtain)(?: that)?|it follows that|this (?:means|gives)(?: that)?)"
+    r"|(?:(?:it|this|that) is|they are)(?!.*(?<![\\A-Za-z{])[A-Za-z]{3})"
+    r"|at(?= \d{1,2}:\d\d)|it['’]s|that['’]s|so|thus|hence|therefore|then|finally|between"
+    r"|we (?:get|have|find|obtain)(?: that)?|it follows that|this (?:means|gives)(?: that)?)"
     r"(?:[,:]\s*|\s+)){1,4}",
     re.IGNORECASE,
 )
