@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from empg_lite.policy.packing import shared_head
+
 if TYPE_CHECKING:
     from empg_lite.core.rationale import Rationale
     from empg_lite.policy.packing import Ids
@@ -31,7 +33,9 @@ def whole_problems(rows: Sequence[Rationale], kept: Sequence[int], world: World)
 
 
 def packed_batches(rows: Mapping[int, tuple[Ids, int]], budget: int) -> list[list[int]]:
-    """Row numbers in batches of at most ``budget`` tokens (or one row), shared prompts counted once.
+    """Row numbers in batches of at most ``budget`` tokens (or one row), as ``pack`` stores them.
+
+    Shared prompts count once, and so does a head that all prompts share.
 
     Problems of similar length are batched together, since attention pads; a problem is split only if it does
     not fit in one batch.
@@ -42,15 +46,17 @@ def packed_batches(rows: Mapping[int, tuple[Ids, int]], budget: int) -> list[lis
     problems: dict[Ids, list[int]] = {}
     for i in sorted(rows, key=lambda i: (-rows[i][1], i)):
         problems.setdefault(rows[i][0], []).append(i)  # in the order of their longest completion
+    head = shared_head(list(problems))
     batches: list[list[int]] = []
     used = 0
     for prompt, members in problems.items():
-        whole = len(prompt) + sum(rows[i][1] for i in members)
-        together = bool(batches) and used + min(whole, budget) <= budget
+        own = len(prompt) - head
+        whole = own + sum(rows[i][1] for i in members)
+        together = bool(batches) and used + min(whole, budget - head) <= budget
         if not together:
             batches.append([])
-            used = 0
-        used += len(prompt)
+            used = head
+        used += own
         for i in members:
             if batches[-1] and used + rows[i][1] > budget:
                 batches.append([])

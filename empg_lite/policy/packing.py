@@ -84,7 +84,7 @@ def shared_head(prompts: Sequence[Sequence[int]]) -> int:
     """Leading tokens that all of several prompts share, but for their last one; 0 if they are few."""
     if len(prompts) < 2:
         return 0
-    first, last = min(prompts), max(prompts)  # what these share, all share
+    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # what these share, all share
     limit = min(len(prompt) for prompt in prompts) - 1
     head = next((i for i in range(limit) if first[i] != last[i]), limit)
     return head if head >= SHARED_FROM else 0

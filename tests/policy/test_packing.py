@@ -300,17 +300,20 @@ def test_head_loss_never_holds_full_logits() -> None:
 @given(
     sizes=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 30)), min_size=1, max_size=40),
     budget=st.integers(1, 200),
+    head=st.sampled_from([0, 30]),
 )
 def test_packed_batches_hold_every_row_once_within_the_budget(
-    sizes: list[tuple[int, int]], budget: int
+    sizes: list[tuple[int, int]], budget: int, head: int
 ) -> None:
-    prompts = [tuple(range(1, n + 2)) + (which,) for which, n in enumerate((3, 9, 1, 20, 7, 12))]
+    tails = [tuple(range(1, n + 2)) + (which,) for which, n in enumerate((3, 9, 1, 20, 7, 12))]
+    prompts = [(*range(50, 50 + head), *tail) for tail in tails]
     rows = {i: (prompts[which], n) for i, (which, n) in enumerate(sizes)}
     batches = packed_batches(rows, budget)
     assert sorted(i for batch in batches for i in batch) == list(range(len(rows)))
     for batch in batches:
-        used = sum(len(p) for p in {rows[i][0] for i in batch}) + sum(rows[i][1] for i in batch)
-        assert used <= budget or len(batch) == 1
+        prompts_of = sorted({rows[i][0] for i in batch})
+        ids, _ = packed_prompts(prompts_of, shared_head(prompts_of))
+        assert len(ids) + sum(rows[i][1] for i in batch) <= budget or len(batch) == 1
     # a problem that fits is never cut
     for prompt in {p for p, _ in rows.values()}:
         members = [i for i, (p, _) in rows.items() if p == prompt]
