@@ -100,22 +100,13 @@ _DENIED_BOX = re.compile(
 _SIGNED_BOX = re.compile(  # a unary minus: no space behind it, where it might be a bullet or a dash
     r"(?:=\s*[-−–]\s*|(?:\A|[:>\n,.(\[{$]|[A-Za-z]{2}\s)\s*\$?[-−–])\Z"
 )
-#: How the words end that change the box behind them; most boxes follow others.
-_TELLING = (
-    "least",
-    "most",
-    "than",
-    "to",
-    "exactly",
-    "not",
-    "never",
-    "be",
-    "'t",
-    "’t",
-    "minus",
-    "negative",
-    *"-−–",
+#: How the words end that change what stands behind them; most numbers follow others.
+_CHANGING = (
+    *"least most than to over under above below beyond exceed exceeds exceeded and or minus negative".split(),
+    *"not never be equal exactly almost nearly from but nicht pas es è é 't ’t".split(),
+    *"- – — − < > = ≤ ≥ le ge lt gt leq geq leqslant geqslant".split(),
 )
+_FENCES = " $*(\\\n\t"
 _OR_MORE_BOX = re.compile(rf"[ $]*,? *{_OR_MORE}", re.IGNORECASE)
 _NEAR_END = 300  # characters in which what is denied could be taken for the answer
 _CONTRAST = re.compile(
@@ -168,7 +159,8 @@ def calm(text: str) -> str:
 def balanced(text: str) -> str:
     r"""Without closing braces and fences that open outside: ``} 460 \]`` of ``\[ \text{Sum: } 460 \]``."""
     depth, out = 0, []
-    for part in re.split(r"(?<!\\)([{}])", text) if "}" in text else [text]:
+    closes = text.count("}") > text.count("{") or text.find("}") < text.find("{")
+    for part in re.split(r"(?<!\\)([{}])", text) if closes else [text]:
         depth += (part == "{") - (part == "}")
         if depth >= 0:
             out.append(part)
@@ -194,13 +186,14 @@ def without_contrast(text: str) -> str:
 def qualified(text: str, start: int, end: int) -> Quantity:
     """What stands at ``start`` to ``end`` with sign, scale and bound in words beside it."""
     near = max(0, start - 80)
-    if _DENIAL_BEFORE.search(text, near, start):
+    told = text[near:start].rstrip(_FENCES).lower().endswith(_CHANGING)
+    if told and _DENIAL_BEFORE.search(text, near, start):
         return Quantity(text[start:end].strip(), start, end, denied=True)
     after = _AFTER.match(text, end)
     end = after.end() if after else end
     bound = _BOUND_AFTER.match(text, end)
     end = bound.end() if bound else end
-    for before in (_BOUND_BEFORE, _SIGN_BEFORE):
+    for before in (_BOUND_BEFORE, _SIGN_BEFORE) if told else ():
         match = before.search(text, near, start)
         if match and not (match.group() == "<" and text[end : end + 1] == ">"):  # <42> is in brackets
             start = match.start("first" if match.groupdict().get("first") else 0)
@@ -213,7 +206,7 @@ def changed_beside(text: str, start: int, content: str, end: int) -> str | None:
     None where the words before it deny it.
     """
     near = max(0, start - 80)
-    told = text[near:start].rstrip(" $*(\\\n").lower().endswith(_TELLING)
+    told = text[near:start].rstrip(_FENCES).lower().endswith(_CHANGING)
     if told and _DENIED_BOX.search(text, near, start):
         return None
     if scale := SCALES_AFTER.match(text, end):
