@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import sys
 import time
@@ -245,6 +246,29 @@ def _timed(grader: Grader, spec: str, rows: Sequence[Row]) -> list[float]:
     return times
 
 
+def spellings(golds: Sequence[Row], solutions: Sequence[Row], outputs: Sequence[Row]) -> dict[str, list[Row]]:
+    """The same answers found by different rules: (name, reward) -> rows."""
+    plain = [row.gold for row in golds[:2000]]
+    boxless = [
+        (row, re.sub(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1", row.prediction)) for row in outputs
+    ]
+    return {
+        "gsm8k #### 18": [Row(gold, f"#### {gold}") for gold in plain],
+        "math a number in a sentence": [
+            Row(gold, f"So in total he has {gold} apples left.") for gold in plain
+        ],
+        "math the answer is": [Row(gold, f"As 3 + 4 = 7.\nThe answer is {gold} eggs.") for gold in plain],
+        "gsm8k GSM8K solution": list(solutions[:1500]),
+        "gsm8k GSM8K solution, no announcement": [
+            Row(row.gold, row.prediction.replace("A:", "So we have")) for row in solutions[:1500]
+        ],
+        "math MATH output, no box": [
+            Row(row.gold, re.sub("answer", "result", text, flags=re.IGNORECASE), row.question)
+            for row, text in boxless
+        ],
+    }
+
+
 def _needs_worker(row: Row, closed: Grader) -> bool:
     try:
         closed.grade("math", *row.item)
@@ -271,6 +295,11 @@ def speed(grader: Grader) -> Iterable[Figure]:
         "  decided without a worker",
         f"{1 - sum(_needs_worker(row, closed) for row in outputs) / len(outputs):.1%}",
     )
+
+    for name, rows in spellings(gsm8k, gsm8k_solutions(), outputs).items():
+        spec, _, what = name.partition(" ")
+        median = statistics.median(_timed(grader, spec, rows))
+        yield Figure(f"{what}, median ms", round(median, 3), timed=True)
 
     rows = mixed(gsm8k_solutions(), outputs, math)
     hard = [row for row in rows if _needs_worker(row, closed)]
