@@ -11,6 +11,8 @@ from empg_vs_grpo import ON_TINY, REAL
 from empg_vs_grpo_report import difference, greedy, points, t1, table, there
 from study import Results, Study
 
+from empg_lite.core.bundled import BUNDLED
+
 #: Chooses a method's runs; KeyError while what it depends on is missing.
 Choice = Callable[[Results, str], list[Setting]]
 
@@ -64,7 +66,8 @@ def methods_table(study: Study, results: Results, choose: Choice) -> str:
             f"{mean(r['seconds'] for r in runs):.0f}",
         ]
         rows.append(cells)
-    return table("method|P × K|rate|greedy|T=1|pass@8|samples|problems|CPU s".split("|"), rows)
+    seconds = "CPU s" if study.task in BUNDLED else "s"
+    return table(f"method|P × K|rate|greedy|T=1|pass@8|samples|problems|{seconds}".split("|"), rows)
 
 
 def ahead_table(study: Study, results: Results, choose: Choice) -> str:
