@@ -276,6 +276,9 @@ ROWS = r"""
 ! choice | B | The answer is A rather than B.
 = choice | A | The choice that fits is A.
 = choice | A | 选项 A
+= choice | B | 故选：B
+= choice | B | 答案是B。
+! choice | B | 不选B
 = choice | A | The correct option is A, because 3 > 2.
 ! choice | B | The correct option is A, because 3 > 2.
 = choice | A | The answer is option (A): 12

@@ -40,7 +40,7 @@ _MENTION = re.compile(
     r"(?<!\w)\(([A-J])\)|\b(?:option|choice)\s+\(?([A-J])\b"
     r"|\b(?:choose|pick|select|go with|must be|it is|it['’]s|therefore|thus|hence|so)[,:]?\s+"
     r"\(?(?-i:([A-J]))\b(?!['’\w]| (?!because|since)\w)"
-    r"|选项\s*([A-J])",
+    r"|(?<!不)选[项择]?\s*[:：]?\s*([A-J])(?![A-Za-z])",
     re.IGNORECASE,
 )
 

@@ -102,7 +102,7 @@ _DENIED = re.compile(
 _PHRASE_START = re.compile(r"[\s*:_]*")
 _HEADING = re.compile(r"(?:step|part|case|question|problem)\b|\d+[.):]\s|final answer", re.IGNORECASE)
 _FENCE = re.compile(r"(?:\$\$?|\\[(\[])\s*")
-_PHRASE_END = re.compile(r"[.?](?=[\s*\"'”<]|$)|(?<=\w)!(?=\s+[A-Z][a-z])|\n")
+_PHRASE_END = re.compile(r"。|[.?](?=[\s*\"'”<]|$)|(?<=\w)!(?=\s+[A-Z][a-z])|\n")
 # Contents hold no further fence, so that a thousand unclosed ones are read once and not a thousand times.
 _MATH = re.compile(
     r"\$\$(?P<a>[^$]+)\$\$|(?<!\\)\$(?P<b>(?:\\\$|[^$])+?)(?<!\\)\$(?!\d)"
