@@ -88,6 +88,8 @@ def diagnose(
 
 def _signal(record: Mapping[str, Any], rows: int, said: bool) -> list[Finding]:
     """Whether rewards differ; ``said``: a cause was already found."""
+    if record.get("em/frac_text") == 1.0 and record["em/frac_all_right"] > 0.5:
+        return []  # written solutions are not the policy's own: to fit right ones alone is the point
     if record["em/frac_all_right"] == 1.0:
         what = f"all {rows} rationales are right: nothing left to learn"
         return [Finding("all_right", what, "use harder problems")]

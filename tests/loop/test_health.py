@@ -57,6 +57,19 @@ def test_findings(groups: list[str], expected: list[tuple[str, bool]]) -> None:
     assert findings(samples(*groups)) == expected
 
 
+def test_written_solutions_are_meant_to_be_right() -> None:
+    """``fit`` on solutions that a person wrote: one right rationale a problem, here one of four is wrong."""
+    for groups, text, said in (
+        (["R", "R"], 1.0, []),
+        (["R", "R", "R", "w"], 1.0, []),
+        (["R", "R"], 0.5, ["all_right"]),
+        (["w", "w"], 1.0, ["all_wrong"]),
+    ):
+        rows = samples(*groups)
+        record = estep_metrics(weigh(group_rationales(rows), weighting="posterior")) | {"em/frac_text": text}
+        assert [f.kind for f in diagnose(record, rows=len(rows), max_new_tokens=64)] == said
+
+
 @pytest.mark.parametrize(
     ("right", "wrong", "said"),
     [(0.1, -2.1, True), (0.3, -2.1, False), (0.1, -1.9, False), (-3.0, -3.0, True)],
