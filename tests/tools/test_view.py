@@ -133,7 +133,9 @@ def test_pace_counts_only_its_own_rows() -> None:
     assert pace.text() == "evaluating base: 300 of 1,319"
     now[0] += 10
     assert pace.text() == "evaluating base: 300 of 1,319"  # nothing to go by
-    pace.advance(25)
+    pace.advance(3)
+    assert pace.text() == "evaluating base: 303 of 1,319"  # the first rows to end are the shortest
+    pace.advance(22)
     assert pace.text() == "evaluating base: 325 of 1,319 · 2.5 a second · about 6:38 left"  # 994 / 2.5
     now[0] += 90
     pace.advance(994)
