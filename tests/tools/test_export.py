@@ -19,7 +19,8 @@ from empg_lite.loop.learner import build_learner
 from empg_lite.rewards import Grader
 from empg_lite.run.rollouts import read_rollouts
 from empg_lite.run.target import resolve_target
-from empg_lite.tools.export import compare, gguf, hub, merged
+from empg_lite.tools.export import compare, gguf, hub, llama, merged
+from empg_lite.tools.export.llama import PACKAGES
 
 #: Loads an export with only transformers and peft; the probe rows and the output file are arguments.
 OUTSIDE = """
@@ -318,26 +319,29 @@ def test_what_cannot_be_exported(cli, tmp_path: Path, model_dir: Path) -> None: 
     assert cli("export", "--to", "onnx")[0] == 2
 
 
-def test_gguf_names_the_missing_package(
-    cli, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("missing", [{"gguf"}, {"llama_cpp", "xllamacpp"}])
+def test_gguf_names_the_missing_packages(
+    cli, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: set[str]
 ) -> None:  # type: ignore[no-untyped-def]
     import importlib.util
 
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "llama_cpp" else find(name, *a)
+        importlib.util, "find_spec", lambda name, *a: None if name in missing else find(name, *a)
     )
     code, _, err = cli("export", run, "--to", "gguf", "--out", tmp_path / "g")
-    assert code == 2 and "llama" in err and not (tmp_path / "g").exists()
+    assert code == 2 and "pip install gguf xllamacpp" in err and not (tmp_path / "g").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.gguf
+@pytest.mark.parametrize("package", PACKAGES)
 @pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
-def test_llama_cpp_runs_the_gguf(tmp_path: Path, grader, kind: str, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_llama_cpp_runs_the_gguf(tmp_path: Path, grader, kind: str, package: str, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """With the bundled model: llama.cpp rejects the fixture's tokenizer, which has no merges."""
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (extra: gguf)")
+    pytest.importorskip(package, reason=f"{package} is not installed (extra: gguf)")
     pytest.importorskip("gguf", reason="gguf is not installed (extra: gguf)")
+    monkeypatch.setattr(llama, "installed_package", lambda: package)
     from empg_lite import api
 
     short = {"run.steps": 3, "run.eval_every": 0, "optim.learning_rate": 0.02}

@@ -1,16 +1,15 @@
-"""GGUF, the format of llama.cpp: written with the ``gguf`` package, run with ``llama-cpp-python``."""
+"""GGUF, the format of llama.cpp: written with the ``gguf`` package and run by llama.cpp before it is kept."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from empg_lite.core.errors import CheckFailed, UsageError
+from empg_lite.core.errors import UsageError
 from empg_lite.policy.card import merged_card
 from empg_lite.policy.families import FAMILIES
 from empg_lite.policy.kernels import head_dim
@@ -19,6 +18,7 @@ from empg_lite.policy.network import rotary_speeds
 from empg_lite.run import store
 from empg_lite.tools.export.compare import begin
 from empg_lite.tools.export.gguf_tokenizer import add_tokenizer, splitter_name
+from empg_lite.tools.export.llama import installed_package, llama_choices
 
 if TYPE_CHECKING:
     from empg_lite.core.view import View
@@ -43,15 +43,13 @@ def export(
         ``export``, ``bytes``, ``kind``, ``compared_tokens``, ``argmax_agreement`` (llama.cpp, adapter).
 
     Raises:
-        UsageError: the packages gguf or llama-cpp-python are missing.
+        UsageError: gguf is missing, or a package that runs llama.cpp.
         DataError: llama.cpp does not know the tokenizer.
         CheckFailed: llama.cpp chooses other tokens than the adapter; nothing was written.
     """
-    missing = [name for name in ("gguf", "llama_cpp") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"GGUF needs {' and '.join(missing)}", "--to gguf", "pip install gguf llama-cpp-python"
-        )
+    if importlib.util.find_spec("gguf") is None or installed_package() is None:
+        packages = "gguf xllamacpp"
+        raise UsageError(f"GGUF needs the packages {packages}", "--to gguf", f"pip install {packages}")
     job = begin(target, out, grader, view)
     with store.staged_dir(out) as staged:
         store.check_disk_space(staged, 1, merged_bytes(job.learner.policy, torch.float32))
@@ -144,28 +142,3 @@ def _neighbors(weight: Tensor, heads: int) -> Tensor:
     """Rows of q or k ``(out, in)`` as llama.cpp rotates them: 0, d/2, 1, d/2 + 1, ... of each head of d."""
     out, width = weight.shape
     return weight.view(heads, 2, out // heads // 2, width).transpose(1, 2).reshape(out, width)
-
-
-def llama_choices(file: Path, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
-    """llama.cpp's most likely token at each position of the completions, ``(n,)``.
-
-    Raises:
-        CheckFailed: it cannot load the file.
-    """
-    from llama_cpp import Llama
-
-    longest = max(len(prompt) + len(completion) for prompt, completion in rows)
-    size = {"n_ctx": longest + 8, "n_batch": longest + 8}
-    try:
-        model = Llama(str(file), **size, logits_all=True, n_gpu_layers=0, verbose=False)
-    except ValueError as error:
-        raise CheckFailed(f"llama.cpp cannot load it ({error}); nothing was written", file.name) from error
-    chosen = []
-    for prompt, completion in rows:
-        model.reset()
-        model.eval([*prompt, *completion])
-        start = len(prompt) - 1
-        scores = torch.from_numpy(model.scores[start : start + len(completion)].copy())
-        chosen.append(scores.argmax(-1))
-    model.close()
-    return torch.cat(chosen)
