@@ -32,6 +32,10 @@ SHIPPED = {
     "tiny": ("tiny", "tiny"),
     "tiny-hard": ("tiny-hard", "tiny-hard"),
     "smollm2-135m": ("smollm2-135m", "word-problems"),
+    "smollm2-135m-gym": (
+        "smollm2-135m",
+        "gym:chain_sum?min_terms=2&max_terms=3&min_digits=1&max_digits=2",
+    ),
     "gsm8k-0.5b": ("Qwen/Qwen2.5-0.5B", "gsm8k"),
     "gsm8k-1.5b": ("Qwen/Qwen2.5-1.5B", "gsm8k"),
     "gsm8k-3b": ("Qwen/Qwen2.5-3B", "gsm8k"),
