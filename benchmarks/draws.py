@@ -1,9 +1,10 @@
-"""What a sample costs under ``sampler.tries``, beside fixed groups, on a CPU.
+"""What a sample costs under ``sampler.tries``, beside fixed groups and TRL's GRPOTrainer, on a CPU.
 
     python benchmarks/draws.py [--rounds 7] [--recipe tiny-hard]
 
 One thread, one process. Every shape takes its E-step (sampling and grading) and its M-step in turn, all from
 the same untrained policy, its slots going on from step to step; medians over the rounds, processor seconds.
+TRL takes whole steps of 8 x 8 rows, each as long as the package's last ones of that shape.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from statistics import median
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 import torch  # noqa: E402
+import trl_grpo  # noqa: E402
 from arms import EStep, Setting, _learner  # noqa: E402
 from machine import headline  # noqa: E402
 from tables import table  # noqa: E402
@@ -54,6 +56,7 @@ class Shape:
     optimizer: torch.optim.Optimizer
     sampling: list[float] = field(default_factory=list)
     fitting: list[float] = field(default_factory=list)
+    lengths: tuple[int, ...] = ()  # of the last step's rows
     tokens: int = 0
     rows: int = 0
     fitted: int = 0
@@ -66,7 +69,8 @@ class Shape:
         assert groups is not None
         self.sampling.append(time.process_time() - started)
         rows = flatten(weigh(groups, weighting="posterior"))
-        self.tokens += sum(len(r.completion_ids) for r in rows)
+        self.lengths = tuple(len(r.completion_ids) for r in rows)
+        self.tokens += sum(self.lengths)
         self.rows += len(rows)
         self.fitted += sum(r.weight != 0 for r in rows)
         started = time.process_time()
@@ -99,13 +103,37 @@ def main() -> None:
                     shape.tokens = shape.rows = shape.fitted = 0
                     shape.before = shape.e_step.sampler.work
     base = next(s for s in shapes if s.name == "8 x 8")
+    trl = trl_seconds(args.recipe, base.lengths, args.rounds)
     head = (
         "a step of 64|E-step, ms|of 8 x 8|tokens|us a token|row-steps a token|prompt tokens|fitted|M-step, ms"
+        "|TRL's step takes"
     )
-    print(table(head.split("|"), [_row(s, base, args.rounds) for s in shapes]))
+    print(table(head.split("|"), [_row(s, base, trl, args.rounds) for s in shapes]))
+    print(f"TRL's whole step of 8 x 8 rows, {sum(base.lengths)} tokens: {1000 * trl:.0f} ms")
 
 
-def _row(s: Shape, base: Shape, rounds: int) -> list[str]:
+def trl_seconds(recipe: str, lengths: tuple[int, ...], rounds: int) -> float:
+    """Median processor seconds of TRL's step, 8 x 8 rows of these lengths, half of them right."""
+    setting = Setting(recipe, "empg", 2e-3, 0)
+    learner = _learner(setting)
+    policy = learner.policy
+    problems = load_splits(learner.recipe).train[: setting.problems]
+    plain = policy.tokenizer.encode(" is", add_special_tokens=False)[0]
+    trainer = trl_grpo.build(
+        policy, [policy.encode_prompt(p.question)[0] for p in problems], samples=setting.samples,
+        max_new_tokens=learner.recipe.sampler.max_new_tokens, rows=16, rate=1e-9,
+        rewards=[1.0, 0.0] * (len(lengths) // 2),
+    )  # fmt: skip
+    steps, seconds = trl_grpo.Steps(trainer, policy, lengths, plain), []
+    for _ in range(rounds + 2):
+        started = time.process_time()
+        steps.step()
+        seconds.append(time.process_time() - started)
+    steps.close()
+    return median(seconds[2:])
+
+
+def _row(s: Shape, base: Shape, trl: float, rounds: int) -> list[str]:
     work = s.e_step.sampler.work.since(s.before)
     e_step = median(s.sampling)
     return [
@@ -118,6 +146,7 @@ def _row(s: Shape, base: Shape, rounds: int) -> list[str]:
         f"{work.prompt_tokens / rounds:.0f}",
         f"{s.fitted / rounds:.0f}",
         f"{1000 * median(s.fitting):.0f}",
+        f"{trl / (e_step + median(s.fitting)):.2f} times as long",
     ]
 
 
