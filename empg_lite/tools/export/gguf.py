@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from empg_lite.core.errors import UsageError
-from empg_lite.policy.card import merged_card
+from empg_lite.policy.card import merged_card, tokenizer_files
 from empg_lite.policy.families import FAMILIES
 from empg_lite.policy.kernels import head_dim
 from empg_lite.policy.merged import merged_bytes, merged_tensors
 from empg_lite.policy.network import rotary_speeds
 from empg_lite.run import store
-from empg_lite.tools.export.compare import begin
+from empg_lite.tools.export.compare import begin, write_files
 from empg_lite.tools.export.gguf_tokenizer import add_tokenizer, splitter_name
 from empg_lite.tools.export.llama import installed_package, llama_choices
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 #: Share of the positions at which llama.cpp must choose the adapter's token.
 THRESHOLD = 0.95
+#: What a GGUF file does not hold: the prompt of training, and where an answer ends.
+BESIDE = ("template.json", "generation_config.json")
 
 
 def export(
@@ -36,7 +38,7 @@ def export(
     """Write the merged model as one GGUF file, which llama.cpp runs before it is published.
 
     Args:
-        out: a folder; the file in it is ``model-KIND.gguf``.
+        out: a folder; the file in it is ``model-KIND.gguf``, beside the prompt and the stop tokens.
         kind: type of the matrices: ``f16``, ``f32``, ``bf16``, ``q8_0``.
 
     Returns:
@@ -55,13 +57,16 @@ def export(
         store.check_disk_space(staged, 1, merged_bytes(job.learner.policy, torch.float32))
         file = staged / f"model-{kind}.gguf"
         write_gguf(job.learner.policy, file, kind, name=target.label)
+        prompt = {name: data for name, data in tokenizer_files(job.learner.policy).items() if name in BESIDE}
         job.release()
-        chosen = llama_choices(file, [(r.prompt_ids, r.completion_ids) for r in job.rows])
+        rows = [(r.prompt_ids, r.completion_ids) for r in job.rows]
+        with job.view.phase("asking llama.cpp", len(job.evidence.choices)) as on_done:
+            chosen = llama_choices(file, rows, on_done)
         share = float((chosen == job.evidence.choices).double().mean())
         job.require(share, len(chosen), THRESHOLD, "GGUF in llama.cpp", "try --gguf-type f16 or f32")
         facts = {"compared_tokens": len(chosen), "argmax_agreement": share}
         card = merged_card(job.provenance, {"dtype": f"GGUF {kind}", **facts})
-        store.write_file(staged / "README.md", card)
+        write_files(staged, {**prompt, "README.md": card.encode()})
     return job.result({"kind": kind, **facts})
 
 

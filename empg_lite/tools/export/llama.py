@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -23,14 +23,21 @@ def installed_package() -> str | None:
     return next((name for name in PACKAGES if importlib.util.find_spec(name) is not None), None)
 
 
-def llama_choices(file: Path, rows: Sequence[Row]) -> Tensor:
+def llama_choices(file: Path, rows: Sequence[Row], on_done: Callable[[int], None]) -> Tensor:
     """llama.cpp's most likely token at each position of the completions, ``(n,)``.
+
+    Args:
+        on_done: is told of every position.
 
     Raises:
         CheckFailed: it cannot load the file.
     """
     ask = _ask_library if installed_package() == "llama_cpp" else _ask_server
-    return torch.tensor(list(ask(file, rows, max(len(p) + len(c) for p, c in rows) + 8)))
+    chosen = []
+    for token in ask(file, rows, max(len(p) + len(c) for p, c in rows) + 8):
+        chosen.append(token)
+        on_done(1)
+    return torch.tensor(chosen)
 
 
 def _ask_library(file: Path, rows: Sequence[Row], room: int) -> Iterator[int]:
