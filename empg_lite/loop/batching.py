@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from empg_lite.policy.packing import shared_head
-
 if TYPE_CHECKING:
     from empg_lite.core.rationale import Rationale
     from empg_lite.policy.packing import Ids
@@ -33,9 +31,9 @@ def whole_problems(rows: Sequence[Rationale], kept: Sequence[int], world: World)
 
 
 def packed_batches(rows: Mapping[int, tuple[Ids, int]], budget: int) -> list[list[int]]:
-    """Row numbers in batches of at most ``budget`` tokens (or one row), as ``pack`` stores them.
+    """Row numbers in batches of at most ``budget`` tokens (or one row), shared prompts counted once.
 
-    Shared prompts count once, and so does a head that all prompts share.
+    A head that prompts share counts with each of them: attention pads it in every row, and that takes memory.
 
     Problems of similar length are batched together, since attention pads; a problem is split only if it does
     not fit in one batch.
@@ -46,17 +44,15 @@ def packed_batches(rows: Mapping[int, tuple[Ids, int]], budget: int) -> list[lis
     problems: dict[Ids, list[int]] = {}
     for i in sorted(rows, key=lambda i: (-rows[i][1], i)):
         problems.setdefault(rows[i][0], []).append(i)  # in the order of their longest completion
-    head = shared_head(list(problems))
     batches: list[list[int]] = []
     used = 0
     for prompt, members in problems.items():
-        own = len(prompt) - head
-        whole = own + sum(rows[i][1] for i in members)
-        together = bool(batches) and used + min(whole, budget - head) <= budget
+        whole = len(prompt) + sum(rows[i][1] for i in members)
+        together = bool(batches) and used + min(whole, budget) <= budget
         if not together:
             batches.append([])
-            used = head
-        used += own
+            used = 0
+        used += len(prompt)
         for i in members:
             if batches[-1] and used + rows[i][1] > budget:
                 batches.append([])

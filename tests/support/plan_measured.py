@@ -58,8 +58,8 @@ def kept_by_a_block(model: Path, s: Settings, pairs: Pairs) -> int:
 
 
 def pairs_of(s: Settings) -> Pairs:
-    """A whole step at its longest: P prompts that differ, K completions of each."""
-    prompts = [(1,) * (s.prompt_tokens - 1) + (2 + i,) for i in range(s.problems)]
+    """A whole step at its longest: P prompts that share no head, K completions of each."""
+    prompts = [(2 + i,) + (1,) * (s.prompt_tokens - 1) for i in range(s.problems)]
     return [(prompt, (2,) * s.new_tokens) for prompt in prompts for _ in range(s.samples)]
 
 
@@ -134,7 +134,7 @@ def sample_beside_plan(model: Path, s: Settings) -> tuple[dict[str, int], int]:
     ``generate`` pads; one row in eight ends at its second token, so that places close up."""
     sampler = make_sampler(loaded(model, s), s.engine, s.batch_rows, s.merged)
     lengths = [s.prompt_tokens - (i == 0) for i in range(s.problems)]
-    prompts = [Prompt((1,) * n, tuple(range(s.samples))) for n in lengths]
+    prompts = [Prompt((2 + i,) + (1,) * (n - 1), tuple(range(s.samples))) for i, n in enumerate(lengths)]
 
     def sample() -> None:
         seen = itertools.count()
