@@ -39,11 +39,8 @@ def _attack(attacks: Sequence[Attack], canary: Path, workers: int = 2) -> list[t
         verdicts = grader.grade_many("math", items)
         assert [v.gold for v in verdicts] == [gold for gold, _, _ in items]
         assert grader.grade("math", "18", r"so \boxed{18}").reward == 1
-        slow = [items[i] for i, v in enumerate(verdicts) if i % 2 and v.reason == "timeout"]
-        again = [grader.grade("math", *item).reason for item in slow]  # a busy machine, not the attack
-    normal = Counter(v.reason for v in verdicts[1::2] if v.reason != "timeout")
-    assert normal == {"equal": len(hostile) - len(slow)} and len(slow) <= len(hostile) // 100, normal
-    assert again == ["equal"] * len(slow), again
+    normal = [v.reason for v in verdicts[1::2]]
+    assert normal == ["equal"] * len(hostile), Counter(normal)
     return [(attack, verdict) for (attack, _), verdict in zip(hostile, verdicts[::2], strict=True)]
 
 
