@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from empg_lite.policy.packing import shared_head
+
 if TYPE_CHECKING:
     from empg_lite.core.rationale import Rationale
     from empg_lite.policy.packing import Ids
     from empg_lite.run.parallel import World
+
+
+#: A head that prompts share is computed once, but its keys and values are kept with every prompt. These count
+#: as an eighth of its tokens, enough for any model and length (test_plan_families.py); a 16th is not.
+HEAD_AGAIN = 8
 
 
 def whole_problems(rows: Sequence[Rationale], kept: Sequence[int], world: World) -> list[int]:
@@ -31,9 +38,9 @@ def whole_problems(rows: Sequence[Rationale], kept: Sequence[int], world: World)
 
 
 def packed_batches(rows: Mapping[int, tuple[Ids, int]], budget: int) -> list[list[int]]:
-    """Row numbers in batches of at most ``budget`` tokens (or one row), shared prompts counted once.
+    """Row numbers in batches of at most ``budget`` tokens (or one row), as ``pack`` stores them.
 
-    A head that prompts share counts with each of them: attention pads it in every row, and that takes memory.
+    Shared prompts count once, and so does a head that all prompts share, but for its keys (``HEAD_AGAIN``).
 
     Problems of similar length are batched together, since attention pads; a problem is split only if it does
     not fit in one batch.
@@ -44,15 +51,16 @@ def packed_batches(rows: Mapping[int, tuple[Ids, int]], budget: int) -> list[lis
     problems: dict[Ids, list[int]] = {}
     for i in sorted(rows, key=lambda i: (-rows[i][1], i)):
         problems.setdefault(rows[i][0], []).append(i)  # in the order of their longest completion
+    head = shared_head(list(problems))
     batches: list[list[int]] = []
     used = 0
     for prompt, members in problems.items():
-        whole = len(prompt) + sum(rows[i][1] for i in members)
-        together = bool(batches) and used + min(whole, budget) <= budget
-        if not together:
+        more = len(prompt) - head + head // HEAD_AGAIN
+        if batches and used + more + sum(rows[i][1] for i in members) <= budget:
+            used += more
+        else:
             batches.append([])
-            used = 0
-        used += len(prompt)
+            used = len(prompt)
         for i in members:
             if batches[-1] and used + rows[i][1] > budget:
                 batches.append([])

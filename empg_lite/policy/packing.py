@@ -3,7 +3,7 @@
 Repeated K times, the shared prompts would be a third of the M-step's work (prompt 150, completion 180 tokens,
 K = 8), and padding to the longest row as much again. So all real tokens of a micro-batch form one packed
 sequence of N, prompts first. Only attention works on rows: completions attend to the keys of their prompt and
-to their own. A long head that all prompts share (instructions, examples) is packed once, too: it is four
+to their own. A long head that all prompts share (instructions, examples) is computed once, too: it is four
 fifths of a two-shot prompt.
 
 Shapes: P prompts, B completions (rows), N packed tokens, M scored tokens (all completion tokens).
@@ -35,17 +35,20 @@ SHARED_FROM = 16
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Index maps between the packed sequence and padded rows.
+    """Index maps between the packed sequence and padded rows, whose first ``head`` tokens may be shared.
 
     Attributes:
         gather: ``(B, T)`` index into the N packed tokens; 0 in the padding.
-        scatter: ``(n,)`` index of the n packed tokens of these rows, in order, into the B T padded entries.
-        lengths: ``(B,)``.
+        scatter: ``(n,)`` index of the rows' own n packed tokens, in order, into the B (T - head) entries
+            behind the head.
+        lengths: ``(B,)``, with the head.
+        head: leading tokens that all rows share.
     """
 
     gather: Tensor
     scatter: Tensor
     lengths: Tensor
+    head: int = 0
 
     @staticmethod
     def of(lengths: Sequence[int], start: int, device: torch.device, head: int = 0) -> Rows:
@@ -62,16 +65,15 @@ class Rows:
         real = columns < size  # (B, T)
         own = real & (columns >= head)
         gather = torch.where(own, start + before + columns, torch.where(real, start + columns, 0))
-        own[:1, :head] = True  # the first row's stands for everyone's
-        scatter = own.flatten().nonzero().squeeze(-1)
-        return Rows(gather.to(device), scatter.to(device), size.squeeze(-1).to(device))
+        scatter = own[:, head:].flatten().nonzero().squeeze(-1)
+        return Rows(gather.to(device), scatter.to(device), size.squeeze(-1).to(device), head)
 
     def pad(self, x: Tensor) -> Tensor:
         """(N, ...) -> (B, T, ...)."""
         return x.index_select(0, self.gather.flatten()).view(*self.gather.shape, *x.shape[1:])
 
     def unpad(self, x: Tensor) -> Tensor:
-        """(B, T, ...) -> (n, ...)."""
+        """(B, T - head, ...) -> (n, ...)."""
         return x.flatten(0, 1).index_select(0, self.scatter)
 
     @property
@@ -164,12 +166,13 @@ def packed_hidden(network: Network, packed: Pack, *, checkpointing: bool = False
         pass.
     """
     x = network.embed(packed.ids)  # (N, D)
-    angles, mask = network.angles(packed.positions), _mask(packed, network, x.dtype)
+    angles, group = network.angles(packed.positions), network.heads // network.kv_heads
+    behind, mask = behind_head(packed.prompts, group, x.dtype), _mask(packed, group, x.dtype)
 
     def through(layer: Layer, x: Tensor) -> Tensor:
         x, normed = network.add_norm(x, None, layer.norm)
         queries, keys, values = network.qkv_heads(layer, normed, angles)
-        x, update = network.after_attention(layer, x, _attend(packed, mask, queries, keys, values))
+        x, update = network.after_attention(layer, x, _attend(packed, behind, mask, queries, keys, values))
         return x + update
 
     for layer in network.layers:
@@ -180,30 +183,67 @@ def packed_hidden(network: Network, packed: Pack, *, checkpointing: bool = False
     return network.add_norm(x.index_select(0, packed.scored), None, network.norm)[1]
 
 
-def _mask(packed: Pack, network: Network, dtype: torch.dtype) -> Tensor:
-    """What completion tokens attend to, ``(B, 1, H/G Tc, Tp + Tc)``: their prompt and themselves; 0 or -inf.
-
-    A float mask in the type of the queries, made once: from a bool mask every layer would make and keep its
-    own.
-    """
+def _mask(packed: Pack, group: int, dtype: torch.dtype) -> Tensor:
+    """What completion tokens attend to, ``(B, 1, H/G Tc, Tp + Tc)``: their prompt and themselves."""
     owner, prompts, completions = packed.owner, packed.prompts, packed.completions
     width, prompt_width = completions.gather.shape[1], prompts.gather.shape[1]
     rows, device = len(owner), packed.ids.device
     seen = torch.arange(prompt_width, device=device) < prompts.lengths[owner][:, None]  # (B, Tp)
     causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()  # padding is last: never seen
     mask = torch.cat((seen[:, None].expand(rows, width, prompt_width), causal.expand(rows, width, width)), -1)
-    mask = mask[:, None].repeat(1, 1, network.heads // network.kv_heads, 1)
+    return _added(mask, group, dtype)
+
+
+def behind_head(prompts: Rows, group: int, dtype: torch.dtype) -> Tensor | None:
+    """What prompts' own tokens attend to, ``(1, 1, H/G (Tp - head), Tp)``: the head and what precedes them.
+
+    None without a head: attention is causal.
+    """
+    if not prompts.head:
+        return None
+    width = prompts.gather.shape[1]
+    causal = torch.ones(width, width, dtype=torch.bool, device=prompts.gather.device).tril()
+    return _added(causal[None, prompts.head :], group, dtype)
+
+
+def _added(seen: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """(B, Q, S) of bools -> (B, 1, H/G Q, S) of 0 and -inf for ``_folded`` queries.
+
+    A float mask in the type of the queries, made once: from a bool mask every layer would make and keep its
+    own.
+    """
+    mask = seen[:, None].repeat(1, 1, group, 1)
     # Aligned strides, as a GPU's attention wants; otherwise every layer keeps an aligned copy.
     columns = round_up(mask.shape[-1], ALIGN)
-    added = torch.zeros(*mask.shape[:-1], columns, dtype=dtype, device=device)[..., : mask.shape[-1]]
+    added = torch.zeros(*mask.shape[:-1], columns, dtype=dtype, device=mask.device)[..., : mask.shape[-1]]
     return added.masked_fill_(~mask, -torch.inf)
 
 
-def _attend(packed: Pack, mask: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def attend_prompts(rows: Rows, behind: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Prompts attend to themselves; a head that they share attends once.
+
+    Args:
+        behind: see ``behind_head``.
+        q, k, v: ``(P, H, T, d)``, ``(P, G, T, d)``, ``(P, G, T, d)``, the padded prompts.
+
+    Returns:
+        ``(n, H, d)`` for the head and the prompts' own tokens, in packed order.
+    """
+    if behind is None:
+        return rows.unpad(causal_attention(q, k, v).transpose(1, 2))  # padding is last: never seen
+    first = causal_attention(*(x[:1, :, : rows.head] for x in (q, k, v)))  # (1, H, head, d)
+    own = _folded(q[:, :, rows.head :].transpose(1, 2), k.shape[1])
+    out = _unfolded(F.scaled_dot_product_attention(own, k, v, attn_mask=behind), q.shape[2] - rows.head)
+    return torch.cat((first[0].transpose(0, 1), rows.unpad(out)))
+
+
+def _attend(
+    packed: Pack, behind: Tensor | None, mask: Tensor, queries: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
     """(N, H, d), (N, G, d), (N, G, d) -> (N, H d): prompts attend to themselves, completions to both."""
     prompts, completions = packed.prompts, packed.completions
     q, k, v = (prompts.pad(x).transpose(1, 2) for x in (queries, keys, values))  # (P, H or G, Tp, d)
-    attended = prompts.unpad(causal_attention(q, k, v).transpose(1, 2))  # padding is last: never seen
+    attended = attend_prompts(prompts, behind, q, k, v)  # (n, H, d)
     if not completions.scatter.numel():  # every completion is a single token, and none is computed
         return attended.flatten(1)
     own_k, own_v = (completions.pad(x).transpose(1, 2) for x in (keys, values))  # (B, G, Tc, d)

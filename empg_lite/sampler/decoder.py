@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from empg_lite.core.sizes import PREFILL_TOKENS, logit_rows
-from empg_lite.policy.attention import causal_attention
-from empg_lite.policy.packing import Rows, packed_prompts, shared_head
+from empg_lite.policy.packing import Rows, attend_prompts, behind_head, packed_prompts, shared_head
 from empg_lite.sampler.draw import Decoding, draw
 
 if TYPE_CHECKING:
@@ -116,6 +115,7 @@ class Decoder:
         source, target = self._copies(rows, number, rows_of)
 
         x: Tensor = network.embed(torch.tensor(packed, device=device))
+        behind = behind_head(rows, network.heads // network.kv_heads, x.dtype)
         update = None
         for layer, (cached_keys, cached_values) in zip(network.layers, self._cache, strict=True):
             x, normed = network.add_norm(x, update, layer.norm)
@@ -123,8 +123,8 @@ class Decoder:
             self._write(cached_keys, target, k[source])
             self._write(cached_values, target, v[source])
             q, k, v = (rows.pad(t).transpose(1, 2) for t in (q, k, v))
-            out = causal_attention(q, k, v)
-            x, update = network.after_attention(layer, x, rows.unpad(out.transpose(1, 2)).flatten(1))
+            attended = attend_prompts(rows, behind, q, k, v).flatten(1)
+            x, update = network.after_attention(layer, x, attended)
         assert update is not None
         return network.add_norm(x[rows.ends], update[rows.ends], network.norm)[1]
 

@@ -97,6 +97,19 @@ def test_an_m_step_allocates_what_the_plan_says(folder_of, name: str, itemsize: 
     assert 0.97 * found <= predicted <= 1.08 * found
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "again"])
+@pytest.mark.parametrize("head, budget", [(126, 900), (1000, 4000)])
+@pytest.mark.parametrize("name", BY_KIND)
+def test_a_shared_head_takes_no_more_than_the_plan_says(  # type: ignore[no-untyped-def]
+    folder_of, name: str, head: int, budget: int, again: bool
+) -> None:
+    """A micro-batch filled by rows whose head is computed once; one row a problem, hence the most keys."""
+    s = replace(BASE, problems=40, samples=1, prompt_tokens=head + 30, new_tokens=24, checkpointing=again)
+    pairs = [((*(1,) * head, *range(10 + i, 40 + i)), (3,) * 24) for i in range(s.problems)]
+    predicted, found = m_step_beside_plan(folder_of(name), replace(s, micro_batch_tokens=budget), pairs)
+    assert 0.5 * predicted < found <= predicted
+
+
 @pytest.mark.parametrize(
     "change",
     [
