@@ -84,6 +84,26 @@ def ahead_table(study: Study, results: Results, choose: Choice) -> str:
     return table("EMPG, tries minus|greedy|seeds won|T=1|seeds won|pass@8".split("|"), rows) if rows else ""
 
 
+def earlier_table(study: Study, results: Results) -> str:
+    """EMPG with tries after fewer steps minus each method at its end: greedy, on the curve's problems."""
+    ours, rows = _runs(results, changed(study), study.ours), []
+    for method in list(study.methods)[1:]:
+        theirs = _runs(results, changed(study), method)
+        if ours is None or theirs is None:
+            continue
+        last = study.steps - 1
+        spent = f"{mean(r['curve'][last]['seconds'] for r in theirs):.0f}"
+        for at in range(9, study.steps, 10):
+            gain = [
+                a["curve"][at]["greedy"] - b["curve"][last]["greedy"]
+                for a, b in zip(ours, theirs, strict=True)
+            ]
+            won = f"{sum(d > 0 for d in gain)} of {len(gain)}"
+            seconds = f"{mean(r['curve'][at]['seconds'] for r in ours):.0f}"
+            rows.append([method, spent, f"{at + 1}", seconds, points(gain, signed=True), won])
+    return table("EMPG, tries minus|its s|after steps|s|greedy|seeds won".split("|"), rows) if rows else ""
+
+
 def pass8(run: dict[str, Any]) -> float:
     return float(run["pass@8"])
 
@@ -105,6 +125,7 @@ def method_tables(results: Results) -> dict[str, str]:
     ]
     found = {"shapes": shapes_table(ON_TINY, results)}
     found |= {f"{task}-shapes": shapes_table(study, results) for task, study in REAL.items()}
+    found |= {f"{task}-earlier": earlier_table(study, results) for task, study in REAL.items()}
     for name, study, choose in kinds:
         found[name] = methods_table(study, results, choose)
         found[f"{name}-ahead"] = ahead_table(study, results, choose)

@@ -1,11 +1,11 @@
-"""A real model's step on a CPU beside ``generate``, a plain loop and llama.cpp's server, one thread each.
+"""A real model's step on a CPU beside ``generate``, a plain loop and llama.cpp's server, with equal threads.
 
-    python benchmarks/real_speed.py [--repeats N] [--rows 16x4] 2>/dev/null
+    python benchmarks/real_speed.py [--repeats N] [--rows 16x4] [--threads 1] 2>/dev/null
 
-SmolLM2-135M (installed as docs/quickstart.md says; llama.cpp as the wheel ``xllamacpp``), problems and prompt of
-the recipe ``smollm2-135m``, every completion ``TOKENS`` tokens long. llama.cpp reads the same weights in
-float16, with a place for every row. Its cache is on, and every round asks other problems, as training does:
-what the prompts share need not be computed again.
+SmolLM2-135M (docs/quickstart.md installs it; llama.cpp is the wheel ``xllamacpp``), problems and prompt of the
+recipe ``smollm2-135m``, every completion ``TOKENS`` tokens long. llama.cpp reads the same weights in float16,
+with a place for every row. Its cache is on, and every round asks other problems, as training does: what the
+prompts share need not be computed again.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def by_hand(learner: Learner, setting: Setting) -> Callable[[], None]:
     return work
 
 
-def llama_cpp(learner: Learner, setting: Setting, folder: Path) -> Callable[[], None] | None:
+def llama_cpp(learner: Learner, setting: Setting, folder: Path, threads: int) -> Callable[[], None] | None:
     """The same rows from llama.cpp's server in this process; None without the wheel."""
     try:
         import xllamacpp
@@ -84,7 +84,7 @@ def llama_cpp(learner: Learner, setting: Setting, folder: Path) -> Callable[[], 
     settings = xllamacpp.CommonParams()
     settings.model.path, settings.n_parallel = str(file), setting.rows
     settings.n_ctx = setting.rows * (max(map(len, prompts)) + TOKENS + 8)
-    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
     server = xllamacpp.Server(settings)
 
     def one(ids: Sequence[int]) -> int:
@@ -96,7 +96,7 @@ def llama_cpp(learner: Learner, setting: Setting, folder: Path) -> Callable[[], 
     def work() -> None:
         at = next(rounds)
         asked = [ids for ids in prompts[at : at + size] for _ in range(setting.samples)]
-        with ThreadPoolExecutor(setting.rows) as pool:  # they wait; one thread computes
+        with ThreadPoolExecutor(setting.rows) as pool:  # they wait; the server computes
             assert set(pool.map(one, asked)) == {TOKENS}
 
     return work
@@ -108,13 +108,15 @@ def main() -> None:
         "--repeats", type=int, default=2, metavar="N", help="timed rounds (one more warms up)"
     )
     parser.add_argument("--rows", default="16x4", metavar="PxK", help="problems and samples of each")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="that each may use")
     arguments = parser.parse_args()
     problems, samples = map(int, arguments.rows.split("x"))
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     learner = build_learner(load_recipe("smollm2-135m", [f"sampler.max_new_tokens={TOKENS}"]).resolved())
     setting, policy = real_setting(learner, problems, samples), learner.policy
     print(headline(circumstances("transformers", "peft", "xllamacpp")), flush=True)
-    print(f"{problems} x {samples} rows of {TOKENS} tokens behind {len(prompts_of(policy, setting)[0].ids)}")
+    behind = len(prompts_of(policy, setting)[0].ids)
+    print(f"{problems} x {samples} rows of {TOKENS} tokens behind {behind}; threads: {arguments.threads}")
     rationales = sample(learner, make_sampler(policy, "native"), setting)
     given = weighed(rationales, setting.rewards(False))
     half = [replace(r, weight=0.0) if i % 2 else r for i, r in enumerate(given)]
@@ -123,7 +125,7 @@ def main() -> None:
     fit = learner.fit_settings()
     with tempfile.TemporaryDirectory() as folder:
         engine = make_sampler(policy, "native", int(learner.recipe.sampler.batch_rows))
-        server = llama_cpp(learner, setting, Path(folder))
+        server = llama_cpp(learner, setting, Path(folder), arguments.threads)
         e_step = {"ours": lambda: sample(learner, engine, setting), "generate": by_hand(learner, setting)}
         e_step |= {"llama.cpp": server} if server else {}
         jobs: dict[str, dict[str, Callable[[], Any]]] = {
