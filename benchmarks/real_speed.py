@@ -2,10 +2,10 @@
 
     python benchmarks/real_speed.py [--repeats N] [--rows 16x4] [--threads 1] 2>/dev/null
 
-SmolLM2-135M (docs/quickstart.md installs it; llama.cpp is the wheel ``xllamacpp``), problems and prompt of the
-recipe ``smollm2-135m``, every completion ``TOKENS`` tokens long. llama.cpp reads the same weights in float16,
-with a place for every row. Its cache is on, and every round asks other problems, as training does: what the
-prompts share need not be computed again.
+SmolLM2-135M (docs/quickstart.md installs it; llama.cpp is the wheel ``xllamacpp``), problems and prompt of
+the recipe ``smollm2-135m``, every completion ``TOKENS`` tokens long. llama.cpp reads the same weights in
+float16, with a place for every row. Its cache is on, and every round asks other problems, as training does:
+what the prompts share need not be computed again.
 """
 
 from __future__ import annotations
