@@ -29,6 +29,7 @@ from little_memory import only, rows_at_once
 from empg_lite.core.rationale import Rationale
 from empg_lite.loop import mstep
 from empg_lite.loop.train import train
+from empg_lite.policy.packing import shared_head
 from empg_lite.policy.policy import Policy
 from empg_lite.sampler import Decoding, Prompt, make_sampler, sample_key
 from empg_lite.sampler.decoder import Decoder
@@ -95,9 +96,9 @@ def loaded(model_dir: Path) -> Callable[[str], Policy]:
     return get
 
 
-def prompts_of(policy: Policy, n: int, k: int) -> list[Prompt]:
-    """n prompts of different lengths, k keys each."""
-    texts = [chr(97 + i % 26) * (1 + 7 * i % 23) for i in range(n)]
+def prompts_of(policy: Policy, n: int, k: int, head: str = "") -> list[Prompt]:
+    """n prompts of different lengths that all begin with ``head``, k keys each."""
+    texts = [head + chr(97 + i % 26) * (1 + 7 * i % 23) for i in range(n)]
     return [
         Prompt(policy.encode_prompt(text)[1], tuple(sample_key(0, 1, f"{i}", j) for j in range(k)))
         for i, text in enumerate(texts)
@@ -108,9 +109,13 @@ def prompts_of(policy: Policy, n: int, k: int) -> list[Prompt]:
 
 
 @everywhere
-def test_greedy_tokens_by_graphs_step_by_step_and_by_generate(loaded: Any, device: str) -> None:
+@pytest.mark.parametrize(
+    "head", ["", "What all prompts begin with is computed once."], ids=["apart", "headed"]
+)
+def test_greedy_tokens_by_graphs_step_by_step_and_by_generate(loaded: Any, device: str, head: str) -> None:
     policy = loaded(device)
-    prompts = prompts_of(policy, 20, 1)
+    prompts = prompts_of(policy, 20, 1, head)
+    assert shared_head([p.ids for p in prompts]) >= len(head)
     found = gpu_checks.three_ways(policy, prompts, Decoding(24, temperature=0.0))
     assert not [error for error in found.values() if isinstance(error, str)]
     for way, tokens in found.items():
@@ -221,12 +226,16 @@ PAIRS = [
     (tuple((7 * i + j) % 250 for j in range(5 + 9 * i)), tuple((11 * i + 3 * j) % 250 for j in range(12)))
     for i in range(6)
 ]
+#: The same behind a head that packing shares.
+HEADED = [((*range(100, 140), *prompt), completion) for prompt, completion in PAIRS]
+both = pytest.mark.parametrize("pairs", [PAIRS, HEADED], ids=["apart", "headed"])
 
 
 @everywhere
-def test_every_path_gives_the_same_logprobs(loaded: Any, device: str) -> None:
+@both
+def test_every_path_gives_the_same_logprobs(loaded: Any, device: str, pairs: Any) -> None:
     """One row alone, padded on the left and on the right, and packed."""
-    ways = gpu_checks.logprob_ways(loaded(device), PAIRS)
+    ways = gpu_checks.logprob_ways(loaded(device), pairs)
     assert set(ways) >= {"alone", "left", "right", "packed"}
     assert all(gpu_checks.farthest(rows, ways["alone"]) < 1e-4 for rows in ways.values())
     shifted = [row[1:] + row[:1] for row in ways["alone"]]
@@ -234,22 +243,24 @@ def test_every_path_gives_the_same_logprobs(loaded: Any, device: str) -> None:
 
 
 @everywhere
-def test_logprobs_are_those_of_a_cpu(loaded: Any, device: str) -> None:
-    ours, plain = (gpu_checks.logprob_ways(loaded(d), PAIRS)["packed"] for d in (device, "cpu"))
+@both
+def test_logprobs_are_those_of_a_cpu(loaded: Any, device: str, pairs: Any) -> None:
+    ours, plain = (gpu_checks.logprob_ways(loaded(d), pairs)["packed"] for d in (device, "cpu"))
     assert gpu_checks.farthest(ours, plain) < 1e-4
 
 
 @pytest.mark.gpu
 @needs_gpu
-def test_nf4_in_16_bits_stays_near_float32(tmp_path: Path) -> None:
+@both
+def test_nf4_in_16_bits_stays_near_float32(tmp_path: Path, pairs: Any) -> None:
     """The kernels that training uses on a card, against the same weights in float32.
 
     Random weights make rounding loud: a CPU in bfloat16 is 0.78 nats away, an H200 0.79.
     """
     folder = build_model(tmp_path / "model", hidden=256, layers=4)
     dtype = "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
-    exact = gpu_checks.logprob_ways(load(folder, "cuda", four_bit=True), PAIRS)
-    found = gpu_checks.logprob_ways(load(folder, "cuda", dtype, four_bit=True), PAIRS)
+    exact = gpu_checks.logprob_ways(load(folder, "cuda", four_bit=True), pairs)
+    found = gpu_checks.logprob_ways(load(folder, "cuda", dtype, four_bit=True), pairs)
     apart = [gpu_checks.farthest(found[way], exact["alone"]) for way in found]
     assert max(apart) < 1.5 and max(apart) < 2 * gpu_checks.farthest(found["alone"], exact["alone"]) + 0.02
 
