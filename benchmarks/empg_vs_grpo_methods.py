@@ -8,7 +8,7 @@ from typing import Any
 
 from arms import Setting
 from empg_vs_grpo import ON_TINY, REAL
-from empg_vs_grpo_report import difference, greedy, points, t1, table, there
+from empg_vs_grpo_report import difference, greedy, points, seeds_won, t1, table, there
 from study import Results, Study
 
 from empg_lite.core.bundled import BUNDLED
@@ -78,7 +78,7 @@ def ahead_table(study: Study, results: Results, choose: Choice) -> str:
         if ours is None or theirs is None:
             continue
         gains = [difference(ours, theirs, figure) for figure in (greedy, t1, pass8)]
-        won = [f"{sum(d > 0 for d in gain)} of {len(gain)}" for gain in gains[:2]]
+        won = [seeds_won(gain) for gain in gains[:2]]
         cells = [points(gain, signed=True) for gain in gains]
         rows.append([method, cells[0], won[0], cells[1], won[1], cells[2]])
     return table("EMPG, tries minus|greedy|seeds won|T=1|seeds won|pass@8".split("|"), rows) if rows else ""
@@ -98,9 +98,8 @@ def earlier_table(study: Study, results: Results) -> str:
                 a["curve"][at]["greedy"] - b["curve"][last]["greedy"]
                 for a, b in zip(ours, theirs, strict=True)
             ]
-            won = f"{sum(d > 0 for d in gain)} of {len(gain)}"
             seconds = f"{mean(r['curve'][at]['seconds'] for r in ours):.0f}"
-            rows.append([method, spent, f"{at + 1}", seconds, points(gain, signed=True), won])
+            rows.append([method, spent, f"{at + 1}", seconds, points(gain, signed=True), seeds_won(gain)])
     return table("EMPG, tries minus|its s|after steps|s|greedy|seeds won".split("|"), rows) if rows else ""
 
 

@@ -71,6 +71,11 @@ def points(values: Sequence[float], signed: bool = False) -> str:
     return f"{100 * center:{'+' if signed else ''}.1f} ± {100 * half:.1f}"
 
 
+def seeds_won(gains: Sequence[float]) -> str:
+    """``6 of 8``."""
+    return f"{sum(d > 0 for d in gains)} of {len(gains)}"
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
@@ -171,7 +176,7 @@ def paired_table(
             continue
         gain = difference(ours, theirs, greedy)
         others = [difference(ours, theirs, figure) for figure in (t1, lambda r: float(r["pass@8"]))]
-        won = f"{sum(d > 0 for d in gain)} of {len(gain)}"
+        won = seeds_won(gain)
         rows.append([LABELS[arm], points(gain, signed=True), won, *(points(d, signed=True) for d in others)])
     return table(["EMPG minus", "greedy", "seeds won", "T=1", "pass@8"], rows) if rows else ""
 
