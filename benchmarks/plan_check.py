@@ -5,8 +5,8 @@ and fits rows of full length, and compares the resident memory of each phase (ov
 with the plan. The high-water mark of the process is set back before each phase (``/proc/self/clear_refs``).
 It ends with exit code 1 where the peak is more than 10% off.
 
-For plans of this size the package has the C library give freed blocks back at once. ``--keep`` leaves that
-out, to see what resident memory has otherwise: the blocks that are kept for the next request.
+The C library gives freed blocks back at once here, as the package has it where memory is tight. ``--keep``
+leaves that out, to see what resident memory has otherwise: the blocks that are kept for the next request.
 """
 
 from __future__ import annotations
@@ -162,8 +162,8 @@ def measure(case: Case, folder: Path, keep: bool) -> dict[str, Any]:
     recipe = Recipe.model_validate(_recipe(case, folder)).resolved()
     shape = read_shape(str(folder))
     planned = plan.plan_recipe(recipe, shape, machine.Machine("cpu", 10**12))
-    if keep:
-        machine.return_freed_blocks = lambda: None
+    if not keep:
+        machine.return_freed_blocks()
     before = machine.resident_memory()
     _forget_peak()
     learner = build_learner(recipe)

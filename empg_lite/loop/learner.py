@@ -200,7 +200,7 @@ def build_learner(recipe: Recipe, world: World = SINGLE, *, refuse: bool = False
     recipe = recipe.resolved()
     planned = plan_here(recipe, refuse=refuse, world=world)
     recipe = plan.with_sizes(recipe, planned.settings)
-    if planned.is_large:
+    if planned.is_tight:
         machine.return_freed_blocks()
     import_libraries(recipe.model.backend)  # 250 MB that the memory plan does not count
     held = 0 if planned.machine.device == "cuda" else machine.resident_memory()

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 #: Share of the free memory to plan with; the allocator's rounding and fragmentation need the rest.
 SHARE = 0.9
 #: Where the C library keeps freed blocks, resident memory was up to 1.5 times what is live (docs/memory.md).
-#: Freed blocks are returned when the peak exceeds ``LARGE`` bytes or 1/``ROOM`` of the free memory.
-LARGE, ROOM = 10**9, 2
+#: Freed blocks are returned when the peak exceeds 1/``ROOM`` of the free memory.
+ROOM = 2
 #: Tokens of a micro-batch. More than the maximum gains nothing, and costs time on a CPU (docs/LOG.md).
 MIN_TOKENS, MAX_TOKENS = 256, {"cpu": 1024, "cuda": 16_384}
 #: Rows sampled at once. A CPU gains little beyond its maximum, and the first answers take twice as long:
@@ -120,10 +120,9 @@ class Plan:
         }
 
     @property
-    def is_large(self) -> bool:
+    def is_tight(self) -> bool:
         """On a CPU, whether returning freed blocks is worth the time it takes."""
-        large = self.peak > LARGE or ROOM * self.peak > self.machine.free
-        return self.machine.device == "cpu" and large
+        return self.machine.device == "cpu" and ROOM * self.peak > self.machine.free
 
     @property
     def fits(self) -> bool:

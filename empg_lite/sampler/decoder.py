@@ -197,14 +197,24 @@ class Decoder:
             )
         self.drawn[slots] += 1
 
-    def compact(self, keep: Sequence[int]) -> None:
-        """Move the rows in these slots (ascending) to the first slots."""
-        at, n = torch.tensor(keep, dtype=torch.long, device=self.head.device), len(keep)
-        for state in (self.tokens, self.lengths, self.drawn, self.keys):
-            state[:n] = state[at]
-        for layer in self._cache:
-            for cached in layer:
-                cached[:n] = cached[at]
+    def compact(self, keep: Sequence[int]) -> list[int]:
+        """Keep the rows in these slots, in the first slots; as few as possible move.
+
+        Returns:
+            For each of the first ``len(keep)`` slots, the slot that its row was in.
+        """
+        n, kept = len(keep), set(keep)
+        holes = [slot for slot in range(n) if slot not in kept]
+        moved = [slot for slot in keep if slot >= n]  # as many: n rows are kept
+        came_from = list(range(n))
+        for hole, slot in zip(holes, moved, strict=True):
+            came_from[hole] = slot
+        if holes:
+            to, source = (torch.tensor(slots, device=self.head.device) for slots in (holes, moved))
+            caches = (cached for layer in self._cache for cached in layer)
+            for state in (self.tokens, self.lengths, self.drawn, self.keys, *caches):
+                state[to] = state[source]
+        return came_from
 
 
 def prefill_batches(lengths: Sequence[int], limit: int) -> Iterator[range]:

@@ -61,10 +61,11 @@ class Schedule(ABC):
     def _grew(self, sequence: _Sequence) -> None:  # noqa: B027 (most schedules do not report tokens)
         """A sample has one token more and goes on."""
 
-    def _compact(self, keep: Sequence[int]) -> None:
-        """Move these rows to the front and drop the others."""
-        self.decoder.compact(keep)
-        self.running = [self.running[row] for row in keep]
+    def _compact(self, keep: Sequence[int]) -> list[int]:
+        """Keep these rows, in front; see ``Decoder.compact``."""
+        came_from = self.decoder.compact(keep)
+        self.running = [self.running[row] for row in came_from]
+        return came_from
 
     def _append_tokens(self, rows: Iterable[int]) -> None:
         """Append the tokens just drawn in these rows; report and drop the samples that end with them."""
@@ -212,9 +213,8 @@ class InTurns(Schedule):
         """Compact where many rows are idle and nothing waits for them."""
         idle, size = len(self.running) - len(keep), len(self.running)
         if idle and not self.waiting and idle >= IDLE * size and size > MIN_ROWS:
-            held = {at: self.held[row] for at, row in enumerate(keep) if row in self.held}
-            self._compact(keep)
-            self.held = held
+            came_from = self._compact(keep)
+            self.held = {at: self.held[row] for at, row in enumerate(came_from) if row in self.held}
 
     def _prefill(self, n: int) -> None:
         """Move n waiting slots into free rows, between the others where there are any."""

@@ -245,7 +245,7 @@ def test_padding_is_counted(name: str, tokens: int) -> None:
         ({"samples": 1, "problems": 16, "prompt_tokens": 200, "new_tokens": 4}, "prompts' pass"),
         ({"samples": 4, "problems": 16, "prompt_tokens": 300, "new_tokens": 4}, "prompts' pass"),
         (
-            {"problems": 8, "batch_rows": 32, "prompt_tokens": 2, "new_tokens": 40},
+            {"problems": 8, "batch_rows": 32, "prompt_tokens": 2, "new_tokens": 80},
             "attention, closing up",
         ),
     ],

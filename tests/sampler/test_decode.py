@@ -56,8 +56,9 @@ def test_every_drawn_token_has_the_models_own_probability(
                 assert decoder.logprobs[place] == pytest.approx(expected.item(), abs=1e-5)
                 row.append(int(decoder.tokens[place]))
             if step == 3:
-                decoder.compact([0, 2, 4])
-                rows = [rows[0], rows[2], rows[4]]
+                came_from = decoder.compact([0, 2, 4])
+                assert came_from == [0, 4, 2]  # one row moves, into the hole
+                rows = [rows[slot] for slot in came_from]
             if step == 5:
                 decoder.prefill([(3, 3, 3)], [0, 0], [16, 17], range(3, 5))
                 rows += [[3, 3, 3], [3, 3, 3]]

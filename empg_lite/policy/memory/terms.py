@@ -31,7 +31,6 @@ from typing import TYPE_CHECKING
 
 from empg_lite.core.sizes import (
     ALIGN,
-    IDLE,
     PREFILL_TOKENS,
     cache_len,
     decoder_slots,
@@ -277,8 +276,8 @@ def drawing(shape: Shape, s: Settings, rows: int) -> int:
 
 
 def compacting(shape: Shape, s: Settings, rows: int) -> int:
-    """A copy of one layer's keys of the remaining rows while they move to the first slots."""
-    return int(rows * (1 - IDLE)) * s.cache_len * shape.keys * s.itemsize
+    """A copy of one layer's keys of the rows that move to the first slots: no more than have ended."""
+    return rows // 2 * s.cache_len * shape.keys * s.itemsize
 
 
 def graph_pool(shape: Shape, s: Settings, rows: int) -> int:
