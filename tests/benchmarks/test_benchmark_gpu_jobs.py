@@ -18,8 +18,11 @@ import gpu_material
 import gpu_parts
 import gpu_work
 import pytest
+import setting
 from gpu_parts import Job
 from processes import alive
+
+from empg_lite.recipe.file import load_recipe
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -240,5 +243,15 @@ def test_the_real_model_is_joined_from_its_pieces(tmp_path: Path, monkeypatch: p
     joined = gpu_material.smollm2_file(pieces)
     assert joined is not None and joined.read_bytes() == whole
     assert os.environ["EMPG_SMOLLM2_GGUF"] == str(joined)
-    assert gpu_material.learning_recipe(job)[0] == "smollm2-135m"
-    assert gpu_material.learning_recipe(replace(job, small=True))[0] == "tiny-hard"
+    gym = tmp_path / "gym"
+    assert gpu_material.learning_recipe(job, gym) == ("smollm2-135m", [])
+    assert gpu_material.learning_recipe(replace(job, small=True), gym)[0] == "tiny-hard"
+    gym.mkdir()
+    for split, total in {"train": "1 + 2", "test": "3 + 4"}.items():
+        row = {"question": f"What is {total}?", "answer": str(eval(total))}
+        (gym / f"{split}.jsonl").write_text(json.dumps(row) + "\n", "utf-8")
+    recipe = load_recipe(*gpu_material.learning_recipe(job, gym))
+    assert (recipe.model.name, recipe.run.steps) == ("smollm2-135m", 100)
+    problems = setting.load_splits(recipe)
+    assert [p.answer for p in problems.train] == ["3"]
+    assert gpu_material.learning_recipe(replace(job, small=True), gym)[0] == "tiny-hard"
