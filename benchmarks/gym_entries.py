@@ -22,7 +22,7 @@ def main(folder: Path) -> None:
     source = str(load_recipe("smollm2-135m-gym").data.source)
     for split in SPLITS:
         problems, _ = gym_problems(source, split)
-        rows = [json.dumps({"question": p.question, "answer": p.answer}) + "\n" for p in problems]
+        rows = [json.dumps({"question": p.question, "answer": p.gold}) + "\n" for p in problems]
         (folder / f"{split}.jsonl").write_text("".join(rows), "utf-8")
         print(f"{len(rows)} problems: {folder / f'{split}.jsonl'}")
 

@@ -253,5 +253,5 @@ def test_the_real_model_is_joined_from_its_pieces(tmp_path: Path, monkeypatch: p
     recipe = load_recipe(*gpu_material.learning_recipe(job, gym))
     assert (recipe.model.name, recipe.run.steps) == ("smollm2-135m", 100)
     problems = setting.load_splits(recipe)
-    assert [p.answer for p in problems.train] == ["3"]
+    assert [p.gold for p in problems.train] == ["3"]
     assert gpu_material.learning_recipe(replace(job, small=True), gym)[0] == "tiny-hard"

@@ -245,8 +245,8 @@ def test_padding_is_counted(name: str, tokens: int) -> None:
         ({"samples": 1, "problems": 16, "prompt_tokens": 200, "new_tokens": 4}, "prompts' pass"),
         ({"samples": 4, "problems": 16, "prompt_tokens": 300, "new_tokens": 4}, "prompts' pass"),
         (
-            {"problems": 8, "batch_rows": 32, "prompt_tokens": 2, "new_tokens": 80},
-            "attention, closing up",
+            {"problems": 8, "batch_rows": 32, "prompt_tokens": 2, "new_tokens": 40},
+            "attention, decoding step",
         ),
     ],
     ids=["step", "draw", "prompts", "pieces", "layer"],
@@ -269,10 +269,17 @@ def test_an_e_step_takes_what_the_plan_says(
     if change["prompt_tokens"] == 300:
         monkeypatch.setitem(sizes.PREFILL_TOKENS, "cpu", 900)
     s = replace(BASE, itemsize=itemsize, merged=merged, **change)
-    model = {"draw": large_vocab, "attention, closing up": model_dir}.get(terms, wide_mlp)
+    model = {"draw": large_vocab, "attention, decoding step": model_dir}.get(terms, wide_mlp)
     plan, found = sample_beside_plan(model, s)
     assert set(terms.split(", ")) & set(plan)
     assert 0.96 * found <= sum(plan.values()) <= (1.04 if itemsize == 4 else 1.1) * found
+
+
+def test_closing_up_takes_what_the_plan_says(model_dir: Path) -> None:
+    """Half of the rows' keys of one layer, where rows are long."""
+    s = replace(BASE, problems=8, batch_rows=32, prompt_tokens=2, new_tokens=80)
+    plan, found = sample_beside_plan(model_dir, s)
+    assert "closing up" in plan and 0.96 * found <= sum(plan.values()) <= 1.04 * found
 
 
 @pytest.mark.parametrize(

@@ -131,15 +131,14 @@ def m_step_beside_plan(model: Path, s: Settings, pairs: Pairs | None = None) -> 
 
 def sample_beside_plan(model: Path, s: Settings) -> tuple[dict[str, int], int]:
     """An E-step on a step's longest rows: the plan's terms, bytes alive. One prompt is shorter, so that
-    ``generate`` pads; half of the rows end before their last token, so that places close up."""
+    ``generate`` pads; one row in eight ends at its second token, so that places close up."""
     sampler = make_sampler(loaded(model, s), s.engine, s.batch_rows, s.merged)
     lengths = [s.prompt_tokens - (i == 0) for i in range(s.problems)]
     prompts = [Prompt((2 + i,) + (1,) * (n - 1), tuple(range(s.samples))) for i, n in enumerate(lengths)]
 
     def sample() -> None:
         seen = itertools.count()
-        before = s.batch_rows * (s.new_tokens - 2)  # tokens of all rows; then the first ones end
-        early = range(before, before + s.batch_rows // 2)
+        early = range(s.batch_rows, s.batch_rows * 9 // 8)  # the first rows, at their second token
         stop = SimpleNamespace(stopped=lambda ids: next(seen) in early, text=lambda ids: "")
         sampler._stop = stop  # type: ignore[attr-defined]
         sampler.sample(prompts, Decoding(s.new_tokens))
