@@ -124,7 +124,7 @@ def test_a_shared_head_takes_no_more_than_the_plan_says(  # type: ignore[no-unty
 def test_an_e_step_takes_what_the_plan_says(
     folder_of, name: str, itemsize: int, change: dict[str, int]
 ) -> None:  # type: ignore[no-untyped-def]
-    """In 16 bits a product copies a layer's keys. The plan has that copy; it is no tensor that is seen here."""
+    """In 16 bits a product copies a layer's keys: the plan has them, the count of tensors does not."""
     plan, found = sample_beside_plan(folder_of(name), replace(BASE, itemsize=itemsize, merged=True, **change))
     most = 1.1 * found
     if itemsize == 2 and "attention" in plan:
