@@ -29,7 +29,7 @@ from little_memory import only, rows_at_once
 from empg_lite.core.rationale import Rationale
 from empg_lite.loop import mstep
 from empg_lite.loop.train import train
-from empg_lite.policy.packing import shared_head
+from empg_lite.policy.packing import shared_prefix
 from empg_lite.policy.policy import Policy
 from empg_lite.sampler import Decoding, Prompt, make_sampler, sample_key
 from empg_lite.sampler.decoder import Decoder
@@ -96,9 +96,9 @@ def loaded(model_dir: Path) -> Callable[[str], Policy]:
     return get
 
 
-def prompts_of(policy: Policy, n: int, k: int, head: str = "") -> list[Prompt]:
-    """n prompts of different lengths that all begin with ``head``, k keys each."""
-    texts = [head + chr(97 + i % 26) * (1 + 7 * i % 23) for i in range(n)]
+def prompts_of(policy: Policy, n: int, k: int, prefix: str = "") -> list[Prompt]:
+    """n prompts of different lengths that all begin with ``prefix``, k keys each."""
+    texts = [prefix + chr(97 + i % 26) * (1 + 7 * i % 23) for i in range(n)]
     return [
         Prompt(policy.encode_prompt(text)[1], tuple(sample_key(0, 1, f"{i}", j) for j in range(k)))
         for i, text in enumerate(texts)
@@ -110,12 +110,12 @@ def prompts_of(policy: Policy, n: int, k: int, head: str = "") -> list[Prompt]:
 
 @everywhere
 @pytest.mark.parametrize(
-    "head", ["", "What all prompts begin with is computed once."], ids=["apart", "headed"]
+    "prefix", ["", "What all prompts begin with is computed once."], ids=["apart", "prefixed"]
 )
-def test_greedy_tokens_by_graphs_step_by_step_and_by_generate(loaded: Any, device: str, head: str) -> None:
+def test_greedy_tokens_by_graphs_step_by_step_and_by_generate(loaded: Any, device: str, prefix: str) -> None:
     policy = loaded(device)
-    prompts = prompts_of(policy, 20, 1, head)
-    assert shared_head([p.ids for p in prompts]) >= len(head)
+    prompts = prompts_of(policy, 20, 1, prefix)
+    assert shared_prefix([p.ids for p in prompts]) >= len(prefix)
     found = gpu_checks.three_ways(policy, prompts, Decoding(24, temperature=0.0))
     assert not [error for error in found.values() if isinstance(error, str)]
     for way, tokens in found.items():
@@ -226,9 +226,9 @@ PAIRS = [
     (tuple((7 * i + j) % 250 for j in range(5 + 9 * i)), tuple((11 * i + 3 * j) % 250 for j in range(12)))
     for i in range(6)
 ]
-#: The same behind a head that packing shares.
+#: The same behind a prefix that packing shares.
 HEADED = [((*range(100, 140), *prompt), completion) for prompt, completion in PAIRS]
-both = pytest.mark.parametrize("pairs", [PAIRS, HEADED], ids=["apart", "headed"])
+both = pytest.mark.parametrize("pairs", [PAIRS, HEADED], ids=["apart", "prefixed"])
 
 
 @everywhere

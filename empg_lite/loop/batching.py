@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from empg_lite.policy.packing import shared_head
+from empg_lite.policy.packing import shared_prefix
 
 if TYPE_CHECKING:
     from empg_lite.core.rationale import Rationale
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from empg_lite.run.parallel import World
 
 
-#: A head that prompts share is computed once, but its keys and values are kept with every prompt. These count
-#: as an eighth of its tokens, enough for any model and length (test_plan_families.py); a 16th is not.
-HEAD_AGAIN = 8
+#: A prefix that prompts share is computed once, but its keys and values are kept with every prompt. These
+#: count as an eighth of its tokens, enough for any model and length (test_plan_families.py); a 16th is not.
+PREFIX_AGAIN = 8
 
 
 def whole_problems(rows: Sequence[Rationale], kept: Sequence[int], world: World) -> list[int]:
@@ -40,7 +40,7 @@ def whole_problems(rows: Sequence[Rationale], kept: Sequence[int], world: World)
 def packed_batches(rows: Mapping[int, tuple[Ids, int]], budget: int) -> list[list[int]]:
     """Row numbers in batches of at most ``budget`` tokens (or one row), as ``pack`` stores them.
 
-    Shared prompts count once, and so does a head that all prompts share, but for its keys (``HEAD_AGAIN``).
+    Shared prompts count once, and so does a prefix that all share, but for its keys (``PREFIX_AGAIN``).
 
     Problems of similar length are batched together, since attention pads; a problem is split only if it does
     not fit in one batch.
@@ -51,11 +51,11 @@ def packed_batches(rows: Mapping[int, tuple[Ids, int]], budget: int) -> list[lis
     problems: dict[Ids, list[int]] = {}
     for i in sorted(rows, key=lambda i: (-rows[i][1], i)):
         problems.setdefault(rows[i][0], []).append(i)  # in the order of their longest completion
-    head = shared_head(list(problems))
+    prefix = shared_prefix(list(problems))
     batches: list[list[int]] = []
     used = 0
     for prompt, members in problems.items():
-        more = len(prompt) - head + head // HEAD_AGAIN
+        more = len(prompt) - prefix + prefix // PREFIX_AGAIN
         if batches and used + more + sum(rows[i][1] for i in members) <= budget:
             used += more
         else:

@@ -57,11 +57,11 @@ class Asking:
         return len(self._slots)
 
     @property
-    def longest_prompt(self) -> int:
-        """Tokens of the longest prompt that may come up: if every draw is right, a slot sees K problems."""
+    def prompts(self) -> list[tuple[int, ...]]:
+        """Those that may come up: if every draw is right, a slot sees K problems."""
         rule = self._rule
         ahead = (slot.position + k * rule.slots for slot in self._slots for k in range(rule.draws))
-        return max(len(self._prompt(position)[2]) for position in ahead)
+        return [self._prompt(position)[2] for position in ahead]
 
     def ask(self, slot: int) -> Ask | None:
         """See ``sampler.Turns``."""

@@ -3,7 +3,7 @@
 Repeated K times, the shared prompts would be a third of the M-step's work (prompt 150, completion 180 tokens,
 K = 8), and padding to the longest row as much again. So all real tokens of a micro-batch form one packed
 sequence of N, prompts first. Only attention works on rows: completions attend to the keys of their prompt and
-to their own. A long head that all prompts share (instructions, examples) is computed once, too: it is four
+to their own. A long prefix that all prompts share (instructions, examples) is computed once, too: it is four
 fifths of a two-shot prompt.
 
 Shapes: P prompts, B completions (rows), N packed tokens, M scored tokens (all completion tokens).
@@ -29,51 +29,56 @@ if TYPE_CHECKING:
 
 Ids = tuple[int, ...]
 
-#: Heads shorter than this are repeated: they are not worth the indices.
+#: Prefixes shorter than this are repeated: they are not worth the indices.
 SHARED_FROM = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Index maps between the packed sequence and padded rows, whose first ``head`` tokens may be shared.
+    """Index maps between the packed sequence and padded rows, whose first ``prefix`` tokens may be shared.
 
     Attributes:
         gather: ``(B, T)`` index into the N packed tokens; 0 in the padding.
-        scatter: ``(n,)`` index of the rows' own n packed tokens, in order, into the B (T - head) entries
-            behind the head.
-        lengths: ``(B,)``, with the head.
-        head: leading tokens that all rows share.
+        own: ``(B, T - prefix)`` index into the packed tokens behind the prefix; 0 in the padding.
+        scatter: ``(n,)`` index of the rows' own n packed tokens, in order, into the B (T - prefix) entries
+            behind the prefix.
+        lengths: ``(B,)``, with the prefix.
+        prefix: leading tokens that all rows share.
     """
 
     gather: Tensor
+    own: Tensor
     scatter: Tensor
     lengths: Tensor
-    head: int = 0
+    prefix: int = 0
 
     @staticmethod
-    def of(lengths: Sequence[int], start: int, device: torch.device, head: int = 0) -> Rows:
+    def of(lengths: Sequence[int], start: int, device: torch.device, prefix: int = 0) -> Rows:
         """Rows of these lengths in the packed sequence from ``start`` on.
 
         Args:
-            head: leading tokens that all rows share, packed once; the rest of the rows follows.
+            prefix: leading tokens that all rows share, packed once; the rest of the rows follows.
         """
-        assert head == 0 or head < min(lengths), "every row has a last token of its own"
+        assert prefix == 0 or prefix < min(lengths), "every row has a last token of its own"
         width = max(lengths, default=0)
         size = torch.tensor(lengths, dtype=torch.long)[:, None]  # (B, 1)
-        before = (size - head).cumsum(0) - (size - head)  # own tokens of the rows above
+        before = (size - prefix).cumsum(0) - (size - prefix)  # own tokens of the rows above
         columns = torch.arange(width)
         real = columns < size  # (B, T)
-        own = real & (columns >= head)
-        gather = torch.where(own, start + before + columns, torch.where(real, start + columns, 0))
-        scatter = own[:, head:].flatten().nonzero().squeeze(-1)
-        return Rows(gather.to(device), scatter.to(device), size.squeeze(-1).to(device), head)
+        packed = start + columns + torch.where(columns < prefix, 0, before)
+        gather = packed.masked_fill(~real, 0).to(device)
+        own = (
+            (packed - prefix).masked_fill(~real, 0)[:, prefix:].contiguous().to(device) if prefix else gather
+        )
+        scatter = real[:, prefix:].flatten().nonzero().squeeze(-1)
+        return Rows(gather, own, scatter.to(device), size.squeeze(-1).to(device), prefix)
 
     def pad(self, x: Tensor) -> Tensor:
         """(N, ...) -> (B, T, ...)."""
         return x.index_select(0, self.gather.flatten()).view(*self.gather.shape, *x.shape[1:])
 
     def unpad(self, x: Tensor) -> Tensor:
-        """(B, T - head, ...) -> (n, ...)."""
+        """(B, T - prefix, ...) -> (n, ...)."""
         return x.flatten(0, 1).index_select(0, self.scatter)
 
     @property
@@ -82,20 +87,20 @@ class Rows:
         return self.gather.gather(1, self.lengths[:, None] - 1).squeeze(1)
 
 
-def shared_head(prompts: Sequence[Sequence[int]]) -> int:
+def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """Leading tokens that all of several prompts share, but for their last one; 0 if they are few."""
     if len(prompts) < 2:
         return 0
     first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # what these share, all share
     limit = min(len(prompt) for prompt in prompts) - 1
-    head = next((i for i in range(limit) if first[i] != last[i]), limit)
-    return head if head >= SHARED_FROM else 0
+    prefix = next((i for i in range(limit) if first[i] != last[i]), limit)
+    return prefix if prefix >= SHARED_FROM else 0
 
 
-def packed_prompts(prompts: Sequence[Sequence[int]], head: int) -> tuple[list[int], list[int]]:
-    """Token IDs and positions of prompts in packed order: their head once, then the rest of each."""
-    ids = [*prompts[0][:head], *(token for prompt in prompts for token in prompt[head:])]
-    return ids, [*range(head), *(at for prompt in prompts for at in range(head, len(prompt)))]
+def packed_prompts(prompts: Sequence[Sequence[int]], prefix: int) -> tuple[list[int], list[int]]:
+    """Token IDs and positions of prompts in packed order: their prefix once, then the rest of each."""
+    ids = [*prompts[0][:prefix], *(token for prompt in prompts for token in prompt[prefix:])]
+    return ids, [*range(prefix), *(at for prompt in prompts for at in range(prefix, len(prompt)))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,17 +129,19 @@ class Pack:
 def pack(pairs: Sequence[tuple[Ids, Ids]], device: torch.device | str = "cpu") -> Pack:
     """Pack B pairs (prompt_ids, completion_ids), neither empty.
 
-    Equal prompts are stored once, and so is a head that all of them share.
+    Equal prompts are stored once, and so is a prefix that all of them share.
     """
     assert pairs and all(prompt and completion for prompt, completion in pairs)
     device = torch.device(device)
     prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))
     number = {prompt: i for i, prompt in enumerate(prompts)}
     owner = [number[prompt] for prompt, _ in pairs]
-    head = shared_head(prompts)
-    ids, positions = packed_prompts(prompts, head)
+    prefix = shared_prefix(prompts)
+    ids, positions = packed_prompts(prompts, prefix)
     prompt_tokens = len(ids)
-    ends = list(accumulate((len(p) - head for p in prompts), initial=head))[1:]  # past each one's last token
+    ends = list(accumulate((len(p) - prefix for p in prompts), initial=prefix))[
+        1:
+    ]  # past each one's last token
     scored: list[int] = []
     for (prompt, completion), which in zip(pairs, owner, strict=True):
         start = len(ids)
@@ -149,7 +156,7 @@ def pack(pairs: Sequence[tuple[Ids, Ids]], device: torch.device | str = "cpu") -
     return Pack(
         ids=tensor(ids),
         positions=tensor(positions),
-        prompts=Rows.of([len(p) for p in prompts], 0, device, head),
+        prompts=Rows.of([len(p) for p in prompts], 0, device, prefix),
         completions=Rows.of([n - 1 for n in lengths], prompt_tokens, device),
         owner=tensor(owner),
         scored=tensor(scored),
@@ -167,7 +174,7 @@ def packed_hidden(network: Network, packed: Pack, *, checkpointing: bool = False
     """
     x = network.embed(packed.ids)  # (N, D)
     angles, group = network.angles(packed.positions), network.heads // network.kv_heads
-    behind, mask = behind_head(packed.prompts, group, x.dtype), _mask(packed, group, x.dtype)
+    behind, mask = behind_prefix(packed.prompts, group, x.dtype), _mask(packed, group, x.dtype)
 
     def through(layer: Layer, x: Tensor) -> Tensor:
         x, normed = network.add_norm(x, None, layer.norm)
@@ -194,16 +201,16 @@ def _mask(packed: Pack, group: int, dtype: torch.dtype) -> Tensor:
     return _added(mask, group, dtype)
 
 
-def behind_head(prompts: Rows, group: int, dtype: torch.dtype) -> Tensor | None:
-    """What prompts' own tokens attend to, ``(1, 1, H/G (Tp - head), Tp)``: the head and what precedes them.
+def behind_prefix(prompts: Rows, group: int, dtype: torch.dtype) -> Tensor | None:
+    """What prompts' own tokens attend to, ``(1, 1, H/G (Tp - prefix), Tp)``: prefix and what precedes them.
 
-    None without a head: attention is causal.
+    None without a prefix: attention is causal.
     """
-    if not prompts.head:
+    if not prompts.prefix:
         return None
     width = prompts.gather.shape[1]
     causal = torch.ones(width, width, dtype=torch.bool, device=prompts.gather.device).tril()
-    return _added(causal[None, prompts.head :], group, dtype)
+    return _added(causal[None, prompts.prefix :], group, dtype)
 
 
 def _added(seen: Tensor, group: int, dtype: torch.dtype) -> Tensor:
@@ -220,21 +227,39 @@ def _added(seen: Tensor, group: int, dtype: torch.dtype) -> Tensor:
 
 
 def attend_prompts(rows: Rows, behind: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Prompts attend to themselves; a head that they share attends once.
+    """Prompts attend to themselves; a prefix that they share attends once.
 
     Args:
-        behind: see ``behind_head``.
-        q, k, v: ``(P, H, T, d)``, ``(P, G, T, d)``, ``(P, G, T, d)``, the padded prompts.
+        behind: see ``behind_prefix``.
+        q: ``(N, H, d)``: the prefix, then the prompts' own tokens, in packed order; more may follow.
+        k, v: ``(P, G, T, d)``, the padded prompts.
 
     Returns:
-        ``(n, H, d)`` for the head and the prompts' own tokens, in packed order.
+        ``(n, H, d)`` for the prefix and the prompts' own tokens, in packed order.
     """
+    own = attend_behind(rows, behind, q[rows.prefix :], k, v)
     if behind is None:
-        return rows.unpad(causal_attention(q, k, v).transpose(1, 2))  # padding is last: never seen
-    first = causal_attention(*(x[:1, :, : rows.head] for x in (q, k, v)))  # (1, H, head, d)
-    own = _folded(q[:, :, rows.head :].transpose(1, 2), k.shape[1])
-    out = _unfolded(F.scaled_dot_product_attention(own, k, v, attn_mask=behind), q.shape[2] - rows.head)
-    return torch.cat((first[0].transpose(0, 1), rows.unpad(out)))
+        return own
+    first = q[None, : rows.prefix].transpose(1, 2), *(x[:1, :, : rows.prefix] for x in (k, v))
+    return torch.cat((causal_attention(*first)[0].transpose(0, 1), own))
+
+
+def attend_behind(rows: Rows, behind: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The prompts' own tokens attend to the prefix and to what precedes them; see ``attend_prompts``.
+
+    Args:
+        q: ``(n, H, d)`` of the own tokens alone; more may follow.
+
+    Returns:
+        ``(n, H, d)``.
+    """
+    own = q.index_select(0, rows.own.flatten()).view(*rows.own.shape, *q.shape[1:])  # (P, T - prefix, H, d)
+    if behind is None:
+        return rows.unpad(
+            causal_attention(own.transpose(1, 2), k, v).transpose(1, 2)
+        )  # padding is last: never seen
+    out = F.scaled_dot_product_attention(_folded(own, k.shape[1]), k, v, attn_mask=behind)
+    return rows.unpad(_unfolded(out, own.shape[1]))
 
 
 def _attend(
@@ -242,8 +267,8 @@ def _attend(
 ) -> Tensor:
     """(N, H, d), (N, G, d), (N, G, d) -> (N, H d): prompts attend to themselves, completions to both."""
     prompts, completions = packed.prompts, packed.completions
-    q, k, v = (prompts.pad(x).transpose(1, 2) for x in (queries, keys, values))  # (P, H or G, Tp, d)
-    attended = attend_prompts(prompts, behind, q, k, v)  # (n, H, d)
+    k, v = (prompts.pad(x).transpose(1, 2) for x in (keys, values))  # (P, G, Tp, d)
+    attended = attend_prompts(prompts, behind, queries, k, v)  # (n, H, d)
     if not completions.scatter.numel():  # every completion is a single token, and none is computed
         return attended.flatten(1)
     own_k, own_v = (completions.pad(x).transpose(1, 2) for x in (keys, values))  # (B, G, Tc, d)

@@ -89,11 +89,11 @@ class Turns(Protocol):
     """Samples drawn one after another in each of several slots: verdicts say what comes next.
 
     Attributes:
-        longest_prompt: tokens of the longest prompt that may be asked.
+        prompts: all that may be asked.
     """
 
     @property
-    def longest_prompt(self) -> int: ...
+    def prompts(self) -> Sequence[tuple[int, ...]]: ...
 
     def __len__(self) -> int:
         """Number of slots."""
@@ -205,7 +205,7 @@ class Sampler(ABC):
         Raises:
             NumericalStop, OutOfMemory: see ``sample``.
         """
-        longest = turns.longest_prompt + decoding.max_new_tokens
+        longest = max(map(len, turns.prompts)) + decoding.max_new_tokens
         while not self._fits(partial(self.draw_turns, turns, decoding), len(turns), longest):
             pass  # samples that ended are kept, the others restart
 

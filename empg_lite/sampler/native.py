@@ -10,6 +10,7 @@ import torch
 
 from empg_lite.core.sizes import cache_len, decoder_slots
 from empg_lite.policy.merged import MergedCopy
+from empg_lite.policy.packing import shared_prefix
 from empg_lite.sampler.base import Sampler, SampleWork
 from empg_lite.sampler.decoder import Decoder
 from empg_lite.sampler.graphs import Graphs
@@ -49,8 +50,8 @@ class NativeSampler(Sampler):
         """See ``base.Sampler``."""
         try:
             with self.policy.sampling():
-                rows, longest = sum(len(p.keys) for p in prompts), max(len(p.ids) for p in prompts)
-                decoder, step = self._decoder(rows, longest, decoding)
+                rows = sum(len(p.keys) for p in prompts)
+                decoder, step = self._decoder(rows, [p.ids for p in prompts], decoding)
                 schedule = InGroups(decoder, step, self._stop, prompts, on_completion, on_token)
                 self.work += schedule.run()
         finally:
@@ -60,7 +61,7 @@ class NativeSampler(Sampler):
         """See ``base.Sampler``."""
         try:
             with self.policy.sampling():
-                decoder, step = self._decoder(len(turns), turns.longest_prompt, decoding)
+                decoder, step = self._decoder(len(turns), turns.prompts, decoding)
                 self.work += InTurns(decoder, step, self._stop, turns).run()
         finally:
             self._after_draw()
@@ -98,19 +99,24 @@ class NativeSampler(Sampler):
         self.work += SampleWork(refresh_seconds=time.perf_counter() - started)
         return self._copy.network
 
-    def _decoder(self, rows: int, longest: int, decoding: Decoding) -> tuple[Decoder, Step]:
-        """A decoder for that many rows and prompts of at most ``longest`` tokens.
+    def _decoder(
+        self, rows: int, prompts: Sequence[Sequence[int]], decoding: Decoding
+    ) -> tuple[Decoder, Step]:
+        """A decoder for that many rows behind these prompts, which has begun with what they share.
 
         With graphs, the one whose graphs are captured, if it is large enough.
         """
-        network, slots = self._network(), decoder_slots(rows, self.batch_rows)
-        length = cache_len(longest + decoding.max_new_tokens, self._captures)
+        network, slots, captures = self._network(), decoder_slots(rows, self.batch_rows), self._captures
+        prefix = prompts[0][: shared_prefix(prompts)]
+        longest = max(map(len, prompts)) + decoding.max_new_tokens
+        length = cache_len(longest if captures else longest - len(prefix), captures)
 
         def decoder_of(slots: int, length: int) -> Decoder:
             return Decoder(network, self.policy.head_weight, self.policy.dtype, decoding, slots, length)
 
-        if not self._captures:
+        if not captures:
             decoder = decoder_of(slots, length)
+            decoder.begin(prefix, in_slots=False)
             return decoder, decoder.step
         graphs = self._graphs
         if graphs is not None and not graphs.fits(slots, length):  # grow in both: calls must not alternate
@@ -120,6 +126,7 @@ class NativeSampler(Sampler):
         if graphs is None:
             graphs = self._graphs = Graphs(decoder_of(slots, length))
         graphs.decoder.decoding = decoding
+        graphs.decoder.begin(prefix)
         graphs.adapter = self.merged or self.policy.adapter_on
         return graphs.decoder, graphs.step
 

@@ -293,16 +293,16 @@ def test_slots_before_a_step(straight: Path, learner: Learner, monkeypatch: pyte
         slots_now(learner, ProblemStream(stream.take(0, 9), 0))
 
 
-def test_the_longest_prompt_is_that_of_all_problems_within_reach(straight: Path, learner: Learner) -> None:
+def test_the_prompts_are_those_of_all_problems_within_reach(straight: Path, learner: Learner) -> None:
     """If every draw is right, a slot comes to K problems in a step; the cache must have room for each."""
     stream, tokens = stream_of(straight), learner.policy.encode_prompt
-    lengths = [len(tokens(stream.at(at).question)[1]) for at in range(3 * P)]
+    ids = [tokens(stream.at(at).question)[1] for at in range(3 * P)]
     later = 0
     with Grader() as grader:
         for i in range(P):
             asking = Asking(learner, stream, Scorer(grader, "regex:a"), [i], [Slot(i)], 1)
-            assert asking.longest_prompt == max(lengths[i], lengths[i + P])
-            later += lengths[i + P] > lengths[i]
+            assert asking.prompts == [ids[i], ids[i + P]]
+            later += len(ids[i + P]) > len(ids[i])
     assert later > 10
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from empg_lite.core.sizes import LOGIT_CHUNK
 from empg_lite.em import m_step_loss
-from empg_lite.loop.batching import HEAD_AGAIN, packed_batches
+from empg_lite.loop.batching import PREFIX_AGAIN, packed_batches
 from empg_lite.policy import load_policy
 from empg_lite.policy.logprobs import chosen_logprobs, head_loss
-from empg_lite.policy.packing import SHARED_FROM, Rows, pack, packed_hidden, packed_prompts, shared_head
+from empg_lite.policy.packing import SHARED_FROM, Rows, pack, packed_hidden, packed_prompts, shared_prefix
 from empg_lite.policy.policy import Policy, collate
 from empg_lite.recipe.schema import ModelSection
 
@@ -33,7 +33,7 @@ PAIRS: list[Pair] = [
     (SECOND, (60, 61, 62, 63, 64, 65, 256)),
     (FIRST, (40, 41, 99)),
 ]
-#: The same behind a head of twenty tokens; what all prompts share is one longer.
+#: The same behind a prefix of twenty tokens; what all prompts share is one longer.
 HEAD = tuple(range(100, 120))
 HEADED: list[Pair] = [((*HEAD, *prompt), completion) for prompt, completion in PAIRS]
 both = pytest.mark.parametrize("pairs", [PAIRS, HEADED], ids=["apart", "headed"])
@@ -94,28 +94,28 @@ def test_a_head_that_all_prompts_share_is_packed_once() -> None:
         9,
         6,
         *apart.ids.tolist()[7:],
-    ]  # the head, then the rest
+    ]  # the prefix, then the rest
     assert packed.positions.tolist()[:26] == [*range(25), 21]
     assert packed.positions.tolist()[26:] == [at + 20 for at in apart.positions.tolist()[7:]]
     before = [packed.ids[i].item() for i in packed.scored]
     assert before == [apart.ids[i].item() for i in apart.scored]
     rows = packed.prompts.pad(packed.ids)
     assert rows[0].tolist() == [*HEAD, *FIRST] and rows[1, :22].tolist() == [*HEAD, *SECOND]
-    own = packed.prompts.unpad(rows[:, packed.prompts.head :])
+    own = packed.prompts.unpad(rows[:, packed.prompts.prefix :])
     assert own.tolist() == [6, 7, 8, 9, 6]  # behind HEAD and 5
     short = [((*HEAD[:10], *prompt), completion) for prompt, completion in PAIRS]
-    assert len(pack(short).ids) == len(apart.ids) + 20  # too short a head to be worth it
+    assert len(pack(short).ids) == len(apart.ids) + 20  # too short a prefix to be worth it
 
 
 @given(
-    head=st.integers(0, 40),
+    prefix=st.integers(0, 40),
     tails=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), min_size=1, max_size=4),
 )
-def test_a_shared_head_leaves_every_prompt_as_it_is(head: int, tails: list[list[int]]) -> None:
-    prompts = [[*range(10, 10 + head), *tail] for tail in tails]
-    shared = shared_head(prompts)
+def test_a_shared_prefix_leaves_every_prompt_as_it_is(prefix: int, tails: list[list[int]]) -> None:
+    prompts = [[*range(10, 10 + prefix), *tail] for tail in tails]
+    shared = shared_prefix(prompts)
     assert all(p[:shared] == prompts[0][:shared] and shared < len(p) for p in prompts)
-    assert shared >= head or len(prompts) == 1 or head < SHARED_FROM
+    assert shared >= prefix or len(prompts) == 1 or prefix < SHARED_FROM
     ids, positions = (torch.tensor(t) for t in packed_prompts(prompts, shared))
     rows = Rows.of([len(p) for p in prompts], 0, torch.device("cpu"), shared)
     for row, at, end, prompt in zip(rows.pad(ids), rows.pad(positions), rows.ends, prompts, strict=True):
@@ -301,20 +301,20 @@ def test_head_loss_never_holds_full_logits() -> None:
 @given(
     sizes=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 30)), min_size=1, max_size=40),
     budget=st.integers(1, 200),
-    head=st.sampled_from([0, 30]),
+    prefix=st.sampled_from([0, 30]),
 )
 def test_packed_batches_hold_every_row_once_within_the_budget(
-    sizes: list[tuple[int, int]], budget: int, head: int
+    sizes: list[tuple[int, int]], budget: int, prefix: int
 ) -> None:
     tails = [tuple(range(1, n + 2)) + (which,) for which, n in enumerate((3, 9, 1, 20, 7, 12))]
-    prompts = [(*range(50, 50 + head), *tail) for tail in tails]
+    prompts = [(*range(50, 50 + prefix), *tail) for tail in tails]
     rows = {i: (prompts[which], n) for i, (which, n) in enumerate(sizes)}
     batches = packed_batches(rows, budget)
     assert sorted(i for batch in batches for i in batch) == list(range(len(rows)))
     for batch in batches:
         prompts_of = {rows[i][0] for i in batch}
-        ids, _ = packed_prompts(sorted(prompts_of), shared_head(sorted(prompts_of)))
-        again = (len(prompts_of) - 1) * (shared_head(prompts) // HEAD_AGAIN)
+        ids, _ = packed_prompts(sorted(prompts_of), shared_prefix(sorted(prompts_of)))
+        again = (len(prompts_of) - 1) * (shared_prefix(prompts) // PREFIX_AGAIN)
         assert len(ids) + again + sum(rows[i][1] for i in batch) <= budget or len(batch) == 1
     # a problem that fits is never cut
     for prompt in {p for p, _ in rows.values()}:

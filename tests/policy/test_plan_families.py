@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -100,14 +101,14 @@ def test_an_m_step_allocates_what_the_plan_says(folder_of, name: str, itemsize: 
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "again"])
-@pytest.mark.parametrize("head, budget", [(126, 900), (1000, 4000)])
+@pytest.mark.parametrize("prefix, budget", [(126, 900), (1000, 4000)])
 @pytest.mark.parametrize("name", BY_KIND)
-def test_a_shared_head_takes_no_more_than_the_plan_says(  # type: ignore[no-untyped-def]
-    folder_of, name: str, head: int, budget: int, again: bool
+def test_a_shared_prefix_takes_no_more_than_the_plan_says(  # type: ignore[no-untyped-def]
+    folder_of, name: str, prefix: int, budget: int, again: bool
 ) -> None:
-    """A micro-batch filled by rows whose head is computed once; one row a problem, hence the most keys."""
-    s = replace(BASE, problems=40, samples=1, prompt_tokens=head + 30, new_tokens=24, checkpointing=again)
-    pairs = [((*(1,) * head, *range(10 + i, 40 + i)), (3,) * 24) for i in range(s.problems)]
+    """A micro-batch filled by rows whose prefix is computed once; one row a problem, hence the most keys."""
+    s = replace(BASE, problems=40, samples=1, prompt_tokens=prefix + 30, new_tokens=24, checkpointing=again)
+    pairs = [((*(1,) * prefix, *range(10 + i, 40 + i)), (3,) * 24) for i in range(s.problems)]
     predicted, found = m_step_beside_plan(folder_of(name), replace(s, micro_batch_tokens=budget), pairs)
     assert 0.5 * predicted < found <= predicted
 
@@ -130,9 +131,9 @@ def test_an_e_step_takes_what_the_plan_says(  # type: ignore[no-untyped-def]
     if itemsize == 2:
         attention = decoder._attention
 
-        def copying(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        def copying(q: Tensor, k: Tensor, *rest: Any) -> Tensor:
             k.clone()
-            return attention(q, k, v, mask)
+            return attention(q, k, *rest)
 
         monkeypatch.setattr(decoder, "_attention", copying)
     plan, found = sample_beside_plan(folder_of(name), replace(BASE, itemsize=itemsize, merged=True, **change))

@@ -27,8 +27,8 @@ from empg_lite.sampler.native import NativeSampler
 
 PROMPTS = [(1, 2, 3, 4, 5, 6, 7), (9, 8), (5,)]
 OWNER, KEYS = [0, 0, 1, 2, 2], [11, 12, 13, 14, 15]
-#: The same behind a head that all of them share.
-HEADED = [(*range(20, 40), *prompt) for prompt in PROMPTS]
+#: What prompts may begin with.
+PREFIX = tuple(range(20, 40))
 
 
 def own_logprobs(policy: Policy, ids: list[int]) -> Tensor:
@@ -38,16 +38,20 @@ def own_logprobs(policy: Policy, ids: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize("load_in_4bit", [False, True])
-@pytest.mark.parametrize(("merged", "prompts"), [(False, PROMPTS), (True, PROMPTS), (False, HEADED)])
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize(("prefix", "in_slots"), [((), True), (PREFIX, True), (PREFIX, False)])
 def test_every_drawn_token_has_the_models_own_probability(
-    model_dir: Path, merged: bool, prompts: list[tuple[int, ...]], load_in_4bit: bool
+    model_dir: Path, merged: bool, prefix: tuple[int, ...], in_slots: bool, load_in_4bit: bool
 ) -> None:
     """Rows of ragged prompts; slots are compacted on the way, and new prompts start while others continue."""
     policy = load_fixture_policy(model_dir, load_in_4bit=load_in_4bit)
     network = MergedCopy(policy.causal, torch.float32).network if merged else policy.network
+    prompts, new = [prefix + prompt for prompt in PROMPTS], (*prefix, 3, 3, 3)
     rows = [list(prompts[o]) for o in OWNER]
     with torch.no_grad():
-        decoder = Decoder(network, policy.head_weight, torch.float32, Decoding(20), 6, 50)
+        room = 20 + in_slots * len(prefix)
+        decoder = Decoder(network, policy.head_weight, torch.float32, Decoding(20), 6, room)
+        decoder.begin(prefix, in_slots)
         decoder.prefill(prompts, OWNER, KEYS, range(len(OWNER)))
         for step in range(8):
             seen = max(map(len, rows)) + 1
@@ -60,8 +64,8 @@ def test_every_drawn_token_has_the_models_own_probability(
                 assert came_from == [0, 4, 2]  # one row moves, into the hole
                 rows = [rows[slot] for slot in came_from]
             if step == 5:
-                decoder.prefill([(3, 3, 3)], [0, 0], [16, 17], range(3, 5))
-                rows += [[3, 3, 3], [3, 3, 3]]
+                decoder.prefill([new], [0, 0], [16, 17], range(3, 5))
+                rows += [[*new], [*new]]
                 for row, place in zip(rows[3:], (3, 4), strict=True):
                     row.append(int(decoder.tokens[place]))
             decoder.step(len(rows), seen)
@@ -116,11 +120,14 @@ def test_sampling_follows_the_adapter_and_leaves_the_base_alone(model_dir: Path)
 
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("batch_rows", [None, 1, 20, 64])
-def test_greedy_equals_generate_on_64_prompts(policy, merged: bool, batch_rows: int | None) -> None:  # type: ignore[no-untyped-def]
-    """Prefill once, compact slots, reuse slots: no token changes."""
+@pytest.mark.parametrize("prefix", [(), PREFIX])
+def test_greedy_equals_generate_on_64_prompts(  # type: ignore[no-untyped-def]
+    policy, merged: bool, batch_rows: int | None, prefix: tuple[int, ...]
+) -> None:
+    """Prefill once, compact slots, reuse slots, compute what all share apart: no token changes."""
     from empg_lite.sampler.generate import GenerateSampler
 
-    prompts, decoding = prompts_of(policy, 64, 1), Decoding(24, 0.0)
+    prompts, decoding = [Prompt(prefix + p.ids, p.keys) for p in prompts_of(policy, 64, 1)], Decoding(24, 0.0)
     ours = NativeSampler(policy, batch_rows, merged).sample(prompts, decoding)
     assert ids_of(ours) == ids_of(GenerateSampler(policy).sample(prompts, decoding))
 

@@ -93,7 +93,7 @@ def test_out_of_memory_changes_no_sample(
     sampler.take_turns(quiz, DECODING)
     assert quiz.drawn == by_waves and sampler.batch_rows == 10
     monkeypatch.setattr(Decoder, "__init__", rows_at_once(4))
-    with pytest.raises(OutOfMemory, match=f"8 rows of {quiz.longest_prompt + 10} tokens do not fit"):
+    with pytest.raises(OutOfMemory, match=f"8 rows of {max(map(len, quiz.prompts)) + 10} tokens do not fit"):
         sampler.take_turns(Quiz(stops, SLOTS, DRAWS), DECODING)
 
 
@@ -165,8 +165,8 @@ def test_captured_steps_draw_the_same(
 PROMPTS = [(1, 2, 3, 4, 5, 6, 7), (9, 8), (5,), (20, 21, 22)]
 
 
-def decoder_of(policy: Policy) -> Decoder:
-    return Decoder(policy.network, policy.head_weight, torch.float32, Decoding(20), 10, 30)
+def decoder_of(policy: Policy, cache_len: int = 30) -> Decoder:
+    return Decoder(policy.network, policy.head_weight, torch.float32, Decoding(20), 10, cache_len)
 
 
 def tokens_of(decoder: Decoder, rows: list[int], n: int, context: int, drawn: int) -> tuple[list[Any], Any]:
@@ -181,19 +181,23 @@ def tokens_of(decoder: Decoder, rows: list[int], n: int, context: int, drawn: in
 
 
 @torch.no_grad()
-def test_a_restarted_row_draws_what_a_fresh_one_does(stops: Policy) -> None:
-    fresh, used = decoder_of(stops), decoder_of(stops)
+@pytest.mark.parametrize("prefix", [(), tuple(range(30, 50))])
+def test_a_restarted_row_draws_what_a_fresh_one_does(stops: Policy, prefix: tuple[int, ...]) -> None:
+    """The fresh one has the whole prompts in its slots, the other one what follows the prefix."""
+    fresh, used = decoder_of(stops, 50), decoder_of(stops)
+    prompts, seen = [prefix + prompt for prompt in PROMPTS], len(prefix) + 8
     rows, keys = list(range(4)), [31, 32, 33, 34]
-    fresh.prefill(PROMPTS, rows, keys, rows)
-    expected = tokens_of(fresh, rows, 8, 8, 1)
-    used.prefill(PROMPTS, rows, [11, 12, 13, 14], rows)
-    first, _ = tokens_of(used, rows, 6, 8, 1)
+    fresh.prefill(prompts, rows, keys, rows)
+    expected = tokens_of(fresh, rows, 8, seen, 1)
+    used.begin(prefix, in_slots=False)
+    used.prefill(prompts, rows, [11, 12, 13, 14], rows)
+    first, _ = tokens_of(used, rows, 6, seen, 1)
     assert first != expected[0][:6]
-    used.restart(rows, PROMPTS, keys)
-    found = tokens_of(used, rows, 8, 8, 0)
+    used.restart(rows, prompts, keys)
+    found = tokens_of(used, rows, 8, seen, 0)
     assert found[0] == expected[0]
     torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-5)
-    assert used.lengths[:4].tolist() == [len(p) + 7 for p in PROMPTS] == fresh.lengths[:4].tolist()
+    assert used.lengths[:4].tolist() == [len(p) + 7 for p in prompts] == fresh.lengths[:4].tolist()
 
 
 @torch.no_grad()

@@ -42,8 +42,8 @@ class Quiz:
         return tuple(self.policy.encode_prompt(chr(97 + question % 26) * (1 + 7 * question % 22))[1])
 
     @property
-    def longest_prompt(self) -> int:
-        return max(len(self.prompt(question)) for question in range(self.slots * (self.draws + 1)))
+    def prompts(self) -> list[tuple[int, ...]]:
+        return [self.prompt(question) for question in range(self.slots * (self.draws + 1))]
 
     def ask(self, slot: int) -> Ask | None:
         self._pending.pop(slot, None)

@@ -223,22 +223,21 @@ def cache_bytes_per_token(shape: Shape, itemsize: int) -> int:
 
 
 def kv_cache(shape: Shape, s: Settings, rows: int) -> int:
-    """Keys and values of all slots at full length, from the first token on; and each row's last hidden state,
-    which the draw reads."""
-    return rows * (s.cache_len * cache_bytes_per_token(shape, s.itemsize) + shape.hidden * s.itemsize)
+    """Keys and values of all slots at full length, from the first token on; on a GPU those of the prompts'
+    common prefix once more; and each row's last hidden state, which the draw reads."""
+    tokens = rows * s.cache_len + s.captures * s.prompt_tokens
+    return tokens * cache_bytes_per_token(shape, s.itemsize) + rows * shape.hidden * s.itemsize
 
 
 def prompt_pass(shape: Shape, s: Settings, prompts: int, rows_of_each: int) -> int:
-    """One prefill batch, at the larger of two moments.
-
-    In the MLP, with queries, keys, values and attention's output as padded rows. Where keys are copied for
-    each row that continues the prompt, or repeated for each query head (below sm80): rarely more, and never
-    for Qwen2.5. For all layers: the rotary angles, and (integers) source and target of each key of each row.
+    """One prefill batch, at the largest of three moments: in the MLP; where keys are copied for each row that
+    continues the prompt; with the heads' vectors (as much only in Qwen3-0.6B, where A is twice D).
+    For all layers: the rotary angles, and (integers) source and target of each key of each row.
     """
     tokens = max(min(PREFILL_TOKENS[s.device], prompts * s.prompt_tokens), s.prompt_tokens)
     copied = 3 * shape.hidden + 2 * shape.queries + (3 + rows_of_each) * shape.keys
-    by_rows = 2 * shape.queries + 2 * shape.keys
-    token = max(_through_mlp(shape) + by_rows, copied) + 2 * shape.head_dim
+    by_heads = 3 * shape.hidden + 5 * shape.queries + 6 * shape.keys
+    token = max(_through_mlp(shape), copied, by_heads) + 2 * shape.head_dim
     indices = rows_of_each * (17 + 8 * shape.kv_heads) + 16
     return tokens * (token * s.itemsize + indices)
 
