@@ -11,6 +11,7 @@ import torch
 from fixture_model import load_fixture_policy, perturb_adapter
 from sampling import ids_of, prompts_of, same_but_for_rounding
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from empg_lite.core.errors import OutOfMemory
 from empg_lite.core.sizes import GRAPH_ROWS, GRAPH_TOKENS, LOGIT_CHUNK, round_up
@@ -22,6 +23,7 @@ from empg_lite.policy.policy import Policy
 from empg_lite.recipe.schema import ModelSection
 from empg_lite.sampler import Decoding, Prompt
 from empg_lite.sampler.decoder import Decoder
+from empg_lite.sampler.decoder import _attention as decoder_attention
 from empg_lite.sampler.graphs import Graphs
 from empg_lite.sampler.native import NativeSampler
 
@@ -130,6 +132,47 @@ def test_greedy_equals_generate_on_64_prompts(  # type: ignore[no-untyped-def]
     prompts, decoding = [Prompt(prefix + p.ids, p.keys) for p in prompts_of(policy, 64, 1)], Decoding(24, 0.0)
     ours = NativeSampler(policy, batch_rows, merged).sample(prompts, decoding)
     assert ids_of(ours) == ids_of(GenerateSampler(policy).sample(prompts, decoding))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_a_prefix_attended_apart_is_one_attended_in_every_row(dtype: torch.dtype, tolerance: float) -> None:
+    """Against torch's own attention in float64, over the prefix's keys repeated before those of each row."""
+    generator = torch.Generator().manual_seed(0)
+    n, kv_heads, group, d, shared, own = 9, 3, 2, 16, 21, 7
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    q, k, v = some(n, kv_heads, group, d), some(n, kv_heads, own, d), some(n, kv_heads, own, d)
+    prefix = some(shared, kv_heads, d), some(shared, kv_heads, d)
+    mask = torch.zeros(n, 1, 1, own, dtype=dtype)
+    for row in range(n):
+        mask[row, ..., 1 + row % own :] = -torch.inf
+    found = decoder_attention(q, k, v, mask, prefix)
+    first = (t.transpose(0, 1).expand(n, -1, -1, -1) for t in prefix)
+    keys, values = (torch.cat(pair, 2).double() for pair in zip(first, (k, v), strict=True))
+    seen = torch.cat((torch.zeros(n, 1, 1, shared), mask), -1).double()
+    expected = scaled_dot_product_attention(q.double(), keys, values, attn_mask=seen)
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_what_prompts_share_takes_no_room_in_the_slots(policy, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    begun: list[tuple[int, int, int]] = []
+    real = Decoder.begin
+
+    def begin(self: Decoder, prefix: tuple[int, ...], in_slots: bool = True) -> None:
+        real(self, prefix, in_slots)
+        begun.append((len(prefix), self.offset, self.cache_len))
+
+    monkeypatch.setattr(Decoder, "begin", begin)
+    prompts = [Prompt(PREFIX + ids, (i,)) for i, ids in enumerate(PROMPTS)]
+    NativeSampler(policy).sample(prompts, Decoding(5))
+    NativeSampler(policy).sample(prompts[:1], Decoding(5))
+    longest = len(PREFIX) + len(PROMPTS[0]) + 5
+    assert begun[1::2] == [
+        (20, 20, longest - 20),
+        (0, 0, longest),
+    ]  # the first of each pair is the constructor's
 
 
 def test_finished_rows_stay_in_their_slot(model_dir: Path) -> None:
