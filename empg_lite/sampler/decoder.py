@@ -1,6 +1,6 @@
 """Batched decoding over a static KV cache.
 
-Each row owns a slot, where its tokens are cached from index 0 on, so cache index and position are the same:
+Each row owns a slot, where its tokens are cached from index 0 on, so cache index and position go together:
 there is no left padding, rows start and finish at any step, and keys move only when slots are compacted. A
 step reads and writes the same tensors every time, as captured graphs require: one graph for the network
 (``forward``), one for the draw (``draw_next``).
@@ -142,7 +142,7 @@ class Decoder:
         device, network, prefix = self.head.device, self.network, self._prefix_len
         rows = Rows.of([len(p) for p in prompts], 0, device, prefix)
         own = [(token, at) for p in prompts for at, token in enumerate(p) if at >= prefix]
-        ids, positions = torch.tensor(own, device=device).T
+        ids, positions = (torch.tensor(column, device=device) for column in zip(*own, strict=True))
         source, target = self._copies(rows, number, rows_of)
         behind = behind_prefix(rows, network.heads // network.kv_heads, self._hidden.dtype)
 
