@@ -113,7 +113,7 @@ def _given_up(record: Mapping[str, Any], said: bool) -> list[Finding]:
     if said or ended < LEAST_ENDED or given_up <= GIVEN_UP_WARN * ended:
         return []
     what = f"{given_up / ended:.0%} of the problems that ended were given up after sampler.tries"
-    return [Finding("given_up", what, "use easier problems, or raise sampler.tries")]
+    return [Finding("given_up", what, "if it stays so, use easier problems or fewer sampler.tries")]
 
 
 def _help_for_wrong(record: Mapping[str, Any]) -> str:
