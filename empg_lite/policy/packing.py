@@ -67,9 +67,9 @@ class Rows:
         real = columns < size  # (B, T)
         packed = start + columns + torch.where(columns < prefix, 0, before)
         gather = packed.masked_fill(~real, 0).to(device)
-        own = (
-            (packed - prefix).masked_fill(~real, 0)[:, prefix:].contiguous().to(device) if prefix else gather
-        )
+        own = gather
+        if prefix:
+            own = (packed - prefix).masked_fill(~real, 0)[:, prefix:].contiguous().to(device)
         scatter = real[:, prefix:].flatten().nonzero().squeeze(-1)
         return Rows(gather, own, scatter.to(device), size.squeeze(-1).to(device), prefix)
 
@@ -139,9 +139,7 @@ def pack(pairs: Sequence[tuple[Ids, Ids]], device: torch.device | str = "cpu") -
     prefix = shared_prefix(prompts)
     ids, positions = packed_prompts(prompts, prefix)
     prompt_tokens = len(ids)
-    ends = list(accumulate((len(p) - prefix for p in prompts), initial=prefix))[
-        1:
-    ]  # past each one's last token
+    ends = list(accumulate((len(p) - prefix for p in prompts), initial=prefix))[1:]  # past its last token
     scored: list[int] = []
     for (prompt, completion), which in zip(pairs, owner, strict=True):
         start = len(ids)
@@ -255,9 +253,8 @@ def attend_behind(rows: Rows, behind: Tensor | None, q: Tensor, k: Tensor, v: Te
     """
     own = q.index_select(0, rows.own.flatten()).view(*rows.own.shape, *q.shape[1:])  # (P, T - prefix, H, d)
     if behind is None:
-        return rows.unpad(
-            causal_attention(own.transpose(1, 2), k, v).transpose(1, 2)
-        )  # padding is last: never seen
+        attended = causal_attention(own.transpose(1, 2), k, v)  # padding is last: never seen
+        return rows.unpad(attended.transpose(1, 2))
     out = F.scaled_dot_product_attention(_folded(own, k.shape[1]), k, v, attn_mask=behind)
     return rows.unpad(_unfolded(out, own.shape[1]))
 

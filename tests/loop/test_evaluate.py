@@ -145,6 +145,11 @@ def stored(out: Path) -> dict[str, bytes]:
     return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*.json*"))}
 
 
+def written(out: Path) -> int:
+    """Bytes written so far; a temporary file may vanish while one looks."""
+    return sum(p.stat().st_size for p in out.rglob("[!.]*.json*"))
+
+
 def kill_and_repeat(run: Path, out: Path, kills: int) -> dict[str, Any]:
     """Kill the command ``kills`` times, each time after it has written more, then let it end.
 
@@ -153,8 +158,8 @@ def kill_and_repeat(run: Path, out: Path, kills: int) -> dict[str, Any]:
     rng = random.Random(kills)
     while kills:
         victim = subprocess.Popen(command(run, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        before, deadline = sum(map(len, stored(out).values())), time.monotonic() + 120
-        while victim.poll() is None and sum(map(len, stored(out).values())) <= before:
+        before, deadline = written(out), time.monotonic() + 120
+        while victim.poll() is None and written(out) <= before:
             assert time.monotonic() < deadline
             time.sleep(0.005)
         time.sleep(rng.random() * 0.05)
