@@ -227,8 +227,8 @@ PAIRS = [
     for i in range(6)
 ]
 #: The same behind a prefix that packing shares.
-HEADED = [((*range(100, 140), *prompt), completion) for prompt, completion in PAIRS]
-both = pytest.mark.parametrize("pairs", [PAIRS, HEADED], ids=["apart", "prefixed"])
+PREFIXED = [((*range(100, 140), *prompt), completion) for prompt, completion in PAIRS]
+both = pytest.mark.parametrize("pairs", [PAIRS, PREFIXED], ids=["apart", "prefixed"])
 
 
 @everywhere

@@ -34,9 +34,9 @@ PAIRS: list[Pair] = [
     (FIRST, (40, 41, 99)),
 ]
 #: The same behind a prefix of twenty tokens; what all prompts share is one longer.
-HEAD = tuple(range(100, 120))
-HEADED: list[Pair] = [((*HEAD, *prompt), completion) for prompt, completion in PAIRS]
-both = pytest.mark.parametrize("pairs", [PAIRS, HEADED], ids=["apart", "headed"])
+PREFIX = tuple(range(100, 120))
+PREFIXED: list[Pair] = [((*PREFIX, *prompt), completion) for prompt, completion in PAIRS]
+both = pytest.mark.parametrize("pairs", [PAIRS, PREFIXED], ids=["apart", "prefixed"])
 
 
 def alone(policy: Policy, pair: Pair) -> Tensor:
@@ -84,9 +84,9 @@ def test_a_pack_holds_every_prompt_once() -> None:
 
 
 def test_a_head_that_all_prompts_share_is_packed_once() -> None:
-    packed, apart = pack(HEADED), pack(PAIRS)
+    packed, apart = pack(PREFIXED), pack(PAIRS)
     assert packed.ids.tolist() == [
-        *HEAD,
+        *PREFIX,
         5,
         6,
         7,
@@ -100,10 +100,10 @@ def test_a_head_that_all_prompts_share_is_packed_once() -> None:
     before = [packed.ids[i].item() for i in packed.scored]
     assert before == [apart.ids[i].item() for i in apart.scored]
     rows = packed.prompts.pad(packed.ids)
-    assert rows[0].tolist() == [*HEAD, *FIRST] and rows[1, :22].tolist() == [*HEAD, *SECOND]
+    assert rows[0].tolist() == [*PREFIX, *FIRST] and rows[1, :22].tolist() == [*PREFIX, *SECOND]
     own = packed.prompts.unpad(rows[:, packed.prompts.prefix :])
-    assert own.tolist() == [6, 7, 8, 9, 6]  # behind HEAD and 5
-    short = [((*HEAD[:10], *prompt), completion) for prompt, completion in PAIRS]
+    assert own.tolist() == [6, 7, 8, 9, 6]  # behind PREFIX and 5
+    short = [((*PREFIX[:10], *prompt), completion) for prompt, completion in PAIRS]
     assert len(pack(short).ids) == len(apart.ids) + 20  # too short a prefix to be worth it
 
 

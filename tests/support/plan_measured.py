@@ -58,7 +58,7 @@ def kept_by_a_block(model: Path, s: Settings, pairs: Pairs) -> int:
 
 
 def pairs_of(s: Settings) -> Pairs:
-    """A whole step at its longest: P prompts that share no head, K completions of each."""
+    """A whole step at its longest: P prompts that share no prefix, K completions of each."""
     prompts = [(2 + i,) + (1,) * (s.prompt_tokens - 1) for i in range(s.problems)]
     return [(prompt, (2,) * s.new_tokens) for prompt in prompts for _ in range(s.samples)]
 
