@@ -66,6 +66,7 @@ class Setting:
             problem as much as those of a solved one (``group``).
         kl_stop: of the EM arms, nats a token; None leaves the package's default.
         test: evaluate on the test problems; False: on the validation rows, for choosing a rate.
+        examined: steps after which the run is evaluated as at its end, and goes on; None: only at its end.
     """
 
     task: str
@@ -86,6 +87,7 @@ class Setting:
     test: bool = True
     tries: int | None = None
     warmup: int | None = None
+    examined: int | None = None
 
     def overrides(self) -> list[str]:
         """What differs from the task's recipe."""
@@ -112,7 +114,7 @@ def train_arm(setting: Setting) -> dict[str, Any]:
 
     Returns:
         The setting, its curve (a record a step; ``greedy`` on validation rows every ten), and the figures of
-        the evaluation at the end.
+        the evaluation at the end; under ``examined`` those of the one on the way.
     """
     torch.set_num_threads(1)
     learner = _learner(setting)
@@ -124,10 +126,15 @@ def train_arm(setting: Setting) -> dict[str, Any]:
     sampler = learner.sampler()
     clock = time.perf_counter if learner.policy.device.type == "cuda" else time.process_time
     worn: deque[list[Tensor]] = deque(maxlen=setting.stale + 1)  # the adapters of the last E-steps
-    memory, curve, seconds = SuccessMemory(setting.memory), [], 0.0
+    memory, curve, seconds, on_the_way = SuccessMemory(setting.memory), [], 0.0, {}
     with Grader() as grader:
         evaluator = Evaluator(learner, sampler, grader, View())
         e_step = EStep(setting, learner, sampler, grader, ProblemStream(train, setting.seed))
+
+        def figures() -> dict[str, Any]:
+            spent = {"seconds": seconds, "samples": e_step.samples, "seen": len(e_step.seen)}
+            return spent | _examine(evaluator, test if setting.test else validation, setting.test)
+
         for step in range(1, setting.steps + 1):
             started = clock()
             worn.append(_adapter(learner.policy))
@@ -143,11 +150,12 @@ def train_arm(setting: Setting) -> dict[str, Any]:
             curve.append(_record(step, e_step.drawn, seconds, updates))
             if step % 10 == 0:
                 curve[-1]["greedy"] = evaluator.evaluate(validation[:CURVE]).summary()["pass@1"]
-        figures = _examine(evaluator, test if setting.test else validation, setting.test)
-        figures |= {"samples": e_step.samples, "seen": len(e_step.seen)}
+            if step == setting.examined:
+                on_the_way = {"examined": figures()}
+        at_the_end = figures()
         if setting.pool:
-            figures["hardest"] = _hardest(learner, evaluator, train)
-    return {"setting": asdict(setting), "seconds": seconds, **figures, "curve": curve}
+            at_the_end["hardest"] = _hardest(learner, evaluator, train)
+    return {"setting": asdict(setting), **at_the_end, **on_the_way, "curve": curve}
 
 
 class EStep:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import mean
 from typing import Any
 
 from arms import Setting
-from empg_vs_grpo import ON_TINY, REAL
+from empg_vs_grpo import CPU_SEEDS, ON_TINY, REAL, on_a_cpu
 from empg_vs_grpo_report import difference, greedy, points, seeds_won, t1, table, there
 from study import Results, Study
 
@@ -15,6 +15,7 @@ from empg_lite.core.bundled import BUNDLED
 
 #: Chooses a method's runs; KeyError while what it depends on is missing.
 Choice = Callable[[Results, str], list[Setting]]
+Run = dict[str, Any]
 
 
 def shapes_table(study: Study, results: Results) -> str:
@@ -50,38 +51,56 @@ def methods_table(study: Study, results: Results, choose: Choice) -> str:
     """Every method at its best; '' until the runs of the first are there."""
     if _runs(results, choose, study.ours) is None:
         return ""
-    rows = []
-    for method in study.methods:
-        runs = _runs(results, choose, method)
-        if runs is None:
-            continue
+    found = [(method, _runs(results, choose, method)) for method in study.methods]
+    return cost_table([(m, r) for m, r in found if r], "CPU s" if study.task in BUNDLED else "s")
+
+
+def cost_table(rows: Sequence[tuple[str, Sequence[Run]]], seconds: str) -> str:
+    """What each row's runs reached, and for how much."""
+    cells = []
+    for name, runs in rows:
         setting = runs[0]["setting"]
-        cells = [
-            method,
-            f"{setting['problems']} × {setting['samples']}",
-            f"{setting['rate']:g}",
-            *(points([figure(r) for r in runs]) for figure in (greedy, t1, pass8)),
-            f"{mean(r['samples'] for r in runs):.0f}",
-            f"{mean(r['seen'] for r in runs):.0f}",
-            f"{mean(r['seconds'] for r in runs):.0f}",
-        ]
-        rows.append(cells)
-    seconds = "CPU s" if study.task in BUNDLED else "s"
-    return table(f"method|P × K|rate|greedy|T=1|pass@8|samples|problems|{seconds}".split("|"), rows)
+        shape = [name, f"{setting['problems']} × {setting['samples']}", f"{setting['rate']:g}"]
+        reached = [points([figure(r) for r in runs]) for figure in (greedy, t1, pass8)]
+        spent = [f"{mean(r[what] for r in runs):.0f}" for what in ("samples", "seen", "seconds")]
+        cells.append(shape + reached + spent)
+    return table(f"method|P × K|rate|greedy|T=1|pass@8|samples|problems|{seconds}".split("|"), cells)
 
 
 def ahead_table(study: Study, results: Results, choose: Choice) -> str:
     """EMPG with tries minus each method, seed by seed."""
-    ours, rows = _runs(results, choose, study.ours), []
-    for method in list(study.methods)[1:]:
-        theirs = _runs(results, choose, method)
-        if ours is None or theirs is None:
-            continue
-        gains = [difference(ours, theirs, figure) for figure in (greedy, t1, pass8)]
+    ours = _runs(results, choose, study.ours)
+    found = [(method, _runs(results, choose, method)) for method in list(study.methods)[1:]]
+    theirs = [(method, runs) for method, runs in found if runs]
+    return gain_table(ours, theirs, "EMPG, tries minus") if ours and theirs else ""
+
+
+def gain_table(ours: Sequence[Run], theirs: Sequence[tuple[str, Sequence[Run]]], title: str) -> str:
+    """Ours minus each row of theirs, paired by seed."""
+    cells = []
+    for name, runs in theirs:
+        gains = [difference(ours, runs, figure) for figure in (greedy, t1, pass8)]
         won = [seeds_won(gain) for gain in gains[:2]]
-        cells = [points(gain, signed=True) for gain in gains]
-        rows.append([method, cells[0], won[0], cells[1], won[1], cells[2]])
-    return table("EMPG, tries minus|greedy|seeds won|T=1|seeds won|pass@8".split("|"), rows) if rows else ""
+        text = [points(gain, signed=True) for gain in gains]
+        cells.append([name, text[0], won[0], text[1], won[1], text[2]])
+    return table(f"{title}|greedy|seeds won|T=1|seeds won|pass@8".split("|"), cells)
+
+
+def cpu_tables(results: Results) -> dict[str, str]:
+    """The real model on a CPU: three tries, and Dr.GRPO after as many samples and after as long."""
+    pairs = [[results.get(setting) for setting in on_a_cpu(seed)] for seed in CPU_SEEDS]
+    both = [(a, b) for a, b in pairs if a and b]
+    if len(both) < len(pairs):
+        return {}
+    ours, longer = [a for a, _ in both], [b for _, b in both]
+    theirs = [
+        ("Dr.GRPO, equal samples", [{**run, **run["examined"]} for run in longer]),
+        ("Dr.GRPO, equal time", longer),
+    ]
+    return {
+        "real-cpu": cost_table([("EMPG, 3 tries", ours), *theirs], "CPU s"),
+        "real-cpu-ahead": gain_table(ours, theirs, "EMPG, 3 tries minus"),
+    }
 
 
 def earlier_table(study: Study, results: Results) -> str:
@@ -122,7 +141,7 @@ def method_tables(results: Results) -> dict[str, str]:
         ("methods-stale", ON_TINY, changed(ON_TINY, stale=4)),
         *((task, study, changed(study)) for task, study in REAL.items()),
     ]
-    found = {"shapes": shapes_table(ON_TINY, results)}
+    found = {"shapes": shapes_table(ON_TINY, results), **cpu_tables(results)}
     found |= {f"{task}-shapes": shapes_table(study, results) for task, study in REAL.items()}
     found |= {f"{task}-earlier": earlier_table(study, results) for task, study in REAL.items()}
     for name, study, choose in kinds:

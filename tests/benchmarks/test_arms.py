@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import arms
@@ -197,6 +198,21 @@ def test_tries_in_an_arm_follow_the_rule() -> None:
             assert after.tries == (before.tries + 1 if goes_on else 1)
             assert (after.problem_id == before.problem_id) == goes_on
     assert len(e_step.seen) == len({r.problem_id for step in rows for r in step}) > 16
+
+
+def test_an_examination_on_the_way_is_that_of_a_shorter_run_and_changes_nothing_after_it() -> None:
+    longer = Setting("tiny", "dr_grpo", 2e-2, 0, test=False, **SHORT)
+    on_the_way = arms.train_arm(replace(longer, examined=2))
+    shorter, plain = arms.train_arm(replace(longer, steps=2)), arms.train_arm(longer)
+    timed = {"seconds", "setting", "curve", "examined"}
+    figures = [
+        {name: value for name, value in run.items() if name not in timed}
+        for run in (on_the_way["examined"], shorter, on_the_way, plain)
+    ]
+    assert figures[0] == figures[1] and figures[2] == figures[3] and figures[0] != figures[2]
+    assert [on_the_way["examined"]["samples"], on_the_way["samples"]] == [32, 48]
+    assert on_the_way["examined"]["seconds"] == pytest.approx(on_the_way["curve"][1]["seconds"], abs=1e-3)
+    assert "examined" not in plain
 
 
 def test_dynamic_sampling_keeps_groups_with_signal_and_counts_the_others() -> None:
