@@ -81,7 +81,8 @@ REAL = {
     for task in ("smollm2-135m", "smollm2-135m-gym")
 }
 
-#: Steps of Dr.GRPO that take about as long on a CPU as 30 with three tries: it fits few rows once most groups are right.
+#: Steps of Dr.GRPO that take about as long on a CPU as 30 with three tries: groups that are all right cost
+#: it no M-step.
 AS_LONG, CPU_SEEDS = 66, tuple(range(6))
 
 # --- which runs -----------------------------------------------------------------------------------
@@ -181,7 +182,7 @@ STAGES: dict[str, Callable[[Results], list[Setting]]] = {
     "methods-stale": lambda r: ON_TINY.every(r, stale=4),
     "sweep-relatives": lambda _: sweep(HARD, arms=("rloo", "raft")),
     "relatives": lambda r: chosen(r, HARD, ("rloo", "raft")),
-    # `--into benchmarks/results/real_cpu.jsonl.gz`: what else there is of this model ran on a card, in bfloat16.
+    # `--into benchmarks/results/real_cpu.jsonl.gz`: all else of this model ran on a card, in bfloat16.
     "real-cpu": lambda _: _each(CPU_SEEDS, on_a_cpu),
 }
 
