@@ -15,6 +15,7 @@ import torch
 from empg_lite.core.rationale import FAILURES, flatten
 from empg_lite.em import effective_sample_size, group_signal
 from empg_lite.loop.estep import reward_matrix
+from empg_lite.policy.packing import shared_prefix
 
 if TYPE_CHECKING:
     from empg_lite.core.rationale import Group, Rationale
@@ -112,9 +113,9 @@ def sampling_metrics(drawn: Drawn) -> dict[str, Any]:
     tokens = sum(len(r.completion_ids) for r in rows)
     return {
         "entropy": drawn.nats / max(tokens, 1),
-        "em/prompt_tokens": total.prompt_tokens,
+        "em/context_tokens": context_tokens(rows),
+        "time/prompt_tokens": total.prompt_tokens,
         "time/row_steps": total.row_steps,
-        "em/context_tokens": sum(context_tokens(r) for r in rows),
         "time/refresh": own.refresh_seconds,
         "time/graphs_captured": total.graphs_captured,
         "time/graphs_replayed": total.graphs_replayed,
@@ -141,8 +142,8 @@ def fit_metrics(stats: FitStats, rate: float, state: TrainState, rows: int) -> d
         "em/updates": stats.updates,
         "em/policy_step": state.policy_step,
         "em/skipped_nonfinite": stats.skipped_nonfinite,
-        "em/tokens_computed": stats.tokens_computed,
         **_loss_scale(stats),
+        "time/tokens_computed": stats.tokens_computed,
         "time/tokens_padded": stats.tokens_padded,
         **_drift_metrics(stats.drift),
     }
@@ -155,10 +156,14 @@ def _loss_scale(stats: FitStats) -> dict[str, float]:
     return {"em/loss_scale": stats.loss_scale, "em/loss_scale_halvings": stats.scale_halvings}
 
 
-def context_tokens(rationale: Rationale) -> int:
-    """Keys the completion's tokens attended to: entries read from one layer's KV cache."""
-    n = len(rationale.completion_ids)
-    return n * len(rationale.prompt_ids) + n * (n - 1) // 2
+def context_tokens(rows: Sequence[Rationale]) -> int:
+    """Keys that the completions' tokens attended to one by one: entries read from one layer's KV cache.
+
+    What all prompts share is left out, because one product can read it for all rows.
+    """
+    prefix = shared_prefix(list({r.prompt_ids for r in rows}))
+    tokens = [(len(r.prompt_ids) - prefix, len(r.completion_ids)) for r in rows]
+    return sum(n * prompt + n * (n - 1) // 2 for prompt, n in tokens)
 
 
 def _drift_metrics(drift: Drift | None) -> dict[str, float]:

@@ -22,6 +22,7 @@ from empg_lite.core.control import stop_point
 from empg_lite.core.errors import OutOfMemory, forget_frames, is_out_of_memory
 from empg_lite.em import Drift, denominator, drift, m_step_loss
 from empg_lite.loop.batching import packed_batches, whole_problems
+from empg_lite.policy.packing import shared_prefix
 from empg_lite.run.parallel import SINGLE, World
 
 if TYPE_CHECKING:
@@ -278,10 +279,12 @@ class _Fitter:
 
     def _size(self, batch: Sequence[int]) -> tuple[int, int]:
         """Tokens the linear layers see in a micro-batch, and positions attention sees, padding included."""
-        prompts = [len(ids) for ids in {self.rows[i].prompt_ids for i in batch}]  # once each
+        prompts = list({self.rows[i].prompt_ids for i in batch})  # once each
+        prefix = 0 if self.policy.shared_prefix else shared_prefix(prompts)  # Unsloth's pass repeats it
+        own = [len(ids) - prefix for ids in prompts]
         completions = [len(self.rows[i].completion_ids) - 1 for i in batch]  # the last token predicts nothing
-        padded = len(prompts) * max(prompts) + len(completions) * max(completions)
-        return sum(prompts) + sum(completions), padded
+        padded = prefix + len(own) * max(own) + len(completions) * max(completions)
+        return prefix + sum(own) + sum(completions), padded
 
     def _micro_batches(self, rows: Sequence[int]) -> list[list[int]]:
         sizes = {i: (self.rows[i].prompt_ids, len(self.rows[i].completion_ids)) for i in rows}

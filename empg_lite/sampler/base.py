@@ -53,7 +53,7 @@ class SampleWork:
     """What an engine has computed since it was created.
 
     Attributes:
-        prompt_tokens: prompt tokens prefilled.
+        prompt_tokens: prompt tokens computed; what all prompts share counts once a call.
         row_steps: rows computed, summed over decoding steps, finished rows included.
         tokens: tokens drawn and kept.
         refresh_seconds: time spent refreshing the merged copy of the weights.

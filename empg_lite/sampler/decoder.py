@@ -46,6 +46,7 @@ class Decoder:
         tokens, lengths, drawn, keys: ``(B,)`` for each slot: the next input token, the number of tokens
             before it, the number of completion tokens drawn so far, the key of its random numbers.
         logprobs: ``(B,)`` of ``tokens``.
+        prefix_len: L.
         offset: position of a slot's first token: 0, or L where the slots begin behind the prefix.
     """
 
@@ -84,7 +85,7 @@ class Decoder:
         """
         device = self.head.device
         self._prefix: list[tuple[Tensor, Tensor]] = []  # keys and values of each layer, (L, G, d)
-        self._prefix_len, self.offset = len(prefix), 0 if in_slots else len(prefix)
+        self.prefix_len, self.offset = len(prefix), 0 if in_slots else len(prefix)
         self.lengths.fill_(self.offset)
 
         def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -139,7 +140,7 @@ class Decoder:
         Returns:
             ``(P, D)`` hidden states of the prompts' last tokens.
         """
-        device, network, prefix = self.head.device, self.network, self._prefix_len
+        device, network, prefix = self.head.device, self.network, self.prefix_len
         rows = Rows.of([len(p) for p in prompts], 0, device, prefix)
         own = [(token, at) for p in prompts for at, token in enumerate(p) if at >= prefix]
         ids, positions = (torch.tensor(column, device=device) for column in zip(*own, strict=True))

@@ -108,6 +108,7 @@ class NativeSampler(Sampler):
         """
         network, slots, captures = self._network(), decoder_slots(rows, self.batch_rows), self._captures
         prefix = prompts[0][: shared_prefix(prompts)]
+        self.work += SampleWork(prompt_tokens=len(prefix))
         longest = max(map(len, prompts)) + decoding.max_new_tokens
         length = cache_len(longest if captures else longest - len(prefix), captures)
 

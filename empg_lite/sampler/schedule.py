@@ -50,6 +50,10 @@ class Schedule(ABC):
             self._append_tokens(range(len(self.running)))
         return self.work
 
+    def _own(self, prompts: Iterable[Sequence[int]]) -> int:
+        """Tokens of these prompts behind what all share, which has been computed."""
+        return sum(len(prompt) - self.decoder.prefix_len for prompt in prompts)
+
     @abstractmethod
     def _schedule(self) -> bool:
         """Fill rows where that pays; False when all samples are drawn, else at least one is running."""
@@ -144,7 +148,7 @@ class InGroups(Schedule):
         self.decoder.prefill([prompt.ids for prompt in chosen], owner, keys, rows)
         indices = [(i, k) for i in admitted for k in range(len(self.prompts[i].keys))]
         self.running += [_Sequence(index, len(self.prompts[index[0]].ids)) for index in indices]
-        self.work += SampleWork(prompt_tokens=sum(len(p.ids) for p in chosen), row_steps=len(indices))
+        self.work += SampleWork(prompt_tokens=self._own(p.ids for p in chosen), row_steps=len(indices))
         self._append_tokens(rows)
 
     def _ended(self, row: int, sequence: _Sequence, completion: Completion) -> None:
@@ -227,7 +231,7 @@ class InTurns(Schedule):
         for row, (slot, ask) in zip(rows, chosen, strict=True):
             self.running[row] = _Sequence((slot, 0), len(ask.prompt))
             self._prompts[slot] = ask.prompt
-        self.work += SampleWork(prompt_tokens=sum(map(len, prompts)), row_steps=n)
+        self.work += SampleWork(prompt_tokens=self._own(prompts), row_steps=n)
         self._append_tokens(rows)
 
     def _ended(self, row: int, sequence: _Sequence, completion: Completion) -> None:

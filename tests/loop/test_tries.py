@@ -128,7 +128,7 @@ def test_metrics_of_turns(straight: Path) -> None:
             for before_it, r in zip([None, *ordered], ordered, strict=False)
             if r.sample_index % K == 0 or (before_it and before_it.prompt_ids != r.prompt_ids)
         ]
-        assert record["em/prompt_tokens"] == sum(asked), "a prompt runs once"
+        assert record["time/prompt_tokens"] == sum(asked), "a prompt runs once"
         assert P < len(asked) < P * K
         before = list(after)
 

@@ -18,6 +18,7 @@ from empg_lite.loop.metrics import context_tokens
 from empg_lite.loop.mstep import FitSettings, m_step
 from empg_lite.policy.memory import profile as profiler
 from empg_lite.policy.memory.profile import Rates, fitting_floor, probe, profile, sampling_floor
+from empg_lite.policy.policy import Policy
 from empg_lite.run.rollouts import read_rollouts
 from empg_lite.sampler import Decoding, Prompt, SampleWork, make_sampler
 from empg_lite.sampler.decoder import Decoder
@@ -32,9 +33,9 @@ RECORD = {
     "em/rows_fitted": 6,
     "em/rows_skipped": 10,
     "time/row_steps": 250,
-    "em/prompt_tokens": 40,
+    "time/prompt_tokens": 40,
     "em/context_tokens": 5000,
-    "em/tokens_computed": 300,
+    "time/tokens_computed": 300,
     "time/tokens_padded": 400,
 }
 
@@ -144,11 +145,17 @@ def row(i: int, prompt: int, completion: int, weight: float) -> Rationale:
     )
 
 
+def looked_up(policy: Policy) -> list[int]:
+    """Tokens that the embedding looks up, a number for each pass from now on."""
+    places: list[int] = []
+    policy.causal.model.embed_tokens.register_forward_hook(lambda m, ids, out: places.append(ids[0].numel()))
+    return places
+
+
 def test_the_m_step_counts_tokens_and_padding(model_dir: Path) -> None:
     """Rows of 9, 7, 6, 4 tokens, two of one prompt (and one row of weight 0): what the embedding looks up."""
     policy = load_fixture_policy(model_dir)
-    places: list[int] = []
-    policy.causal.model.embed_tokens.register_forward_hook(lambda m, ids, out: places.append(ids[0].numel()))
+    places = looked_up(policy)
     rows = [row(i, *sizes) for i, sizes in enumerate(((5, 4, 1.0), (3, 4, 1.0), (3, 3, 1.0), (2, 2, 1.0)))]
     rows.append(row(4, 50, 50, 0.0))
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=1e-6)
@@ -161,8 +168,31 @@ def test_the_m_step_counts_tokens_and_padding(model_dir: Path) -> None:
     assert nothing.tokens_computed == nothing.tokens_padded == 0
 
 
-def test_context_counts_every_key_attended() -> None:
-    assert context_tokens(row(0, 5, 4, 1.0)) == 5 + 6 + 7 + 8
+def behind(i: int, own: int, completion: int) -> Rationale:
+    """A row whose prompt is 20 tokens that all share, and ``own`` of its own."""
+    return replace(row(i, 0, completion, 1.0), prompt_ids=(1,) * 20 + (3 + i,) * own)
+
+
+def test_what_all_prompts_share_is_counted_once(model_dir: Path) -> None:
+    """In the M-step as in the E-step: what the embedding looks up, with a prefix of 20 tokens."""
+    policy = load_fixture_policy(model_dir)
+    places = looked_up(policy)
+    rows = [behind(0, 5, 4), behind(1, 3, 4), behind(2, 2, 2)]
+    optimizer = torch.optim.AdamW(policy.trainable().values(), lr=1e-6)
+    stats = m_step(policy, optimizer, rows, FitSettings(1e-6, 1.0, 1, 0.005, "tokens", 50, 1000))
+    assert stats.tokens_computed == sum(places) == 20 + (5 + 3 + 2) + (3 + 3 + 1)
+    assert stats.tokens_padded == 20 + 3 * 5 + 3 * 3
+
+    places.clear()
+    sampler = make_sampler(policy, "native", 2, merged=False)
+    sampler.sample([Prompt(r.prompt_ids, (i,)) for i, r in enumerate(rows)], Decoding(1))
+    assert sampler.work.prompt_tokens == sum(places) == 20 + (5 + 3 + 2)
+
+
+def test_context_counts_every_key_that_only_one_row_reads() -> None:
+    assert context_tokens([row(0, 5, 4, 1.0)]) == 5 + 6 + 7 + 8
+    assert context_tokens([row(0, 5, 4, 1.0), row(0, 5, 2, 1.0)]) == 5 + 6 + 7 + 8 + 5 + 6
+    assert context_tokens([behind(0, 5, 3), behind(1, 3, 1)]) == 5 + 6 + 7 + 3
 
 
 def test_train_profiles_only_on_request(
@@ -182,7 +212,8 @@ def test_train_profiles_only_on_request(
     lines = (run / "metrics.jsonl").read_text().splitlines()
     records = [r for r in map(json.loads, lines) if "step_time" in r]
     assert sum(map(profiler.sampled_tokens, records)) == sum(len(r.completion_ids) for r in drawn)
-    assert sum(r["em/context_tokens"] for r in records) == sum(map(context_tokens, drawn))
+    steps = [[r for r in drawn if r.step == n] for n in (1, 2, 3)]
+    assert [r["em/context_tokens"] for r in records] == [context_tokens(rows) for rows in steps]
     skipped = sum(r.weight == 0 for r in drawn)
     assert found["rows_skipped"] == pytest.approx(skipped / len(drawn))
     assert 0 <= found["wasted_row_steps"] < 1 and found["of_floor"]["fitting"] > 0

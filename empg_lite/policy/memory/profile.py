@@ -108,7 +108,7 @@ def profile(
         },
         "wasted_row_steps": _share(total("time/row_steps") - tokens, total("time/row_steps")),
         "padding": _share(
-            total("time/tokens_padded") - total("em/tokens_computed"), total("time/tokens_padded")
+            total("time/tokens_padded") - total("time/tokens_computed"), total("time/tokens_padded")
         ),
         "rows_skipped": _share(total("em/rows_skipped"), total("em/rows_skipped") + total("em/rows_fitted")),
         "rates": asdict(rates),
@@ -137,7 +137,7 @@ def sampling_floor(shape: Shape, s: Settings, rates: Rates, tokens: int, total: 
     read = passes * (weights + shape.vocab * shape.hidden * s.itemsize)
     read += total("em/context_tokens") * cache_bytes_per_token(shape, s.itemsize)
     multiplied = 2 * tokens * (shape.linear_params + shape.vocab * shape.hidden)
-    prompts = 2 * total("em/prompt_tokens") * shape.linear_params
+    prompts = 2 * total("time/prompt_tokens") * shape.linear_params
     decoding = max(read / rates.bytes_per_second, multiplied / rates.flops_per_second)
     return decoding + prompts / rates.flops_per_second
 
@@ -145,7 +145,7 @@ def sampling_floor(shape: Shape, s: Settings, rates: Rates, tokens: int, total: 
 def fitting_floor(shape: Shape, rates: Rates, total: Total) -> float:
     """Least seconds of the M-step's products at the device's rate: forward, and backward to the inputs (the
     base is frozen). Recomputation, LoRA, attention and the head are left out."""
-    return 4 * total("em/tokens_computed") * shape.linear_params / rates.flops_per_second
+    return 4 * total("time/tokens_computed") * shape.linear_params / rates.flops_per_second
 
 
 def _share(part: float, whole: float) -> float:
