@@ -7,6 +7,7 @@ from typing import Any
 
 import arms
 import empg_vs_grpo
+import empg_vs_grpo_methods as methods
 import empg_vs_grpo_report as report
 import pytest
 import torch
@@ -155,6 +156,28 @@ def test_rates_are_chosen_on_their_own_seeds_and_differences_are_paired() -> Non
         line for line in table if "GRPO | +5.4 ± 0.2 | 8 of 8 | +2.7 ± 0.1 |" in line and "Dr" not in line
     ]
     assert report.row_of(results, "tiny-hard", "empg") is None
+
+
+def test_the_rival_on_a_cpu_is_taken_after_as_many_samples_and_after_as_long() -> None:
+    results: dict[Setting, dict[str, Any]] = {}
+    for seed in empg_vs_grpo.CPU_SEEDS:
+        ours, theirs = empg_vs_grpo.on_a_cpu(seed)
+        counts = {"samples": 1920, "seen": 700}
+        results[ours] = made(ours, 0.8 + 0.01 * seed) | counts
+        half_way = made(theirs, 0.7 + 0.01 * seed) | counts | {"seconds": 5.0}
+        del half_way["setting"], half_way["curve"]
+        assert not methods.cpu_tables(results)  # a pair is missing
+        results[theirs] = made(theirs, 0.815) | {"samples": 4224, "seen": 1056, "examined": half_way}
+    found = methods.cpu_tables(results)
+    rows = [line.strip("| ").split(" | ") for line in found["real-cpu"].splitlines()[2:]]
+    assert [(row[0], row[1], row[3][:4], row[6], row[8]) for row in rows] == [
+        ("EMPG, 3 tries", "64 × 1", "82.5", "1920", "10"),
+        ("Dr.GRPO, equal samples", "16 × 4", "72.5", "1920", "5"),
+        ("Dr.GRPO, equal time", "16 × 4", "81.5", "4224", "10"),
+    ]
+    # paired: ten points in each seed; then -1.5, -0.5, ... 3.5, half-width t(5) = 2.5706 times sd 1.8708 / sqrt(6)
+    assert "| +10.0 ± 0.0 | 6 of 6 | +5.0 ± 0.0 | 6 of 6 | +10.0 ± 0.0 |" in found["real-cpu-ahead"]
+    assert "| +1.0 ± 2.0 | 4 of 6 | +0.5 ± 1.0 | 4 of 6 | +1.0 ± 2.0 |" in found["real-cpu-ahead"]
 
 
 def test_intervals_against_scipy() -> None:
