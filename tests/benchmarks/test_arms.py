@@ -175,7 +175,7 @@ def test_the_rival_on_a_cpu_is_taken_after_as_many_samples_and_after_as_long() -
         ("Dr.GRPO, equal samples", "16 × 4", "72.5", "1920", "5"),
         ("Dr.GRPO, equal time", "16 × 4", "81.5", "4224", "10"),
     ]
-    # paired: ten points in each seed; then -1.5, -0.5, ... 3.5, half-width t(5) = 2.5706 times sd 1.8708 / sqrt(6)
+    # ten points in each seed; then -1.5, -0.5, ... 3.5, half-width t(5) = 2.5706 times sd 1.8708 / sqrt(6)
     assert "| +10.0 ± 0.0 | 6 of 6 | +5.0 ± 0.0 | 6 of 6 | +10.0 ± 0.0 |" in found["real-cpu-ahead"]
     assert "| +1.0 ± 2.0 | 4 of 6 | +0.5 ± 1.0 | 4 of 6 | +1.0 ± 2.0 |" in found["real-cpu-ahead"]
 
