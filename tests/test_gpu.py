@@ -27,9 +27,9 @@ from fixture_recipe import quick_recipe
 from little_memory import only, rows_at_once
 
 from empg_lite.core.rationale import Rationale
+from empg_lite.core.sizes import shared_prefix
 from empg_lite.loop import mstep
 from empg_lite.loop.train import train
-from empg_lite.policy.packing import shared_prefix
 from empg_lite.policy.policy import Policy
 from empg_lite.sampler import Decoding, Prompt, make_sampler, sample_key
 from empg_lite.sampler.decoder import Decoder

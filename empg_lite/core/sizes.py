@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 #: Elements of one fp32 chunk of logits, drawn from or scored: 6 MB on a CPU; 256 MB on a GPU, where narrower
 #: products waste the card.
 LOGIT_CHUNK = {"cpu": 3 << 19, "cuda": 1 << 26}
@@ -16,6 +18,8 @@ IDLE = 1 / 8
 GRAPH_ROWS, GRAPH_TOKENS = 16, 128
 #: Attention kernels on a GPU want strides of a multiple of this: lengths of a KV cache, columns of a mask.
 ALIGN = 8
+#: Prefixes shorter than this are repeated: they are not worth the indices.
+SHARED_FROM = 16
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -36,3 +40,13 @@ def decoder_slots(rows: int, limit: int | None) -> int:
 def cache_len(tokens: int, captures: bool) -> int:
     """Length of the KV cache for rows of up to this many tokens, with or without CUDA graphs."""
     return round_up(tokens, ALIGN) if captures else tokens
+
+
+def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Leading tokens that all of several prompts share, but for their last one; 0 if they are few."""
+    if len(prompts) < 2:
+        return 0
+    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # what these share, all share
+    limit = min(len(prompt) for prompt in prompts) - 1
+    prefix = next((i for i in range(limit) if first[i] != last[i]), limit)
+    return prefix if prefix >= SHARED_FROM else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from empg_lite.policy.packing import shared_prefix
+from empg_lite.core.sizes import shared_prefix
 
 if TYPE_CHECKING:
     from empg_lite.core.rationale import Rationale

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from empg_lite.core.rationale import FAILURES, flatten
+from empg_lite.core.sizes import shared_prefix
 from empg_lite.em import effective_sample_size, group_signal
 from empg_lite.loop.estep import reward_matrix
-from empg_lite.policy.packing import shared_prefix
 
 if TYPE_CHECKING:
     from empg_lite.core.rationale import Group, Rationale

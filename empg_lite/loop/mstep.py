@@ -20,9 +20,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from empg_lite.core.control import stop_point
 from empg_lite.core.errors import OutOfMemory, forget_frames, is_out_of_memory
+from empg_lite.core.sizes import shared_prefix
 from empg_lite.em import Drift, denominator, drift, m_step_loss
 from empg_lite.loop.batching import packed_batches, whole_problems
-from empg_lite.policy.packing import shared_prefix
 from empg_lite.run.parallel import SINGLE, World
 
 if TYPE_CHECKING:

@@ -21,16 +21,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from empg_lite.core.sizes import ALIGN, round_up
+from empg_lite.core.sizes import ALIGN, round_up, shared_prefix
 from empg_lite.policy.attention import causal_attention
 
 if TYPE_CHECKING:
     from empg_lite.policy.network import Layer, Network
 
 Ids = tuple[int, ...]
-
-#: Prefixes shorter than this are repeated: they are not worth the indices.
-SHARED_FROM = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +82,6 @@ class Rows:
     def ends(self) -> Tensor:
         """``(B,)`` index of each row's last token among the packed ones; no row is empty."""
         return self.gather.gather(1, self.lengths[:, None] - 1).squeeze(1)
-
-
-def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """Leading tokens that all of several prompts share, but for their last one; 0 if they are few."""
-    if len(prompts) < 2:
-        return 0
-    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # what these share, all share
-    limit = min(len(prompt) for prompt in prompts) - 1
-    prefix = next((i for i in range(limit) if first[i] != last[i]), limit)
-    return prefix if prefix >= SHARED_FROM else 0
 
 
 def packed_prompts(prompts: Sequence[Sequence[int]], prefix: int) -> tuple[list[int], list[int]]:

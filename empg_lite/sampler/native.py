@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from empg_lite.core.sizes import cache_len, decoder_slots
+from empg_lite.core.sizes import cache_len, decoder_slots, shared_prefix
 from empg_lite.policy.merged import MergedCopy
-from empg_lite.policy.packing import shared_prefix
 from empg_lite.sampler.base import Sampler, SampleWork
 from empg_lite.sampler.decoder import Decoder
 from empg_lite.sampler.graphs import Graphs

@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from empg_lite.core.sizes import LOGIT_CHUNK
+from empg_lite.core.sizes import LOGIT_CHUNK, SHARED_FROM, shared_prefix
 from empg_lite.em import m_step_loss
 from empg_lite.loop.batching import PREFIX_AGAIN, packed_batches
 from empg_lite.policy import load_policy
 from empg_lite.policy.logprobs import chosen_logprobs, head_loss
-from empg_lite.policy.packing import SHARED_FROM, Rows, pack, packed_hidden, packed_prompts, shared_prefix
+from empg_lite.policy.packing import Rows, pack, packed_hidden, packed_prompts
 from empg_lite.policy.policy import Policy, collate
 from empg_lite.recipe.schema import ModelSection
 
