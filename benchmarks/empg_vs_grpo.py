@@ -83,7 +83,8 @@ REAL = {
 
 #: Steps of Dr.GRPO that take about as long on a CPU as 30 with three tries: groups that are all right cost
 #: it no M-step.
-AS_LONG, CPU_SEEDS = 66, tuple(range(6))
+AS_LONG = 66
+CPU_SEEDS = tuple(range(6))
 
 # --- which runs -----------------------------------------------------------------------------------
 

@@ -130,7 +130,8 @@ def sampling_floor(shape: Shape, s: Settings, rates: Rates, tokens: int, total: 
     """Least seconds of the E-step at the device's rates.
 
     The weights are read once for each pass of all rows, a row's keys and values once for each of its tokens,
-    and each prompt is prefilled once; attention's own products and the draws are left out.
+    and each prompt is prefilled once, what all share once a call; reading the keys of that, attention's own
+    products and the draws are left out.
     """
     passes = tokens / s.decoded_rows
     weights = linear_weights(shape, s) if not s.merged else shape.linear_params * s.itemsize
