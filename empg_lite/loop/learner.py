@@ -117,10 +117,15 @@ class Learner:
         return all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
 
     def learning_rate(self) -> float:
-        """Learning rate of the next step: linear warm-up, then constant; lower for more passes."""
-        o, passes = self.recipe.optim, self.recipe.em.passes
-        warm = min(1.0, (self.state.step + 1) / o.warmup_steps) if o.warmup_steps else 1.0
-        return o.learning_rate * warm * RATE_PER_DOUBLING ** math.log2(passes)
+        """Learning rate of the next step: linear warm-up, constant, then as 1/step; lower for more passes.
+
+        1/step is Robbins and Monro's (1951): later steps average the gradient's noise instead of following
+        it. It depends on no last step, so a run that is extended is the longer run.
+        """
+        o, passes, step = self.recipe.optim, self.recipe.em.passes, self.state.step + 1
+        warm = min(1.0, step / o.warmup_steps) if o.warmup_steps else 1.0
+        decay = min(1.0, o.decay_after / step) if o.decay_after else 1.0
+        return o.learning_rate * warm * decay * RATE_PER_DOUBLING ** math.log2(passes)
 
     def fit_settings(self) -> FitSettings:
         """Settings of the next M-step."""

@@ -222,10 +222,11 @@ class EmSection(Section):
 
 
 class OptimSection(Section):
-    """The M-step's optimizer (AdamW, constant learning rate after warmup)."""
+    """The M-step's optimizer (AdamW; its rate rises, stays, and may fall)."""
 
     learning_rate: Annotated[float, Field(gt=0, le=1)] = key(2e-5, "learning rate after warmup")
     warmup_steps: CountOrZero = key(5, "linear warmup steps")
+    decay_after: Count | None = key(None, "step from which the rate falls as 1/step; null: constant")
     max_grad_norm: PositiveNumber = key(1.0, "clip gradients to this norm")
     micro_batch_tokens: Count | Auto = key("auto", "token budget per micro-batch; does not affect the math")
     adam_8bit: bool = key(False, "keep Adam's moments in 8 bits: a quarter of the memory, no faster")
@@ -302,7 +303,7 @@ def absolute_path(section: str, name: str, value: Any, base: Path) -> Any:
 
 def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     """(field, what, what to do) for settings that are valid alone but contradict each other."""
-    data, em = recipe.data, recipe.em
+    data, em, optim = recipe.data, recipe.em, recipe.optim
     if recipe.sampler.tries and (em.weighting != "posterior" or em.baseline):
         what = "tries stop at a right answer, which biases every weight that compares samples"
         yield "sampler.tries", what, "set em.weighting to posterior and em.baseline to 0, or tries to null"
@@ -312,6 +313,9 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
     if em.baseline and em.weighting != "posterior":
         what = f"a baseline applies to posterior weights only, not to {em.weighting}"
         yield "em.baseline", what, "set em.baseline to 0, or em.weighting to posterior"
+    if optim.decay_after and optim.decay_after < optim.warmup_steps:
+        what = f"the rate would fall within its {optim.warmup_steps} warmup steps"
+        yield "optim.decay_after", what, f"set it to at least {optim.warmup_steps}, or to null"
     if data.source == "local" and not data.path:
         yield "data.path", "source local has no path", "set data.path to a file or a folder"
     made = "bundled" if data.source in PROBLEMS else "generated" if data.source.startswith(GYM) else None

@@ -41,7 +41,8 @@ def optimizer(run: Path) -> bytes:
     return (list_checkpoints(run)[-1] / "optimizer.safetensors").read_bytes()
 
 
-def test_a_loop_of_the_three_is_train(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_loop_of_the_three_is_train(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(str(recipe_file), [*NO_EVAL, "optim.decay_after=2"])  # a rate that never stays
     train(recipe, tmp_path / "train")
     run: Path | None = None
     for n in range(1, 4):

@@ -30,6 +30,7 @@ from empg_lite.core.view import View
 from empg_lite.loop.plan import Plan
 from empg_lite.loop.train import TrainOptions, train
 from empg_lite.recipe.file import load_recipe
+from empg_lite.recipe.schema import Recipe
 from empg_lite.rewards import Verdict
 from empg_lite.run.checkpoint import list_checkpoints
 from empg_lite.run.journal import read_metrics
@@ -359,6 +360,23 @@ def test_a_finished_run_is_left_alone_and_can_be_extended(recipe_file: Path, tmp
     straight = tmp_path / "straight"
     train(longer, straight)
     assert digest(run)[:2] == digest(straight)[:2]
+
+
+def test_a_falling_rate_does_not_depend_on_the_last_step(recipe_file: Path, tmp_path: Path) -> None:
+    """1e-2 after two warmup steps, then as 2/step; an extended run ends as the longer one does."""
+
+    def falling(steps: int) -> Recipe:
+        return load_recipe(
+            str(recipe_file), [f"run.steps={steps}", "run.eval_every=0", "optim.decay_after=2"]
+        )
+
+    run, straight = tmp_path / "run", tmp_path / "straight"
+    train(falling(3), run)
+    train(falling(5), run, TrainOptions(resume=True))
+    train(falling(5), straight)
+    assert digest(run)[:2] == digest(straight)[:2]
+    rates = [r["learning_rate"] for r in read_metrics(straight / "metrics.jsonl")]
+    assert rates == pytest.approx([5e-3, 1e-2, 2e-2 / 3, 5e-3, 4e-3], rel=1e-12)
 
 
 def test_a_stale_adapter_is_not_taken_for_a_finished_run(recipe_file: Path, tmp_path: Path) -> None:

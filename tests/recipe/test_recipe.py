@@ -58,8 +58,9 @@ DEFAULTS = {
     "sampler.tries": None, "sampler.batch_rows": "auto", "sampler.merged": "auto",
     "em.weighting": "posterior", "em.baseline": 0.0, "em.normalization": "tokens", "em.passes": 1,
     "em.kl_stop": 0.005, "em.max_age": None,
-    "optim.learning_rate": 2e-5, "optim.warmup_steps": 5, "optim.max_grad_norm": 1.0,
-    "optim.micro_batch_tokens": "auto", "optim.adam_8bit": False, "optim.gradient_checkpointing": "auto",
+    "optim.learning_rate": 2e-5, "optim.warmup_steps": 5, "optim.decay_after": None,
+    "optim.max_grad_norm": 1.0, "optim.micro_batch_tokens": "auto",
+    "optim.adam_8bit": False, "optim.gradient_checkpointing": "auto",
     "run.steps": 100, "run.seed": 0, "run.eval_every": 20, "run.eval_limit": None, "run.save_every": 20,
     "run.keep": 2,
 }  # fmt: skip

@@ -162,6 +162,8 @@ RECIPES: list[Case] = [
     ("set-refill", {}, ["sampler.refill=3"], ["--set sampler.refill=3", "set sampler.tries instead"]),
     ("sequence-mean", recipe("em:\n  normalization: sequence_mean\n"),
      (), ["recipe.yaml:7: em.normalization", "collapses to short guesses"]),
+    ("falls-before-it-has-risen", recipe("optim:\n  decay_after: 4\n"),
+     (), ["recipe.yaml:7: optim.decay_after", "5 warmup steps", "at least 5"]),
     ("local-without-path", recipe("", HEAD.replace("  path: rows.jsonl\n", "")),
      (), ["recipe.yaml:3: data.path", "no path"]),
     ("tiny-with-path", recipe("", HEAD.replace("local", "tiny")),
