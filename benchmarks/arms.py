@@ -62,7 +62,6 @@ class Setting:
         pool_steps: of those, take problems of so many arithmetic steps; None: any.
         tries: ask a problem until it is right, at most so often, in ``problems`` slots; None: fixed groups.
         warmup: steps; None: the recipe's.
-        decay_after: step after which the rate falls; None: constant, whatever the recipe says.
         memory: right rationales kept of each problem; ``memory_weight``: each weighs ``one``, or all of a
             problem as much as those of a solved one (``group``).
         kl_stop: of the EM arms, nats a token; None leaves the package's default.
@@ -89,7 +88,6 @@ class Setting:
     tries: int | None = None
     warmup: int | None = None
     examined: int | None = None
-    decay_after: int | None = None
 
     def overrides(self) -> list[str]:
         """What differs from the task's recipe."""
@@ -102,7 +100,7 @@ class Setting:
             f"sampler.problems_per_step={self.problems}",
             f"sampler.samples_per_problem={self.samples}",
             f"sampler.tries={'null' if self.tries is None else self.tries}",
-            f"optim.decay_after={'null' if self.decay_after is None else self.decay_after}",
+            "optim.decay_after=null",  # a constant rate for all, whatever the recipe has
             *(fits if self.task in BUNDLED else ()),
             *(() if self.warmup is None else (f"optim.warmup_steps={self.warmup}",)),
             *EM_ARMS.get(self.arm, ()),
